@@ -1,0 +1,60 @@
+"""The frozen picture of a swarm that decisions are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span
+
+ServerState = Literal["joining", "online", "draining"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerView:
+    """One server as its record describes it."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+    span: Span
+    state: ServerState = "online"
+    numerics: str = ""
+    is_exact: bool = False
+    encodings: tuple[str, ...] = ()
+    cache_tokens: int = 0
+    decode_s_per_block: float = 0.0
+    """Measured time of one decode row through one block, at batch 1."""
+    prefill_s_per_block_token: float = 0.0
+    version: str = ""
+    record: bytes = b""
+    """The signed record itself, to hand on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmView:
+    """All servers of one model that are known now."""
+
+    model: str
+    num_blocks: int
+    hidden_size: int
+    servers: tuple[ServerView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One hop of a chain that a decision chose: `peer` runs `span`."""
+
+    peer: PeerId
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """What a client has learned by itself, which records can't tell."""
+
+    rtt_s: dict[PeerId, float] = field(default_factory=dict)
+    avoid: frozenset[PeerId] = frozenset()
+    """Peers not to use now (failed, busy); used again only when nobody else is left."""
+    unreachable_pairs: frozenset[tuple[PeerId, PeerId]] = frozenset()
+    """(sender, receiver) pairs whose direct link failed: link them via the client."""

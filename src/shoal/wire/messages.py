@@ -1,0 +1,365 @@
+"""Every message of the protocol, typed.
+
+Messages are msgspec structs, packed as arrays with an integer tag in front. New
+fields are appended with a default; readers ignore fields they don't know. Bytes of
+a stranger become values only through `decode`, which validates types and ranges.
+
+A **link** carries a session's rows over one border between two hops; it is named by
+(session, border), where `border` is the first block behind it. See docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from shoal.base.errors import ProtocolError
+from shoal.base.ids import NONCE_BYTES, PEER_ID_BYTES, SESSION_ID_BYTES
+from shoal.base.limits import (
+    DETAIL_CHARS_MAX,
+    ENTRIES_PER_FRAME_MAX,
+    ENTRY_TOKENS_MAX,
+    HOPS_MAX,
+    PAYLOAD_BYTES_MAX,
+    RECORD_BYTES_MAX,
+    RECORDS_MAX,
+    SESSION_TOKENS_MAX,
+)
+from shoal.wire.frames import Buffer
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Block = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Position = Annotated[int, msgspec.Meta(ge=0, le=SESSION_TOKENS_MAX)]
+Peer = Annotated[bytes, msgspec.Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTES)]
+Session = Annotated[bytes, msgspec.Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+Detail = Annotated[str, msgspec.Meta(max_length=DETAIL_CHARS_MAX)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+RecordBytes = Annotated[bytes, msgspec.Meta(max_length=RECORD_BYTES_MAX)]
+Want = Literal[0, 1, 2]
+
+WANT_NONE: Want = 0
+WANT_LAST: Want = 1
+WANT_ALL: Want = 2
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all wire structs."""
+
+
+# --- first frame in either direction ------------------------------------------
+
+
+class Hello(_Message, tag=1):
+    """Who speaks which version for which swarm, and what the stream is for."""
+
+    version: Count
+    swarm: Name
+    purpose: Name
+    membership: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
+    agent: Name = ""
+
+
+# --- control stream -----------------------------------------------------------
+
+
+class Hop(_Message):
+    """One stage of a chain: `peer` runs blocks [start, end) and sends in `encoding`.
+
+    `start == end` is a pass-through: the client relaying over a border between two
+    servers that can't reach each other.
+    """
+
+    peer: Peer
+    start: Block
+    end: Block
+    encoding: Name
+
+
+class Fork(_Message):
+    """The session starts as a copy of `session`'s first `length` positions at `rev`."""
+
+    session: Session
+    rev: Count
+    length: Position
+
+
+class RouteBody(_Message):
+    """What the owner of a session signs. `opened_ms` fixes the victim order for life."""
+
+    owner: Peer
+    nonce: Nonce
+    epoch: Count
+    model: Name
+    opened_ms: Count
+    hops: Annotated[list[Hop], msgspec.Meta(min_length=1, max_length=HOPS_MAX)]
+    parent: Fork | None = None
+
+
+class Route(_Message, tag=2):
+    """Make or change a chain. Idempotent; the highest epoch wins."""
+
+    call: Count
+    body: Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
+    signature: Signature
+    records: Annotated[list[RecordBytes], msgspec.Meta(max_length=HOPS_MAX)] = []
+
+
+class Routed(_Message, tag=3):
+    """The hop follows the route; `length` positions of `rev` are in its cache."""
+
+    call: Count
+    session: Session
+    epoch: Count
+    rev: Count
+    length: Position
+
+
+class Close(_Message, tag=4):
+    """The owner is done with the session; its cache and log are freed."""
+
+    session: Session
+
+
+class Alive(_Message, tag=5):
+    """Sent while work is outstanding. `iteration` counts finished engine iterations."""
+
+    iteration: Count
+    queue_eta_s: Seconds
+    iteration_estimate_s: Seconds
+    is_busy: bool = True
+
+
+class Broken(_Message, tag=6):
+    """A hop can't send over its downstream link."""
+
+    session: Session
+    border: Block
+    epoch: Count
+    peer: Peer
+    code: Name
+    detail: Detail = ""
+
+
+class Failed(_Message, tag=7):
+    """A hop can't go on with a session. `blame` names the peer at fault, if one is."""
+
+    session: Session
+    start: Block
+    epoch: Count
+    code: Name
+    detail: Detail = ""
+    retry_after_s: Seconds | None = None
+    blame: Annotated[bytes, msgspec.Meta(max_length=PEER_ID_BYTES)] = b""
+
+
+class Error(_Message, tag=8):
+    """The answer to a call that failed, or (call 0) the reason for closing the stream."""
+
+    call: Count
+    code: Name
+    detail: Detail = ""
+    retry_after_s: Seconds | None = None
+
+
+class Ping(_Message, tag=9):
+    """Asks for a Pong."""
+
+    call: Count
+
+
+class Pong(_Message, tag=10):
+    """Answers a Ping."""
+
+    call: Count
+
+
+class GetRecords(_Message, tag=11):
+    """Asks for every record the peer knows."""
+
+    call: Count
+
+
+class Records(_Message, tag=12):
+    """Signed records, as their subjects signed them."""
+
+    call: Count
+    records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
+
+
+class Publish(_Message, tag=13):
+    """Hands over records: the sender's own first."""
+
+    call: Count
+    records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
+
+
+class GetLoad(_Message, tag=14):
+    """Asks for the volatile facts that records don't carry."""
+
+    call: Count
+
+
+class Load(_Message, tag=15):
+    """How full a server is right now."""
+
+    call: Count
+    cache_tokens: Count
+    free_tokens: Count
+    sessions: Count
+    queued_tokens: Count
+    iteration_estimate_s: Seconds
+    iterations: Count = 0
+
+
+# --- data links ----------------------------------------------------------------
+
+
+class Open(_Message, tag=20):
+    """Sender to receiver: what do you have? Answered by Have or Stale."""
+
+    session: Session
+    border: Block
+    epoch: Count
+
+
+class Have(_Message, tag=21):
+    """Receiver to sender: start your cursor here; `window_bytes` may be unacknowledged."""
+
+    session: Session
+    border: Block
+    epoch: Count
+    rev: Count
+    length: Position
+    window_bytes: Count
+
+
+class Gap(_Message, tag=22):
+    """Receiver to sender: rows are missing behind `length`; go back there."""
+
+    session: Session
+    border: Block
+    epoch: Count
+    rev: Count
+    length: Position
+
+
+class Ack(_Message, tag=23):
+    """Receiver to sender: rows up to `length` of `rev` are worked off."""
+
+    session: Session
+    border: Block
+    epoch: Count
+    rev: Count
+    length: Position
+
+
+class Stale(_Message, tag=24):
+    """Receiver to sender: you are not the predecessor, or not of my `epoch`."""
+
+    session: Session
+    border: Block
+    epoch: Count
+
+
+class Entry(_Message):
+    """One chunk of consecutive rows of one session.
+
+    `rev` is the sender's revision. A receiver at a lower revision, but at least
+    `base_rev`, first cuts to `cut`; below `base_rev` it answers Gap. `call_count` is
+    the number of rows of the engine call that first computed them (>= `count`; more
+    when the entry was cut since), so that a replay can repeat the call's shape.
+    """
+
+    session: Session
+    border: Block
+    epoch: Count
+    rev: Count
+    base_rev: Count
+    cut: Position
+    position: Position
+    count: Annotated[int, msgspec.Meta(ge=1, le=ENTRY_TOKENS_MAX)]
+    call_count: Annotated[int, msgspec.Meta(ge=1, le=ENTRY_TOKENS_MAX)]
+    want: Want
+    encoding: Name
+    payload_bytes: Annotated[int, msgspec.Meta(ge=0, le=PAYLOAD_BYTES_MAX)]
+
+
+class Rows(_Message, tag=25):
+    """Rows of many sessions; the frame's payload holds theirs one after the other."""
+
+    entries: Annotated[list[Entry], msgspec.Meta(min_length=1, max_length=ENTRIES_PER_FRAME_MAX)]
+
+
+ControlMessage = (
+    Route
+    | Routed
+    | Close
+    | Alive
+    | Broken
+    | Failed
+    | Error
+    | Ping
+    | Pong
+    | GetRecords
+    | Records
+    | Publish
+    | GetLoad
+    | Load
+)
+LinkMessage = Open | Have | Gap | Ack | Stale | Rows | Error
+Message = Hello | ControlMessage | Open | Have | Gap | Ack | Stale | Rows
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_body_decoder = msgspec.msgpack.Decoder(RouteBody)
+
+
+def encode(message: Message | RouteBody) -> bytes:
+    """The message as msgpack bytes."""
+    return _encoder.encode(message)
+
+
+def decode(header: Buffer) -> Message:
+    """The message in a frame's header.
+
+    Raises:
+        ProtocolError: not one valid message.
+    """
+    try:
+        return _decoder.decode(header)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"malformed message: {error}") from error
+
+
+def decode_route_body(body: Buffer) -> RouteBody:
+    """The signed part of a Route.
+
+    Raises:
+        ProtocolError: not one valid route body.
+    """
+    try:
+        return _body_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"malformed route: {error}") from error
+
+
+def split_rows(rows: Rows, payload: Buffer) -> list[tuple[Entry, memoryview]]:
+    """Each entry with its share of the payload, uncopied.
+
+    Raises:
+        ProtocolError: the entries' sizes don't add up to the payload.
+    """
+    view = memoryview(payload)
+    total = sum(entry.payload_bytes for entry in rows.entries)
+    if total != view.nbytes:
+        raise ProtocolError(f"entries announce {total} bytes, the frame carries {view.nbytes}")
+    parts: list[tuple[Entry, memoryview]] = []
+    offset = 0
+    for entry in rows.entries:
+        parts.append((entry, view[offset : offset + entry.payload_bytes]))
+        offset += entry.payload_bytes
+    return parts

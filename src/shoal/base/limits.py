@@ -25,6 +25,10 @@ ENTRIES_PER_FRAME_MAX: Final = 1024
 HOPS_MAX: Final = 128
 """Hops in one route: one block per server on the largest models (126 blocks)."""
 
+CUTS_MAX: Final = 64
+"""Truncations that an entry lists one by one; older ones are merged, which only costs a
+receiver that is more than 64 truncations behind some recomputation."""
+
 ENTRY_TOKENS_MAX: Final = 4096
 """Positions in one entry (a prefill chunk)."""
 

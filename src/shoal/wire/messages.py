@@ -17,6 +17,7 @@ import msgspec
 from shoal.base.errors import ProtocolError
 from shoal.base.ids import NONCE_BYTES, PEER_ID_BYTES, SESSION_ID_BYTES
 from shoal.base.limits import (
+    CUTS_MAX,
     DETAIL_CHARS_MAX,
     ENTRIES_PER_FRAME_MAX,
     ENTRY_TOKENS_MAX,
@@ -53,7 +54,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # --- first frame in either direction ------------------------------------------
 
 
-class Hello(_Message, tag=1):
+class Hello(_Message, tag=1, frozen=True):
     """Who speaks which version for which swarm, and what the stream is for."""
 
     version: Count
@@ -66,7 +67,7 @@ class Hello(_Message, tag=1):
 # --- control stream -----------------------------------------------------------
 
 
-class Hop(_Message):
+class Hop(_Message, frozen=True):
     """One stage of a chain: `peer` runs blocks [start, end) and sends in `encoding`.
 
     `start == end` is a pass-through: the client relaying over a border between two
@@ -79,7 +80,7 @@ class Hop(_Message):
     encoding: Name
 
 
-class Fork(_Message):
+class Fork(_Message, frozen=True):
     """The session starts as a copy of `session`'s first `length` positions at `rev`."""
 
     session: Session
@@ -87,7 +88,7 @@ class Fork(_Message):
     length: Position
 
 
-class RouteBody(_Message):
+class RouteBody(_Message, frozen=True):
     """What the owner of a session signs. `opened_ms` fixes the victim order for life."""
 
     owner: Peer
@@ -99,7 +100,7 @@ class RouteBody(_Message):
     parent: Fork | None = None
 
 
-class Route(_Message, tag=2):
+class Route(_Message, tag=2, frozen=True):
     """Make or change a chain. Idempotent; the highest epoch wins."""
 
     call: Count
@@ -108,32 +109,44 @@ class Route(_Message, tag=2):
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=HOPS_MAX)] = []
 
 
-class Routed(_Message, tag=3):
-    """The hop follows the route; `length` positions of `rev` are in its cache."""
+class Held(_Message, frozen=True):
+    """What a hop holds of a session: `length` positions of `rev` from block `start` on."""
 
-    call: Count
-    session: Session
-    epoch: Count
+    start: Block
     rev: Count
     length: Position
 
 
-class Close(_Message, tag=4):
+class Routed(_Message, tag=3, frozen=True):
+    """The peer follows the route; `held` has one item per hop that it runs."""
+
+    call: Count
+    session: Session
+    epoch: Count
+    held: Annotated[list[Held], msgspec.Meta(max_length=HOPS_MAX)]
+
+
+class Close(_Message, tag=4, frozen=True):
     """The owner is done with the session; its cache and log are freed."""
 
     session: Session
 
 
-class Alive(_Message, tag=5):
-    """Sent while work is outstanding. `iteration` counts finished engine iterations."""
+class Alive(_Message, tag=5, frozen=True):
+    """Answers a Ping. `iteration` counts finished engine iterations.
 
+    `iteration_s` is how long the running iteration has lasted (0 when none runs) and
+    `iteration_estimate_s` how long the server expected it to last.
+    """
+
+    call: Count
     iteration: Count
     queue_eta_s: Seconds
+    iteration_s: Seconds
     iteration_estimate_s: Seconds
-    is_busy: bool = True
 
 
-class Broken(_Message, tag=6):
+class Broken(_Message, tag=6, frozen=True):
     """A hop can't send over its downstream link."""
 
     session: Session
@@ -144,7 +157,7 @@ class Broken(_Message, tag=6):
     detail: Detail = ""
 
 
-class Failed(_Message, tag=7):
+class Failed(_Message, tag=7, frozen=True):
     """A hop can't go on with a session. `blame` names the peer at fault, if one is."""
 
     session: Session
@@ -156,7 +169,7 @@ class Failed(_Message, tag=7):
     blame: Annotated[bytes, msgspec.Meta(max_length=PEER_ID_BYTES)] = b""
 
 
-class Error(_Message, tag=8):
+class Error(_Message, tag=8, frozen=True):
     """The answer to a call that failed, or (call 0) the reason for closing the stream."""
 
     call: Count
@@ -165,45 +178,39 @@ class Error(_Message, tag=8):
     retry_after_s: Seconds | None = None
 
 
-class Ping(_Message, tag=9):
-    """Asks for a Pong."""
+class Ping(_Message, tag=9, frozen=True):
+    """Asks for an Alive. A client asks every ALIVE_PERIOD_S while it waits for rows."""
 
     call: Count
 
 
-class Pong(_Message, tag=10):
-    """Answers a Ping."""
-
-    call: Count
-
-
-class GetRecords(_Message, tag=11):
+class GetRecords(_Message, tag=11, frozen=True):
     """Asks for every record the peer knows."""
 
     call: Count
 
 
-class Records(_Message, tag=12):
+class Records(_Message, tag=12, frozen=True):
     """Signed records, as their subjects signed them."""
 
     call: Count
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
 
 
-class Publish(_Message, tag=13):
+class Publish(_Message, tag=13, frozen=True):
     """Hands over records: the sender's own first."""
 
     call: Count
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
 
 
-class GetLoad(_Message, tag=14):
+class GetLoad(_Message, tag=14, frozen=True):
     """Asks for the volatile facts that records don't carry."""
 
     call: Count
 
 
-class Load(_Message, tag=15):
+class Load(_Message, tag=15, frozen=True):
     """How full a server is right now."""
 
     call: Count
@@ -218,7 +225,7 @@ class Load(_Message, tag=15):
 # --- data links ----------------------------------------------------------------
 
 
-class Open(_Message, tag=20):
+class Open(_Message, tag=20, frozen=True):
     """Sender to receiver: what do you have? Answered by Have or Stale."""
 
     session: Session
@@ -226,7 +233,7 @@ class Open(_Message, tag=20):
     epoch: Count
 
 
-class Have(_Message, tag=21):
+class Have(_Message, tag=21, frozen=True):
     """Receiver to sender: start your cursor here; `window_bytes` may be unacknowledged."""
 
     session: Session
@@ -237,7 +244,7 @@ class Have(_Message, tag=21):
     window_bytes: Count
 
 
-class Gap(_Message, tag=22):
+class Gap(_Message, tag=22, frozen=True):
     """Receiver to sender: rows are missing behind `length`; go back there."""
 
     session: Session
@@ -247,7 +254,7 @@ class Gap(_Message, tag=22):
     length: Position
 
 
-class Ack(_Message, tag=23):
+class Ack(_Message, tag=23, frozen=True):
     """Receiver to sender: rows up to `length` of `rev` are worked off."""
 
     session: Session
@@ -257,7 +264,7 @@ class Ack(_Message, tag=23):
     length: Position
 
 
-class Stale(_Message, tag=24):
+class Stale(_Message, tag=24, frozen=True):
     """Receiver to sender: you are not the predecessor, or not of my `epoch`."""
 
     session: Session
@@ -265,13 +272,21 @@ class Stale(_Message, tag=24):
     epoch: Count
 
 
-class Entry(_Message):
+class Cut(_Message, frozen=True):
+    """Revision `rev` began by forgetting positions >= `position`."""
+
+    rev: Count
+    position: Position
+
+
+class Entry(_Message, frozen=True):
     """One chunk of consecutive rows of one session.
 
     `rev` is the sender's revision. A receiver at a lower revision, but at least
-    `base_rev`, first cuts to `cut`; below `base_rev` it answers Gap. `call_count` is
-    the number of rows of the engine call that first computed them (>= `count`; more
-    when the entry was cut since), so that a replay can repeat the call's shape.
+    `base_rev`, first cuts to the lowest position among the `cuts` of later revisions
+    than its own; below `base_rev` it answers Gap. `call_count` is the number of rows
+    of the engine call that first computed them (>= `count`; more when the entry was
+    cut since), so that a replay can repeat the call's shape.
     """
 
     session: Session
@@ -279,7 +294,7 @@ class Entry(_Message):
     epoch: Count
     rev: Count
     base_rev: Count
-    cut: Position
+    cuts: Annotated[list[Cut], msgspec.Meta(max_length=CUTS_MAX)]
     position: Position
     count: Annotated[int, msgspec.Meta(ge=1, le=ENTRY_TOKENS_MAX)]
     call_count: Annotated[int, msgspec.Meta(ge=1, le=ENTRY_TOKENS_MAX)]
@@ -288,7 +303,7 @@ class Entry(_Message):
     payload_bytes: Annotated[int, msgspec.Meta(ge=0, le=PAYLOAD_BYTES_MAX)]
 
 
-class Rows(_Message, tag=25):
+class Rows(_Message, tag=25, frozen=True):
     """Rows of many sessions; the frame's payload holds theirs one after the other."""
 
     entries: Annotated[list[Entry], msgspec.Meta(min_length=1, max_length=ENTRIES_PER_FRAME_MAX)]
@@ -303,7 +318,6 @@ ControlMessage = (
     | Failed
     | Error
     | Ping
-    | Pong
     | GetRecords
     | Records
     | Publish

@@ -1,0 +1,160 @@
+"""Drives the sending ends of all sessions on one stream to one peer.
+
+One writer task sends, one reader task takes answers; neither waits for the other, so
+two peers that feed each other can't block in a circle. All entries that are ready go
+into one frame, round-robin over sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from shoal.base.errors import ProtocolError, error_from_code
+from shoal.base.ids import PeerId, SessionId
+from shoal.base.limits import ENTRIES_PER_FRAME_MAX
+from shoal.link.outbound import Outbound, Sendable
+from shoal.net.channel import Channel
+from shoal.net.tasks import first_failure
+from shoal.wire.messages import Ack, Error, Gap, Have, Open, Rows, Stale
+
+LinkKey = tuple[SessionId, int]
+"""(session, border)."""
+
+FRAME_BYTES_TARGET = 1 << 20
+"""A frame is closed at this size: keeps the round-robin between sessions fair."""
+
+
+class SenderEvents(Protocol):
+    """What the owner of the outbounds wants to hear."""
+
+    def on_cursor_moved(self, outbound: Outbound) -> None:
+        """Rows were sent or acknowledged: the session may be scheduled again."""
+
+    def on_needs_earlier(self, outbound: Outbound) -> None:
+        """The receiver needs rows that were trimmed from the log."""
+
+
+class RowSender:
+    """The sending side of the data link to one peer; survives its streams."""
+
+    def __init__(self, peer: PeerId, events: SenderEvents) -> None:
+        self.peer = peer
+        self.is_connected = False
+        self._events = events
+        self._outbounds: dict[LinkKey, Outbound] = {}
+        self._opens: dict[LinkKey, None] = {}
+        self._ready: dict[LinkKey, None] = {}
+        self._wake = asyncio.Event()
+
+    @property
+    def outbounds(self) -> list[Outbound]:
+        """The links that go to this peer now."""
+        return list(self._outbounds.values())
+
+    def attach(self, outbound: Outbound) -> None:
+        """Send this session's rows here; the receiver is asked what it has first."""
+        key = (outbound.session, outbound.border)
+        self._outbounds[key] = outbound
+        self._ready.pop(key, None)
+        self._opens[key] = None
+        self._wake.set()
+
+    def detach(self, outbound: Outbound) -> None:
+        """No longer send this session's rows here."""
+        key = (outbound.session, outbound.border)
+        if self._outbounds.get(key) is outbound:
+            for table in (self._outbounds, self._opens, self._ready):
+                table.pop(key, None)
+
+    def wake(self, outbound: Outbound) -> None:
+        """The log grew or was cut."""
+        key = (outbound.session, outbound.border)
+        if outbound.has_entry and self._outbounds.get(key) is outbound:
+            self._ready[key] = None
+            self._wake.set()
+
+    async def run(self, channel: Channel) -> None:
+        """Serve one stream until it breaks.
+
+        Raises:
+            PeerError, ProtocolError: why it ended.
+        """
+        for outbound in self._outbounds.values():
+            if not outbound.is_stale:
+                outbound.is_open = False
+                self._opens[(outbound.session, outbound.border)] = None
+        self._ready.clear()
+        self._wake.set()
+        self.is_connected = True
+        try:
+            await first_failure(self._write(channel), self._read(channel))
+        finally:
+            self.is_connected = False
+            for outbound in self._outbounds.values():
+                outbound.is_open = False
+            channel.close()
+
+    async def _write(self, channel: Channel) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._opens or self._ready:
+                while self._opens:
+                    key = next(iter(self._opens))
+                    del self._opens[key]
+                    outbound = self._outbounds[key]
+                    await channel.send(Open(*key, outbound.epoch))
+                batch = self._collect()
+                if batch:
+                    rows = Rows([item.header for item in batch])
+                    await channel.send(
+                        rows, *(item.entry.data() for item in batch if item.entry.payload_bytes)
+                    )
+
+    def _collect(self) -> list[Sendable]:
+        batch: list[Sendable] = []
+        size = 0
+        while self._ready and size < FRAME_BYTES_TARGET and len(batch) < ENTRIES_PER_FRAME_MAX:
+            key = next(iter(self._ready))
+            del self._ready[key]
+            outbound = self._outbounds[key]
+            item = outbound.next_entry()
+            if item is None:
+                continue
+            batch.append(item)
+            size += item.entry.payload_bytes
+            if outbound.has_entry:
+                self._ready[key] = None
+            self._events.on_cursor_moved(outbound)
+        return batch
+
+    async def _read(self, channel: Channel) -> None:
+        while True:
+            message, _ = await channel.receive()
+            match message:
+                case Have() | Gap() | Ack() | Stale():
+                    self._on_answer(message)
+                case Error():
+                    raise error_from_code(message.code, message.detail, message.retry_after_s)
+                case _:
+                    raise ProtocolError(f"{type(message).__name__} is no answer on a data link")
+
+    def _on_answer(self, message: Have | Gap | Ack | Stale) -> None:
+        outbound = self._outbounds.get((SessionId(message.session), message.border))
+        if outbound is None:
+            return
+        match message:
+            case Have():
+                outbound.on_have(message.epoch, message.rev, message.length, message.window_bytes)
+            case Gap():
+                outbound.on_gap(message.epoch, message.rev, message.length)
+            case Ack():
+                outbound.on_ack(message.epoch, message.rev, message.length)
+            case Stale():
+                outbound.on_stale(message.epoch)
+        if outbound.needs_earlier:
+            self._events.on_needs_earlier(outbound)
+        else:
+            self._events.on_cursor_moved(outbound)
+        self.wake(outbound)

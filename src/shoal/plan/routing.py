@@ -1,0 +1,192 @@
+"""Routing: which chain of servers a new session takes.
+
+The price of a hop is what a pushed token pays there: half a round trip in, half a
+round trip out (all that a client can know of links between strangers), a fixed price
+for handling a frame, and the decode time of the blocks it runs. Waiting for cache,
+measured links between servers and prefill come later, as more terms of `leg_of`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
+
+from shoal.base.errors import NoRouteError
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span, missing_blocks
+from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
+from shoal.plan.view import Experience, ServerView, Stage, SwarmView
+
+RTT_UNKNOWN_S: Final = 0.1
+"""Assumed round trip to a server that was not measured: a continent away."""
+
+DECODE_UNKNOWN_S: Final = 0.01
+"""Assumed decode time per block of a server that measured none (its record says 0)."""
+
+HOP_S: Final = 0.001
+"""Handling of one frame at a hop, beside links and blocks; makes short chains win ties."""
+
+VIA_CLIENT_S: Final = 0.002
+"""A link by way of the client: two more frames to handle (its delay is in the round
+trips already)."""
+
+NEAR_TIE: Final = 0.05
+"""Chains within 5 % of each other count as equals: measured times are no better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which servers will do."""
+
+    numerics: str | None = None
+    """Only this numerics class; None: any."""
+    is_exact: bool = False
+    """Only servers whose results don't depend on company."""
+    encoding: str | None = None
+    """Only servers that read and write this encoding; None: any."""
+
+    def allows(self, server: ServerView) -> bool:
+        """Whether this server may be a hop."""
+        return (
+            server.state != "joining"
+            and (self.numerics is None or server.numerics == self.numerics)
+            and (server.is_exact or not self.is_exact)
+            and (self.encoding is None or self.encoding in server.encodings)
+        )
+
+    def __str__(self) -> str:
+        words = [
+            "exact" if self.is_exact else "",
+            f"of numerics class {self.numerics}" if self.numerics is not None else "",
+            f"that speaks {self.encoding}" if self.encoding is not None else "",
+        ]
+        return " ".join(["server", *filter(None, words)])
+
+
+ANY_SERVER: Final = Wanted()
+
+
+def choose_chain(
+    view: SwarmView,
+    span: Span,
+    experience: Experience,
+    rng: random.Random,
+    *,
+    wanted: Wanted = ANY_SERVER,
+) -> tuple[Stage, ...]:
+    """A chain that covers `span` exactly, at a predicted cost within 5 % of the least.
+
+    Joining servers are never used; peers in `experience.avoid`, and after them draining
+    servers, only where nobody else will do. No two adjacent stages are on one peer.
+    `rng` spreads load over chains of nearly equal cost (power of two choices);
+    everything else follows from the view.
+
+    Raises:
+        NoRouteError: `missing` and the text name the blocks that nobody covers.
+    """
+    servers = [server for server in view.servers if wanted.allows(server)]
+    legs = [leg_of(server, experience) for server in servers]
+    task = Task(span=span, slow_pairs=experience.unreachable_pairs, slow_pair_s=VIA_CLIENT_S)
+    chain = power_of_two(task, legs, rng)
+    if chain is None:
+        raise no_route(view, missing_from([span], servers), wanted)
+    return chain
+
+
+def leg_of(server: ServerView, experience: Experience, numerics: str | None = None) -> Leg:
+    """What it costs to make this server a hop; `numerics` is the class to prefer."""
+    return Leg(
+        peer=server.peer,
+        span=server.span,
+        entry=Cost(
+            avoided=int(server.peer in experience.avoid),
+            rebuilt=0,
+            crossed=int(numerics is not None and server.numerics != numerics),
+            leaving=int(server.state == "draining"),
+            seconds=experience.rtt_s.get(server.peer, RTT_UNKNOWN_S) + HOP_S,
+        ),
+        seconds_per_block=server.decode_s_per_block or DECODE_UNKNOWN_S,
+    )
+
+
+def decode_step_s(chain: Iterable[Stage], view: SwarmView, experience: Experience) -> float:
+    """Predicted time of one decode step along `chain`, in seconds.
+
+    Stages whose peer is not in the view count as unmeasured servers.
+    """
+    legs = {server.peer: leg_of(server, experience) for server in view.servers}
+    return _seconds(tuple(chain), legs, experience.unreachable_pairs)
+
+
+def power_of_two(task: Task, legs: Sequence[Leg], rng: random.Random) -> tuple[Stage, ...] | None:
+    """The better of two nearly cheapest paths, or None when there is none.
+
+    Each of the two is the cheapest after every leg's price was raised at random by up
+    to 5 %, so that it costs at most 5 % more than the cheapest, and equals are equally
+    likely: clients that decide at the same moment don't all run to the same servers.
+
+    Raises:
+        ValueError: a peer has two legs.
+    """
+    ordered = sorted(legs, key=lambda leg: leg.peer)
+    by_peer = {leg.peer: leg for leg in ordered}
+    if len(by_peer) < len(ordered):
+        raise ValueError("a view must hold one server per peer")
+    best: tuple[Stage, ...] | None = None
+    for _ in range(2):
+        path = cheapest_path(task, [_dearer(leg, 1 + NEAR_TIE * rng.random()) for leg in ordered])
+        if path is None:
+            return None
+        if best is None or _seconds(path, by_peer, task.slow_pairs) < _seconds(
+            best, by_peer, task.slow_pairs
+        ):
+            best = path
+    return best
+
+
+def missing_from(spans: Sequence[Span], servers: Sequence[ServerView]) -> list[Span]:
+    """The parts of `spans` that none of `servers` holds."""
+    held = [server.span for server in servers]
+    return [hole for span in spans for hole in missing_blocks(span, held)]
+
+
+def no_route(view: SwarmView, missing: Sequence[Span], wanted: Wanted) -> NoRouteError:
+    """The error that says which blocks no wanted server of `view` holds, and what may help."""
+    blocks = " and ".join(str(span) for span in missing)
+    unwanted = [server for server in view.servers if ANY_SERVER.allows(server)]
+    joining = [server for server in view.servers if server.state == "joining"]
+    hint = "start a server for them, or wait for one to join"
+    if not missing_from(missing, unwanted):
+        hint = "other servers do: relax what is asked of them"
+    elif any(server.span.overlap(span) for server in joining for span in missing):
+        hint = "a server that holds some is still joining: try again soon"
+    return NoRouteError(
+        f"no {wanted} holds blocks {blocks} ({hint})",
+        missing=[(span.start, span.end) for span in missing],
+    )
+
+
+def _dearer(leg: Leg, factor: float) -> Leg:
+    return replace(
+        leg,
+        entry=leg.entry._replace(seconds=leg.entry.seconds * factor),
+        seconds_per_block=leg.seconds_per_block * factor,
+    )
+
+
+def _seconds(
+    chain: tuple[Stage, ...],
+    legs: Mapping[PeerId, Leg],
+    slow_pairs: frozenset[tuple[PeerId, PeerId]],
+) -> float:
+    total = 0.0
+    for stage in chain:
+        leg = legs.get(stage.peer)
+        entry = RTT_UNKNOWN_S + HOP_S if leg is None else leg.entry.seconds
+        per_block = DECODE_UNKNOWN_S if leg is None else leg.seconds_per_block
+        total += entry + per_block * len(stage.span)
+    slow = sum((one.peer, two.peer) in slow_pairs for one, two in pairwise(chain))
+    return total + slow * VIA_CLIENT_S

@@ -48,7 +48,7 @@ def functions(path: Path):
 
 def code_map() -> list[str]:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    section = text.partition("## Code map\n")[2].partition("\n## ")[0]
+    section = text.partition("## Code map\n")[2].partition("\n##")[0]
     return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
 
 

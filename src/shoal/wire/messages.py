@@ -185,16 +185,22 @@ class Ping(_Message, tag=9, frozen=True):
 
 
 class GetRecords(_Message, tag=11, frozen=True):
-    """Asks for every record the peer knows."""
+    """Asks for the records the peer knows, of peers whose id is above `after`."""
 
     call: Count
+    after: Annotated[bytes, msgspec.Meta(max_length=PEER_ID_BYTES)] = b""
 
 
 class Records(_Message, tag=12, frozen=True):
-    """Signed records, as their subjects signed them."""
+    """Signed records, as their subjects signed them, in the order of peer ids.
+
+    Answers GetRecords; ask again `after` the last one if there are more. Also answers
+    Publish, with the records that the sender should know because its own are older.
+    """
 
     call: Count
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
+    has_more: bool = False
 
 
 class Publish(_Message, tag=13, frozen=True):

@@ -125,19 +125,32 @@ def open_record(data: bytes) -> Record:
         ProtocolError: malformed, or not signed by the peer that it names.
         PeerMisbehaved: the peer itself signed what can't be.
     """
-    if len(data) > RECORD_BYTES_MAX:
-        raise MessageTooLarge(f"record of {len(data)} bytes (limit {RECORD_BYTES_MAX})")
-    try:
-        envelope = _envelope_decoder.decode(data)
-        record = _record_decoder.decode(envelope.body)
-    except _MALFORMED as error:
-        raise ProtocolError(f"malformed record: {error}") from error
+    envelope, record = _decode(data)
     if not verify(record.peer, RECORD, envelope.body, envelope.signature):
         raise ProtocolError(f"a record of {short(record.peer)} was not signed by that peer")
     fault = find_fault(record)
     if fault:
         raise PeerMisbehaved(f"{short(record.peer)} signed a record that can't be: {fault}")
     return record
+
+
+def claimed_peer(data: bytes) -> PeerId:
+    """The peer that an envelope names; whether it signed it is not checked.
+
+    Raises:
+        ProtocolError: malformed or too large.
+    """
+    return PeerId(_decode(data)[1].peer)
+
+
+def _decode(data: bytes) -> tuple[_Envelope, Record]:
+    if len(data) > RECORD_BYTES_MAX:
+        raise MessageTooLarge(f"record of {len(data)} bytes (limit {RECORD_BYTES_MAX})")
+    try:
+        envelope = _envelope_decoder.decode(data)
+        return envelope, _record_decoder.decode(envelope.body)
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed record: {error}") from error
 
 
 def find_fault(record: Record) -> str:

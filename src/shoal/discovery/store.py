@@ -16,7 +16,7 @@ from shoal.base.errors import PeerBusy, PeerRefused
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S, RECORDS_MAX
 from shoal.discovery.directory import SignedRecord, Snapshot
-from shoal.discovery.records import Record, open_record
+from shoal.discovery.records import open_record
 
 REMEMBERED_MAX: Final = 4 * RECORDS_MAX
 """Expired peers whose last sequence is remembered, so that an old copy of a dead peer's
@@ -88,6 +88,11 @@ class RecordStore:
             self._make_room()
         self._take(peer, SignedRecord(record=record, data=data), now_s)
         return True
+
+    def find(self, peer: PeerId) -> SignedRecord | None:
+        """The peer's latest record, tombstones too."""
+        held = self._held.get(peer)
+        return None if held is None else held.signed
 
     def sequence(self, peer: PeerId) -> tuple[int, int] | None:
         """The highest sequence that we saw of a peer and still remember."""

@@ -1,0 +1,142 @@
+"""How two peers exchange records: the questions, and the answers to them.
+
+Everything here is about one control channel. Whom to ask, and when, is decided in
+`joined.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final, Protocol
+
+from shoal.base.errors import (
+    PeerBusy,
+    PeerMisbehaved,
+    PeerRefused,
+    ProtocolError,
+    ShoalError,
+    error_from_code,
+)
+from shoal.base.ids import PeerId, short
+from shoal.base.limits import HEADER_BYTES_MAX
+from shoal.discovery.records import claimed_peer
+from shoal.discovery.store import RecordStore
+from shoal.net.channel import error_message
+from shoal.wire.messages import Error, GetRecords, Message, Publish, Records
+
+logger = logging.getLogger(__name__)
+
+PAGE_BYTES_MAX: Final = HEADER_BYTES_MAX * 3 // 4
+"""Records in one message: they must fit into a frame's header."""
+
+PUBLISH_RECORDS_MAX: Final = 64
+"""Records of one Publish that are looked at: checking one takes about 0.1 ms."""
+
+PAGES_MAX: Final = 1024
+"""Pages of one answer that are read: more than RECORDS_MAX records of the largest size."""
+
+
+class Asking(Protocol):
+    """What is needed of a control channel."""
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is asked."""
+
+    async def send(self, message: Message) -> None:
+        """Send one message."""
+
+    async def receive(self) -> tuple[Message, memoryview]:
+        """The next message."""
+
+
+def answer_directory(
+    store: RecordStore, message: GetRecords | Publish, now_s: float
+) -> Records | Error:
+    """What to answer a peer that asks for records or hands over its own.
+
+    Both are answered by Records: to GetRecords with a page of them, to Publish with
+    those that are later than what the sender gave. A publisher that hands over a bad record
+    gets the Error; good ones before it are kept.
+    """
+    store.expire(now_s)
+    if isinstance(message, GetRecords):
+        return _page(store, message)
+    return _take(store, message, now_s)
+
+
+def _page(store: RecordStore, message: GetRecords) -> Records:
+    page: list[bytes] = []
+    room = PAGE_BYTES_MAX
+    for _, data in store.envelopes(message.after):
+        room -= len(data) + 5  # msgpack's prefix of a byte string
+        if room < 0:
+            return Records(message.call, page, has_more=True)
+        page.append(data)
+    return Records(message.call, page)
+
+
+def _take(store: RecordStore, message: Publish, now_s: float) -> Records | Error:
+    later: list[bytes] = []
+    for data in message.records[:PUBLISH_RECORDS_MAX]:
+        try:
+            if store.accept(data, now_s):
+                continue
+            held = store.find(claimed_peer(data))
+        except ShoalError as error:
+            return error_message(error, message.call)
+        if held is not None and held.data != data:
+            later.append(held.data)
+    return Records(message.call, later)
+
+
+async def publish_to(channel: Asking, data: bytes, store: RecordStore, now_s: float) -> None:
+    """Hand our record over; what the peer knows better goes into `store`.
+
+    Raises:
+        PeerError, ProtocolError: it went wrong, or the peer does not take it.
+    """
+    answer = await _ask(channel, Publish(0, [data]))
+    _keep(answer, store, now_s, channel.peer)
+
+
+async def fetch_from(channel: Asking, store: RecordStore, now_s: float) -> None:
+    """Take everything that the peer knows into `store`, page by page.
+
+    Raises:
+        PeerError, ProtocolError: it went wrong; the pages before are kept.
+    """
+    after = b""
+    for call in range(PAGES_MAX):
+        answer = await _ask(channel, GetRecords(call, after))
+        last = _keep(answer, store, now_s, channel.peer)
+        if not answer.has_more:
+            return
+        if last is None or last <= after:
+            raise PeerMisbehaved(f"{short(channel.peer)} gives the same records again and again")
+        after = last
+    raise PeerMisbehaved(f"{short(channel.peer)} gives records without end")
+
+
+async def _ask(channel: Asking, question: GetRecords | Publish) -> Records:
+    await channel.send(question)
+    while True:
+        answer, _ = await channel.receive()
+        if isinstance(answer, Error) and answer.call in (0, question.call):
+            raise error_from_code(
+                answer.code, f"{short(channel.peer)}: {answer.detail}", answer.retry_after_s
+            )
+        if isinstance(answer, Records) and answer.call == question.call:
+            return answer
+
+
+def _keep(answer: Records, store: RecordStore, now_s: float, source: PeerId) -> PeerId | None:
+    """Take the records that are good, and log who handed on bad ones; the last peer's id."""
+    last: PeerId | None = None
+    for data in answer.records:
+        try:
+            last = claimed_peer(data)
+            store.accept(data, now_s)
+        except (ProtocolError, PeerMisbehaved, PeerRefused, PeerBusy) as error:
+            logger.warning("record refused source=%s reason=%s", short(source), error)
+    return last

@@ -74,16 +74,18 @@ def create_key_file(path: Path, key: Ed25519PrivateKey, preamble: str = "") -> b
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, path)  # unlike a rename, never replaces a key that is there
-        finally:
-            draft.unlink()
+    except OSError as error:
+        raise ConfigError(f"can't write the key file {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # unlike a rename, never replaces a key that is there
     except FileExistsError:
         return False
     except OSError as error:
         raise ConfigError(f"can't write the key file {path}: {error.strerror}") from error
+    finally:
+        draft.unlink()
     return True

@@ -128,7 +128,7 @@ class TcpTransport:
         if peer_of_certificate(certificate) != address.peer:
             raise PeerMisbehaved(f"somebody else answers at {address}: the peer id differs")
         nonce = await stream.read_raw(NONCE_BYTES)
-        signature = self._identity.sign(HANDSHAKE, _statement(certificate, nonce))
+        signature = self._identity.sign(HANDSHAKE, statement(certificate, nonce))
         stream.write_raw(self._peer + signature)
         stream.start_frames(address.peer)
 
@@ -184,7 +184,7 @@ class _Gate:
             stream.write_raw(nonce)
             peer = PeerId(await stream.read_raw(PEER_ID_BYTES))
             signature = await stream.read_raw(SIGNATURE_BYTES)
-            if not verify(peer, HANDSHAKE, _statement(self._certificate, nonce), signature):
+            if not verify(peer, HANDSHAKE, statement(self._certificate, nonce), signature):
                 raise PeerMisbehaved(f"no valid proof of the peer id {short(peer)}")
             stream.start_frames(peer)
 
@@ -247,7 +247,7 @@ class TcpListener:
             await self._gate.admit(stream, sock)
         except (OSError, ShoalError) as error:
             logger.info("handshake failed remote=%s reason=%r", remote, error)
-            stream.abort()
+            await stream.wait_lost(0)
             return
         except asyncio.CancelledError:
             stream.abort()
@@ -258,6 +258,8 @@ class TcpListener:
                 self._unproven.pop(task, None)
         try:
             await self._handler(stream)
+        except PeerUnreachable as error:
+            logger.debug("stream ended peer=%s reason=%s", short(stream.peer), error)
         except ShoalError as error:
             logger.info("stream ended peer=%s reason=%r", short(stream.peer), error)
         except Exception:  # a task's top: one stream never stops the listener
@@ -267,5 +269,6 @@ class TcpListener:
             await stream.wait_lost(CLOSE_GRACE_S)
 
 
-def _statement(certificate: bytes, nonce: bytes) -> bytes:
+def statement(certificate: bytes, nonce: bytes) -> bytes:
+    """What a dialler signs to prove its peer id to the listener with this certificate."""
     return hashlib.sha256(certificate).digest() + nonce

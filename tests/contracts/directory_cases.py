@@ -66,11 +66,11 @@ async def listen(network: MemoryNetwork, who: Identity, answer: Answer, port: in
 
 @asynccontextmanager
 async def open_joined(
-    network: MemoryNetwork, number: int, *joins: Address, swarm_pass: SwarmPass = PASS
+    network: MemoryNetwork, number: int, *joins: Address
 ) -> AsyncIterator[Member]:
     """A joined directory that also answers, on a peer of its own."""
     who = identity(number)
-    config = JoinConfig(swarm_pass=swarm_pass, joins=joins, period_s=PERIOD_S)
+    config = JoinConfig(swarm_pass=PASS, joins=joins, period_s=PERIOD_S)
     directory = JoinedDirectory(network.transport(who.peer), config, random.Random(number))
     address = await listen(network, who, lambda channel: answer_from(directory.store, channel))
     try:

@@ -126,7 +126,7 @@ class JoinedDirectory:
         """
         accept_own(self.store, data, self._transport.peer)
         self._own = data
-        await self._visit([_Target(t.peer, t.addresses, False) for t in self._targets(frozenset())])
+        await self.refresh()
 
     def snapshot(self) -> Snapshot:
         """What is known now."""

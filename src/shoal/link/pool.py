@@ -18,7 +18,7 @@ from shoal.net.channel import Channel
 from shoal.net.tasks import TaskSet
 
 HEALTHY_S = 5.0
-"""A stream that lived this long earns a new attempt to redial."""
+"""A stream that breaks again sooner is not dialled a third time."""
 
 
 class PoolEvents(SenderEvents, Protocol):
@@ -76,23 +76,20 @@ class SenderPool:
     async def _keep_dialled(self, sender: RowSender) -> None:
         now = asyncio.get_running_loop().time
         error: ShoalError
-        may_redial = True
+        broke_at = -HEALTHY_S
         try:
-            while sender.outbounds:
-                started = now()
-                try:
-                    await sender.run(await self._dial(sender.peer))
-                except (PeerError, ProtocolError) as failure:
-                    error = failure
-                else:
+            while True:
+                if not sender.outbounds:
                     return
-                if now() - started > HEALTHY_S:
-                    may_redial = True
-                if not may_redial:
-                    break
-                may_redial = False
-            else:
-                return
+                channel = await self._dial(sender.peer)
+                try:
+                    await sender.run(channel)
+                except (PeerError, ProtocolError):
+                    if now() - broke_at < HEALTHY_S:
+                        raise
+                    broke_at = now()
+        except ShoalError as failure:
+            error = failure
         finally:
             self._dialling.discard(sender.peer)
         self._events.on_link_broken(sender.peer, error, sender.outbounds)

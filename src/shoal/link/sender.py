@@ -46,6 +46,8 @@ class RowSender:
         self._opens: dict[LinkKey, None] = {}
         self._ready: dict[LinkKey, None] = {}
         self._wake = asyncio.Event()
+        self._channel: Channel | None = None
+        self._turn = asyncio.Lock()
 
     @property
     def outbounds(self) -> list[Outbound]:
@@ -80,20 +82,22 @@ class RowSender:
         Raises:
             PeerError, ProtocolError: why it ended.
         """
-        for outbound in self._outbounds.values():
-            if not outbound.is_stale:
-                outbound.is_open = False
-                self._opens[(outbound.session, outbound.border)] = None
-        self._ready.clear()
-        self._wake.set()
-        self.is_connected = True
-        try:
-            await first_failure(self._write(channel), self._read(channel))
-        finally:
-            self.is_connected = False
+        if self._channel is not None:
+            self._channel.close()  # the peer dialled anew: the latest stream counts
+        self._channel = channel
+        async with self._turn:
             for outbound in self._outbounds.values():
-                outbound.is_open = False
-            channel.close()
+                self._opens[(outbound.session, outbound.border)] = None
+            self._ready.clear()
+            self._wake.set()
+            self.is_connected = True
+            try:
+                await first_failure(self._write(channel), self._read(channel))
+            finally:
+                self.is_connected = False
+                for outbound in self._outbounds.values():
+                    outbound.is_open = False
+                channel.close()
 
     async def _write(self, channel: Channel) -> None:
         while True:

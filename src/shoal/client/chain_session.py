@@ -1,0 +1,135 @@
+"""What a user of a session holds: steps in, rows out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from shoal.base.errors import SessionClosed
+from shoal.base.ids import PeerId, SessionId
+from shoal.client.session import Payload, Recovery, SessionState, split_chunks
+from shoal.plan.view import Stage
+from shoal.wire.messages import WANT_LAST, Fork, Want
+
+if TYPE_CHECKING:
+    from shoal.client.client import Client
+
+CHUNK_TOKENS: Final = 256
+"""Rows per prefill chunk: while one server runs a chunk, the one before runs the next.
+Also the longest that a prompt delays other sessions' tokens."""
+
+
+class ChainSession:
+    """A sequence on a chain of servers. Not for two tasks at once.
+
+    A failure of servers is repaired below `step`; the step just takes longer.
+    """
+
+    def __init__(self, client: Client, state: SessionState) -> None:
+        self._client = client
+        self._state = state
+
+    @property
+    def id(self) -> SessionId:
+        """The session's id."""
+        return self._state.id
+
+    @property
+    def length(self) -> int:
+        """Positions appended so far."""
+        return self._state.length
+
+    @property
+    def chain(self) -> tuple[Stage, ...]:
+        """Who runs which blocks now."""
+        return tuple(stage for stage in self._state.chain if len(stage.span))
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """The repairs so far."""
+        return tuple(self._state.recoveries)
+
+    @property
+    def numerics(self) -> str:
+        """`exact`, `same-class` or `crossed`: what repairs did to the numbers."""
+        return self._state.numerics
+
+    @property
+    def owner(self) -> PeerId:
+        """Our own id."""
+        return self._client.me
+
+    async def step(
+        self, payload: Payload, count: int, *, want: Want = WANT_LAST,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> bytes:  # fmt: skip
+        """Run `count` more rows through the chain; returns the rows that `want` names.
+
+        Long inputs travel as chunks of `chunk_tokens`, in a pipeline over the servers.
+
+        Raises:
+            BadInput: rows of a wrong size, or values that a server refuses.
+            SessionTooLong: a server's cache or the model's context ends here.
+            NoRouteError, PeerError: no chain could be repaired within the patience.
+            SessionClosed: the session was closed.
+        """
+        start = self.length
+        self.append(payload, count, want=want, chunk_tokens=chunk_tokens)
+        return await self.rows(start, start + count)
+
+    def append(
+        self, payload: Payload, count: int, *, want: Want = WANT_LAST,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:  # fmt: skip
+        """Send `count` more rows without waiting for the answer.
+
+        Raises:
+            BadInput: rows of a wrong size.
+        """
+        state = self._state
+        state.check_open()
+        offset = 0
+        for size, chunk_want in split_chunks(state.length, count, chunk_tokens, want):
+            if callable(payload):
+                part: Payload = payload
+            else:
+                view = memoryview(payload)
+                part = view[offset * state.row_bytes : (offset + size) * state.row_bytes]
+                if size == count:
+                    part = view
+            state.append(part, size, chunk_want)
+            offset += size
+        self._client.appended(state)
+
+    async def rows(self, start: int, end: int) -> bytes:
+        """The answers to positions [start, end), once they are all here."""
+        state = self._state
+        while state.received_length < end:
+            state.check_open()
+            state.changed.clear()
+            await state.changed.wait()
+        return state.take_rows(start, end)
+
+    def truncate(self, length: int) -> None:
+        """Forget positions >= `length`; the next step goes on from there."""
+        self._state.check_open()
+        self._state.truncate(length)
+
+    async def fork(self, length: int | None = None) -> ChainSession:
+        """A new session that begins with our first `length` positions (default: all)."""
+        state = self._state
+        state.check_open()
+        length = state.length if length is None else length
+        parent = Fork(state.id, state.log.rev, length)
+        return await self._client.open_session(
+            state.encoding, state.span, parent=parent, seed=state
+        )
+
+    def close(self) -> None:
+        """Free the session here and at its servers. Idempotent."""
+        self._client.end(self._state, SessionClosed("the session was closed"))
+
+    async def __aenter__(self) -> ChainSession:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,382 @@
+"""The client of one swarm: opens sessions, watches over the servers they use.
+
+`open_client` is the way in. A client may also be the owner of many sessions at once;
+they share the streams to each server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.base.errors import (
+    ConfigError,
+    PeerMisbehaved,
+    PeerUnreachable,
+    ProtocolError,
+    SessionClosed,
+    ShoalError,
+    error_from_code,
+)
+from shoal.base.ids import NONCE_BYTES, PeerId, SessionId, session_id, short
+from shoal.base.limits import ALIVE_MISSED_MAX, ALIVE_PERIOD_S, STALL_FACTOR, STALL_MIN_S
+from shoal.base.spans import Span
+from shoal.client.chain_session import ChainSession
+from shoal.client.experience import ExperienceBook
+from shoal.client.repair import Supervisor
+from shoal.client.routing import Followed, RouteFacts, send_route, sign_route
+from shoal.client.server_link import ServerLink
+from shoal.client.session import SessionState, Trouble
+from shoal.discovery.directory import Directory
+from shoal.link.log import rows_of
+from shoal.link.outbound import Outbound
+from shoal.link.pool import SenderPool
+from shoal.link.receiver import Answer
+from shoal.net.address import parse_address
+from shoal.net.channel import PURPOSE_ROWS_OUT, Channel, open_channel
+from shoal.net.identity import Identity
+from shoal.net.membership import SwarmPass
+from shoal.net.tasks import TaskSet
+from shoal.net.transport import Transport
+from shoal.plan.routing import Wanted
+from shoal.plan.view import Stage, SwarmView
+from shoal.wire.frames import Buffer
+from shoal.wire.messages import Alive, Broken, Close, Entry, Failed, Fork, Open, Ping, Stale
+
+logger = logging.getLogger(__name__)
+
+WINDOW_BYTES: Final = 64 << 20
+"""What a last hop may send the client unacknowledged: the client always takes rows."""
+
+TERMINAL_CODES: Final = frozenset({"too_long", "bad_input"})
+"""Failures that no other server would change, unless another server is to blame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How a client behaves."""
+
+    model: str
+    """The model's hash, as the servers' records name it."""
+    num_blocks: int
+    hidden_size: int
+    patience_s: float = 60.0
+    """How long a session waits for a chain before it fails."""
+
+
+class Client:
+    """Sessions of one owner in one swarm. Use `open_client`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        transport: Transport,
+        swarm_pass: SwarmPass,
+        directory: Directory,
+        config: ClientConfig,
+        rng: random.Random,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.me = identity.peer
+        self.experience = ExperienceBook()
+        self.rng = rng
+        self.patience_s = config.patience_s
+        self.config = config
+        self._identity = identity
+        self._transport = transport
+        self._swarm_pass = swarm_pass
+        self._directory = directory
+        self._wall_clock = wall_clock
+        self._sessions: dict[SessionId, SessionState] = {}
+        self._links: dict[PeerId, ServerLink] = {}
+        self._senders = SenderPool(self._dial_rows, self)
+        self._tasks = TaskSet(f"client {short(self.me)}")
+
+    def start(self) -> None:
+        """Start the watch over servers that owe us rows."""
+        self._tasks.spawn(self._watch(), "watch")
+
+    async def stop(self) -> None:
+        """Close all sessions and streams."""
+        for state in list(self._sessions.values()):
+            self.end(state, SessionClosed("the client was closed"))
+        await self._tasks.close()
+        await self._senders.close()
+        for link in self._links.values():
+            await link.close()
+
+    # --- sessions ----------------------------------------------------------------------
+
+    async def open_session(
+        self, encoding: str, span: Span | None = None, *, parent: Fork | None = None,
+        seed: SessionState | None = None,
+    ) -> ChainSession:  # fmt: skip
+        """A session over `span` (default: all blocks) with rows in `encoding`.
+
+        Raises:
+            NoRouteError: no chain; names the missing blocks.
+            PeerBusy, PeerError: no chain that takes us within the client's patience.
+        """
+        nonce = self.rng.randbytes(NONCE_BYTES)
+        span = span or Span(0, self.config.num_blocks)
+        state = SessionState(session_id(self.me, nonce), span, encoding, self.config.hidden_size)
+        facts = RouteFacts(
+            nonce=nonce,
+            model=self.config.model,
+            opened_ms=int(self._wall_clock() * 1000),
+            encoding=encoding,
+            parent=parent,
+        )
+        if seed is not None and parent is not None:
+            state.start_as_fork(seed, parent.rev, parent.length)
+        self._sessions[state.id] = state
+        supervisor = Supervisor(self, state, facts, Wanted(encoding=encoding))
+        try:
+            await supervisor.mend()
+        except BaseException:
+            self.end(state, SessionClosed("the session was not opened"))
+            raise
+        self._tasks.spawn(supervisor.run(), f"session {short(state.id)}")
+        return ChainSession(self, state)
+
+    def appended(self, state: SessionState) -> None:
+        """The session's log grew or was cut: its cursor has work."""
+        now_s = asyncio.get_running_loop().time()
+        state.progressed_s = max(state.progressed_s, now_s)
+        self._senders.wake(state.outbound)
+
+    def end(self, state: SessionState, error: ShoalError) -> None:
+        """Forget the session here and at its servers."""
+        if self._sessions.pop(state.id, None) is None:
+            return
+        state.fail(error)
+        state.troubled.set()
+        self.dismiss(state, state.servers)
+        for outbound in state.outbounds():
+            self._senders.detach(outbound)
+
+    # --- Swarm: what a repair needs ----------------------------------------------------
+
+    def view(self) -> SwarmView:
+        """The servers of the model that are known now."""
+        shape = (self.config.num_blocks, self.config.hidden_size)
+        return self._directory.snapshot().view(self.config.model, shape)
+
+    async def wait_for_news(self, timeout_s: float) -> None:
+        """Return when the directory changed or the time is over."""
+        version = self._directory.snapshot().version
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._directory.changed(version)
+        except TimeoutError:
+            pass
+
+    async def install(
+        self, state: SessionState, facts: RouteFacts, chain: Sequence[Stage]
+    ) -> Followed:
+        """Follow `chain` with the next epoch and make it known."""
+        epoch = state.epoch + 1
+        state.follow(chain, epoch, self.me)
+        records = {s.peer: s.record for s in self.view().servers}
+        servers = sorted(state.servers)
+        route = sign_route(
+            self._identity, facts, epoch, chain,
+            [records[peer] for peer in servers if peer in records],
+        )  # fmt: skip
+        receive_from = frozenset(
+            chain[index].peer
+            for index in range(len(chain))
+            if index + 1 == len(chain) or chain[index + 1].peer == self.me
+        )
+        followed = await send_route(route, [self.link(p) for p in servers], receive_from)
+        if state.epoch == epoch:
+            for outbound in state.outbounds():
+                self._senders.attach(outbound, dial=True)
+            self._offer_have(state)
+        return followed
+
+    async def answers(self, peer: PeerId) -> bool:
+        """Whether the peer answers now, dialling it if need be."""
+        link = self.link(peer)
+        try:
+            await link.connect(rows=False)
+            async with asyncio.timeout(ALIVE_MISSED_MAX * ALIVE_PERIOD_S):
+                await link.request(Ping)
+        except (ShoalError, TimeoutError):
+            link.drop()
+            return False
+        return True
+
+    def dismiss(self, state: SessionState, peers: Iterable[PeerId]) -> None:
+        """Tell servers to forget the session."""
+        for peer in peers:
+            if peer in self._links:
+                self._links[peer].notify(Close(state.id))
+
+    def link(self, peer: PeerId) -> ServerLink:
+        """Our streams to a server."""
+        if peer not in self._links:
+            self._links[peer] = ServerLink(peer, self._dial, self)
+        return self._links[peer]
+
+    # --- streams -----------------------------------------------------------------------
+
+    async def _dial(self, peer: PeerId, purpose: str) -> Channel:
+        found = self._directory.snapshot().find(peer)
+        error: ShoalError = PeerUnreachable(f"no record of peer {short(peer)}")
+        for text in found.record.addresses if found is not None else ():
+            try:
+                address = parse_address(text)
+                return await open_channel(self._transport, address, purpose, self._swarm_pass)
+            except (ShoalError, ConfigError) as failure:
+                error = failure
+        raise error
+
+    async def _dial_rows(self, peer: PeerId) -> Channel:
+        return await self._dial(peer, PURPOSE_ROWS_OUT)
+
+    def _offer_have(self, state: SessionState) -> None:
+        """Tell the senders whose receiver we are what we hold, without being asked."""
+        for inbound in [state.inbound, *(relay.inbound for relay in state.relays.values())]:
+            self.link(inbound.predecessor).post(inbound.have_message(WINDOW_BYTES))
+
+    # --- rows in: LinkEvents -----------------------------------------------------------
+
+    def on_open(self, peer: PeerId, message: Open) -> Answer | None:
+        """A server asks what we hold."""
+        state = self._sessions.get(SessionId(message.session))
+        inbound = None if state is None else state.receiver_at(message.border, peer)
+        if inbound is None:
+            return Stale(message.session, message.border, 0 if state is None else state.epoch)
+        if not inbound.is_from_predecessor(peer, message.epoch):
+            return inbound.stale_message()
+        return inbound.have_message(WINDOW_BYTES)
+
+    def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Answer | None:
+        """Rows came back."""
+        state = self._sessions.get(SessionId(entry.session))
+        if state is None:
+            return Stale(entry.session, entry.border, 0)
+        is_final = entry.border == state.span.end
+        num_rows = rows_of(entry.want, entry.count) if is_final else entry.count
+        if entry.payload_bytes != num_rows * state.row_bytes or entry.encoding != state.encoding:
+            self._blame(state, peer, PeerMisbehaved("rows of a wrong size or encoding"))
+            return None
+        now_s = asyncio.get_running_loop().time()
+        before = state.received_length
+        answer = state.on_entry(peer, entry, payload)
+        for relay in state.relays.values():
+            self._senders.wake(relay.outbound)
+        if state.received_length > before:
+            state.progressed_s = now_s
+            state.resync_after_s = STALL_MIN_S
+            state.finish_recovery(now_s)
+        return answer
+
+    def on_broken(self, peer: PeerId, message: Broken) -> None:
+        """A server can't reach its successor."""
+        state = self._sessions.get(SessionId(message.session))
+        if state is not None and message.epoch == state.epoch:
+            self._report(state, Trouble(links={(peer, PeerId(message.peer))}))
+
+    def on_failed(self, peer: PeerId, message: Failed) -> None:
+        """A server can't go on with a session."""
+        state = self._sessions.get(SessionId(message.session))
+        if state is None or message.epoch != state.epoch:
+            return
+        error = error_from_code(message.code, message.detail, message.retry_after_s)
+        if message.code in TERMINAL_CODES:
+            self.end(state, error)
+        elif message.code in ("lost", "closed"):
+            self._report(state, Trouble(is_out_of_step=True))
+        else:
+            self._blame(state, PeerId(message.blame) if message.blame else peer, error)
+
+    def on_server_lost(self, peer: PeerId, error: ShoalError) -> None:
+        """The streams from a server are gone."""
+        logger.info("server lost peer=%s reason=%s", short(peer), error)
+        for state in self._sessions.values():
+            if peer in state.servers:
+                self._report(state, Trouble(lost={peer}))
+
+    # --- rows out: PoolEvents ----------------------------------------------------------
+
+    def on_cursor_moved(self, outbound: Outbound) -> None:
+        """Nothing waits for this: the user's steps wait for rows."""
+
+    def on_needs_earlier(self, outbound: Outbound) -> None:
+        """Our own log is never trimmed; a relay's is not either."""
+        raise ProtocolError("a receiver asks for rows that were never there")
+
+    def on_link_broken(self, peer: PeerId, error: ShoalError, outbounds: list[Outbound]) -> None:
+        """We can't send rows to a server."""
+        for outbound in outbounds:
+            state = self._sessions.get(outbound.session)
+            if state is not None and peer in state.servers:
+                self._report(state, Trouble(lost={peer}))
+
+    # --- watching ----------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Ping servers that owe us rows; report the silent, the stuck and the standstill."""
+        while True:
+            await asyncio.sleep(ALIVE_PERIOD_S)
+            now_s = asyncio.get_running_loop().time()
+            waiting = [s for s in self._sessions.values() if s.is_waiting and not s.is_mending]
+            for peer in sorted({peer for state in waiting for peer in state.servers}):
+                link = self.link(peer)
+                if _is_silent(link, now_s) or _is_stuck(link.alive):
+                    link.drop()
+                    self.on_server_lost(peer, PeerUnreachable("silent or stuck"))
+                elif link.is_up:
+                    link.ping(now_s)
+            for state in waiting:
+                if now_s - state.progressed_s > state.resync_after_s and not state.trouble:
+                    state.resync_after_s *= 2
+                    state.progressed_s = now_s
+                    self._report(state, Trouble(is_out_of_step=True))
+
+    def _blame(self, state: SessionState, peer: PeerId, error: ShoalError) -> None:
+        logger.warning("peer at fault peer=%s session=%s reason=%s",
+                       short(peer), short(state.id), error)  # fmt: skip
+        self._report(state, Trouble(lost={peer}))
+
+    def _report(self, state: SessionState, trouble: Trouble) -> None:
+        state.report(trouble, asyncio.get_running_loop().time())
+
+
+def _is_silent(link: ServerLink, now_s: float) -> bool:
+    return link.pinged_s is not None and now_s - link.pinged_s >= ALIVE_MISSED_MAX * ALIVE_PERIOD_S
+
+
+def _is_stuck(alive: Alive | None) -> bool:
+    """The running iteration lasts far longer than the server itself expected."""
+    if alive is None:
+        return False
+    limit_s = max(STALL_MIN_S, STALL_FACTOR * alive.iteration_estimate_s)
+    return alive.iteration_s > limit_s
+
+
+@asynccontextmanager
+async def open_client(
+    identity: Identity,
+    transport: Transport,
+    swarm_pass: SwarmPass,
+    directory: Directory,
+    config: ClientConfig,
+    *,
+    rng: random.Random,
+    wall_clock: Callable[[], float],
+) -> AsyncIterator[Client]:
+    """A running client; everything it opened is closed at the end."""
+    client = Client(identity, transport, swarm_pass, directory, config, rng, wall_clock)
+    client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()

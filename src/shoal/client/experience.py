@@ -1,0 +1,61 @@
+"""What a client learned about peers by itself: trust that decays, pairs that don't meet."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shoal.base.ids import PeerId
+from shoal.plan.view import Experience
+
+FAILED_S: Final = 30.0
+"""A peer that failed is avoided this long; each further failure doubles it."""
+
+FAILED_S_MAX: Final = 600.0
+"""Never longer than this: machines get repaired."""
+
+PAIR_S: Final = 300.0
+"""How long two servers count as unable to reach each other."""
+
+
+class ExperienceBook:
+    """Failures and measurements, with the loop time at which they stop to matter."""
+
+    def __init__(self) -> None:
+        self._avoid_until_s: dict[PeerId, float] = {}
+        self._failures: dict[PeerId, int] = {}
+        self._pairs_until_s: dict[tuple[PeerId, PeerId], float] = {}
+        self._rtt_s: dict[PeerId, float] = {}
+
+    def failed(self, peer: PeerId, now_s: float) -> None:
+        """The peer is broken or gone: avoid it, longer each time."""
+        count = self._failures[peer] = self._failures.get(peer, 0) + 1
+        period_s = min(FAILED_S_MAX, FAILED_S * 2.0 ** (count - 1))
+        self._avoid_until_s[peer] = now_s + period_s
+
+    def busy(self, peer: PeerId, now_s: float, retry_after_s: float) -> None:
+        """The peer is full: avoid it until then; this costs no trust."""
+        until_s = max(self._avoid_until_s.get(peer, 0.0), now_s + retry_after_s)
+        self._avoid_until_s[peer] = until_s
+
+    def served(self, peer: PeerId) -> None:
+        """The peer did its work: what it did before is forgiven."""
+        self._failures.pop(peer, None)
+
+    def pair_failed(self, sender: PeerId, receiver: PeerId, now_s: float) -> None:
+        """Both answer us, but not each other."""
+        self._pairs_until_s[(sender, receiver)] = now_s + PAIR_S
+
+    def round_trip(self, peer: PeerId, rtt_s: float) -> None:
+        """A measured round trip; the lowest of recent ones counts."""
+        old_s = self._rtt_s.get(peer, rtt_s)
+        self._rtt_s[peer] = min(rtt_s, old_s + 0.1 * (rtt_s - old_s))
+
+    def snapshot(self, now_s: float) -> Experience:
+        """What holds now, frozen for a decision."""
+        return Experience(
+            rtt_s=dict(self._rtt_s),
+            avoid=frozenset(peer for peer, until in self._avoid_until_s.items() if until > now_s),
+            unreachable_pairs=frozenset(
+                pair for pair, until in self._pairs_until_s.items() if until > now_s
+            ),
+        )

@@ -1,0 +1,256 @@
+"""Keeping one session's chain whole: opening it, and repairing it when a part is lost.
+
+The client alone decides. A repair is a new route with a higher epoch: living hops keep
+their state, the hop before a gap streams its log to the replacement. If every server of
+the chain falls silent at once and nobody else answers either, the client's own link is
+to blame: nobody is banned, and it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Final, Protocol
+
+from shoal.base.errors import NoRouteError, PeerBusy, PeerError, ShoalError
+from shoal.base.ids import PeerId, short
+from shoal.client.experience import ExperienceBook
+from shoal.client.routing import Followed, RouteFacts
+from shoal.client.session import Recovery, SessionState, Trouble
+from shoal.plan.repair import choose_repair, with_client_links
+from shoal.plan.routing import Wanted, choose_chain
+from shoal.plan.view import Stage, SwarmView
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_S: Final = 0.1
+"""Pause before the second attempt; doubles up to BACKOFF_S_MAX."""
+
+BACKOFF_S_MAX: Final = 2.0
+
+PROBES_MAX: Final = 4
+"""Other servers asked whether they answer, before the client blames its own link."""
+
+
+class Swarm(Protocol):
+    """What a repair needs of the client."""
+
+    me: PeerId
+    experience: ExperienceBook
+    rng: random.Random
+    patience_s: float
+
+    def view(self) -> SwarmView:
+        """The servers of the model that are known now."""
+
+    async def wait_for_news(self, timeout_s: float) -> None:
+        """Return when the directory changed or the time is over."""
+
+    async def install(
+        self, state: SessionState, facts: RouteFacts, chain: Sequence[Stage]
+    ) -> Followed:
+        """Follow `chain` with the next epoch and make it known."""
+
+    async def answers(self, peer: PeerId) -> bool:
+        """Whether the peer answers now, dialling it if need be."""
+
+    def dismiss(self, state: SessionState, peers: Iterable[PeerId]) -> None:
+        """Tell servers that are no longer in the chain to forget the session."""
+
+
+class Supervisor:
+    """Opens one session's chain and mends it until the session ends."""
+
+    def __init__(
+        self, swarm: Swarm, state: SessionState, facts: RouteFacts, wanted: Wanted
+    ) -> None:
+        self._swarm = swarm
+        self._state = state
+        self._facts = facts
+        self._wanted = wanted
+
+    async def run(self) -> None:
+        """Mend whenever trouble is reported; ends when the session has failed."""
+        while self._state.failure is None:
+            await self._state.troubled.wait()
+            try:
+                await self.mend()
+            except ShoalError as error:
+                logger.warning("session failed session=%s reason=%s",
+                               short(self._state.id), error)  # fmt: skip
+                self._state.fail(error)
+
+    async def mend(self) -> None:
+        """Open the chain, or repair it.
+
+        Raises:
+            NoRouteError, PeerBusy, PeerError: not possible within the client's patience.
+        """
+        self._state.is_mending = True
+        try:
+            await self._mend()
+        finally:
+            self._state.is_mending = False
+
+    async def _mend(self) -> None:
+        state, swarm = self._state, self._swarm
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        since_s = state.trouble.since_s if state.trouble else started_s
+        deadline_s = started_s + swarm.patience_s
+        before = [stage for stage in state.chain if len(stage.span)]
+        position = state.received_length
+        lost: set[PeerId] = set()
+        backoff_s = BACKOFF_S
+        while True:
+            lost |= await self._find_lost(state.take_trouble(), lost)
+            error: ShoalError
+            try:
+                chain = self._choose(lost)
+                followed = await self._install(chain)
+                if not followed.refused and not state.trouble:
+                    break
+                lost |= self._learn(followed)
+                error = next(iter(followed.refused.values()), NoRouteError("servers keep failing"))
+            except NoRouteError as failure:
+                error = failure
+            if loop.time() + backoff_s > deadline_s:
+                raise error
+            if not state.trouble:
+                await swarm.wait_for_news(backoff_s)
+            backoff_s = min(BACKOFF_S_MAX, 2 * backoff_s)
+        after = [stage for stage in chain if len(stage.span)]
+        self._dismiss_replaced(before, after)
+        self._judge_numerics(before, after)
+        if before and lost:
+            self._record(since_s, position, before, after, followed)
+
+    async def _find_lost(self, trouble: Trouble, known: set[PeerId]) -> set[PeerId]:
+        """Who must be replaced; keeps the client's own link out of it."""
+        swarm, servers = self._swarm, self._state.servers
+        now_s = asyncio.get_running_loop().time()
+        lost = set(trouble.lost)
+        for sender, receiver in sorted(trouble.links):
+            ends = [peer for peer in (sender, receiver) if peer != swarm.me]
+            answers = await asyncio.gather(*(swarm.answers(peer) for peer in ends))
+            dead = {peer for peer, is_alive in zip(ends, answers, strict=True) if not is_alive}
+            lost |= dead
+            if not dead:
+                swarm.experience.pair_failed(sender, receiver, now_s)
+        if servers and servers <= (lost | known):
+            alive = await self._alive_among(servers)
+            if not alive and not await self._anybody_else(servers):
+                logger.warning("no server answers: our own link? session=%s",
+                               short(self._state.id))  # fmt: skip
+                return set()
+            known -= alive
+            lost -= alive
+        for peer in lost:
+            swarm.experience.failed(peer, now_s)
+        return lost
+
+    async def _alive_among(self, peers: Iterable[PeerId]) -> set[PeerId]:
+        peers = sorted(peers)
+        answers = await asyncio.gather(*(self._swarm.answers(peer) for peer in peers))
+        return {peer for peer, is_alive in zip(peers, answers, strict=True) if is_alive}
+
+    async def _anybody_else(self, servers: set[PeerId]) -> bool:
+        others = [s.peer for s in self._swarm.view().servers if s.peer not in servers]
+        others = self._swarm.rng.sample(others, min(PROBES_MAX, len(others)))
+        return bool(await self._alive_among(others))
+
+    def _choose(self, lost: set[PeerId]) -> list[Stage]:
+        state, swarm = self._state, self._swarm
+        now_s = asyncio.get_running_loop().time()
+        experience = swarm.experience.snapshot(now_s)
+        experience = replace(experience, avoid=experience.avoid | lost)
+        stages = [stage for stage in state.chain if len(stage.span)]
+        if not stages:
+            chosen = choose_chain(
+                swarm.view(), state.span, experience, swarm.rng, wanted=self._wanted
+            )
+        else:
+            gaps = frozenset(i for i, stage in enumerate(stages) if stage.peer in lost)
+            chosen = tuple(stages)
+            if gaps:
+                numerics = state.classes.get(stages[min(gaps)].peer, "")
+                chosen = choose_repair(
+                    swarm.view(), stages, gaps, experience, numerics, swarm.rng,
+                    wanted=self._wanted,
+                )  # fmt: skip
+        return with_client_links(chosen, experience, swarm.me)
+
+    async def _install(self, chain: Sequence[Stage]) -> Followed:
+        followed = await self._swarm.install(self._state, self._facts, chain)
+        if followed.refused and not self._state.length:
+            # nobody holds anything yet: choose all hops anew rather than repair
+            self._swarm.dismiss(self._state, self._state.servers)
+            self._state.chain = ()
+        return followed
+
+    def _learn(self, followed: Followed) -> set[PeerId]:
+        """Whom to avoid after a refusal, and for how long; returns who must be replaced."""
+        now_s = asyncio.get_running_loop().time()
+        for peer, error in followed.refused.items():
+            logger.info("route refused peer=%s reason=%s", short(peer), error)
+            if isinstance(error, PeerBusy):
+                self._swarm.experience.busy(peer, now_s, error.retry_after_s or BACKOFF_S_MAX)
+            elif not isinstance(error, PeerError):
+                self._swarm.experience.failed(peer, now_s)
+        return set(followed.refused)
+
+    def _dismiss_replaced(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        gone = {stage.peer for stage in before} - {stage.peer for stage in after}
+        self._swarm.dismiss(self._state, sorted(gone))
+
+    def _judge_numerics(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        """Say what the text's numbers are worth after this change (design, the promise)."""
+        state = self._state
+        servers = {server.peer: server for server in self._swarm.view().servers}
+        old = dict(state.classes)
+        for stage in after:
+            server = servers.get(stage.peer)
+            if server is None:
+                continue
+            state.classes[stage.peer] = server.numerics
+            if not server.is_exact and state.numerics == "exact":
+                state.numerics = "same-class"
+            lost_classes = {
+                old.get(stage_before.peer, "")
+                for stage_before in before
+                if stage_before.span.overlap(stage.span) and stage_before.peer != stage.peer
+            }
+            if lost_classes - {server.numerics}:
+                state.numerics = "crossed"
+
+    def _record(
+        self,
+        since_s: float,
+        position: int,
+        before: Sequence[Stage],
+        after: Sequence[Stage],
+        followed: Followed,
+    ) -> None:
+        state = self._state
+        fresh = [stage for stage in after if stage not in before]
+        held = [followed.held.get((stage.peer, stage.span.start), 0) for stage in fresh]
+        recovery = Recovery(
+            position=position,
+            lost=tuple(stage.peer for stage in before if stage not in after),
+            replacement=tuple(stage.peer for stage in fresh),
+            replayed_tokens=max((max(0, position - length) for length in held), default=0),
+            pause_s=asyncio.get_running_loop().time() - since_s,
+        )
+        logger.info(
+            "session repaired session=%s epoch=%d position=%d replayed=%d pause_s=%.3f",
+            short(state.id), state.epoch, position, recovery.replayed_tokens, recovery.pause_s,
+        )  # fmt: skip
+        state.finish_recovery()
+        if state.is_waiting:
+            state.pending_recovery = recovery
+            state.recovering_since_s = since_s
+        else:
+            state.recoveries.append(recovery)

@@ -1,0 +1,95 @@
+"""Making a route known: sign it, send it to every hop, see who follows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shoal.base.errors import ShoalError
+from shoal.base.ids import PeerId
+from shoal.client.server_link import ServerLink
+from shoal.net.identity import ROUTE, Identity
+from shoal.plan.view import Stage
+from shoal.wire.messages import Fork, Hop, Route, RouteBody, Routed, encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteFacts:
+    """What stays the same in all routes of a session."""
+
+    nonce: bytes
+    model: str
+    opened_ms: int
+    encoding: str
+    parent: Fork | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedRoute:
+    """A route's body and its owner's signature."""
+
+    body: bytes
+    signature: bytes
+    records: list[bytes]
+
+    def message(self, call: int) -> Route:
+        """The request for one hop."""
+        return Route(call, self.body, self.signature, self.records)
+
+
+def sign_route(
+    identity: Identity,
+    facts: RouteFacts,
+    epoch: int,
+    chain: Sequence[Stage],
+    records: Iterable[bytes],
+) -> SignedRoute:
+    """The signed route over `chain`."""
+    body = RouteBody(
+        owner=identity.peer,
+        nonce=facts.nonce,
+        epoch=epoch,
+        model=facts.model,
+        opened_ms=facts.opened_ms,
+        hops=[Hop(stage.peer, stage.span.start, stage.span.end, facts.encoding) for stage in chain],
+        parent=facts.parent,
+    )
+    data = encode(body)
+    return SignedRoute(body=data, signature=identity.sign(ROUTE, data), records=list(records))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """Who follows a route, with what they held, and who doesn't, and why."""
+
+    held: dict[tuple[PeerId, int], int]
+    """Positions held, by (peer, start block)."""
+    refused: dict[PeerId, ShoalError]
+
+
+async def send_route(
+    route: SignedRoute, links: Iterable[ServerLink], receive_from: frozenset[PeerId]
+) -> Followed:
+    """Send the route to all hops at once; `receive_from` are those that send us rows."""
+    links = list(links)
+
+    async def send_to(link: ServerLink) -> Routed | ShoalError:
+        try:
+            await link.connect(rows=link.peer in receive_from)
+            answer = await link.request(route.message)
+        except ShoalError as error:
+            return error
+        if not isinstance(answer, Routed):
+            return ShoalError(f"{type(answer).__name__} is no answer to a route")
+        return answer
+
+    answers = await asyncio.gather(*(send_to(link) for link in links))
+    held: dict[tuple[PeerId, int], int] = {}
+    refused: dict[PeerId, ShoalError] = {}
+    for link, answer in zip(links, answers, strict=True):
+        if isinstance(answer, ShoalError):
+            refused[link.peer] = answer
+        else:
+            held.update({(link.peer, item.start): item.length for item in answer.held})
+    return Followed(held=held, refused=refused)

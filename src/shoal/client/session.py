@@ -1,0 +1,279 @@
+"""One session: a sequence along a chain, seen from its owner.
+
+The client is the hop before the first block, with a log of what it sent, and the
+receiver behind the last. The chain may change under it at any time (`repair.py`); what
+was received stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from shoal.base.errors import BadInput, ShoalError
+from shoal.base.ids import PeerId, SessionId
+from shoal.base.limits import ENTRY_TOKENS_MAX, SESSION_TOKENS_MAX, STALL_MIN_S
+from shoal.base.spans import Span
+from shoal.client.relay import Relay
+from shoal.link.inbound import Admission, Inbound, Verdict
+from shoal.link.log import Log, LogEntry
+from shoal.link.outbound import Outbound
+from shoal.plan.view import Stage
+from shoal.wire.frames import Buffer
+from shoal.wire.messages import (
+    WANT_ALL,
+    WANT_NONE,
+    Ack,
+    Entry,
+    Fork,
+    Gap,
+    Stale,
+    Want,
+)
+from shoal.wire.tensors import row_bytes
+
+Payload = Buffer | Callable[[int, int], Buffer]
+"""Rows as bytes, or what makes rows `position`, `count` again whenever they are sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """One repair of a session's chain, as the user is told."""
+
+    position: int
+    """Rows received when it happened."""
+    lost: tuple[PeerId, ...]
+    replacement: tuple[PeerId, ...]
+    replayed_tokens: int
+    """Rows that the replacements must compute again (the most behind of them)."""
+    pause_s: float
+    """From the first sign of trouble to the next row received."""
+
+
+@dataclass(slots=True)
+class Trouble:
+    """What went wrong since the last repair."""
+
+    lost: set[PeerId] = field(default_factory=set)
+    """Peers that must be replaced."""
+    links: set[tuple[PeerId, PeerId]] = field(default_factory=set)
+    """(sender, receiver) pairs whose link broke though both may live."""
+    is_out_of_step: bool = False
+    """Nothing is lost for sure: ask everybody what they have."""
+    since_s: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.lost or self.links or self.is_out_of_step)
+
+
+class SessionState:
+    """What a session is, without I/O: logs, cursors, relays, received rows."""
+
+    def __init__(self, session: SessionId, span: Span, encoding: str, hidden_size: int) -> None:
+        self.id = session
+        self.span = span
+        self.encoding = encoding
+        self.row_bytes = row_bytes(encoding, hidden_size)
+        self.epoch = 0
+        self.chain: tuple[Stage, ...] = ()
+        """Stages in order, the client's own pass-through hops included."""
+        self.log = Log()
+        self.outbound = Outbound(session, span.start, self.log)
+        self.inbound = Inbound(session, span.end, is_final=True)
+        self.relays: dict[int, Relay] = {}
+        self.received: list[LogEntry] = []
+        self.parent: Fork | None = None
+        self.trouble = Trouble()
+        self.failure: ShoalError | None = None
+        self.recoveries: list[Recovery] = []
+        self.numerics = "exact"
+        self.progressed_s = 0.0
+        """Loop time of the last row received, or of the first one sent after a pause."""
+        self.resync_after_s = STALL_MIN_S
+        """Without progress for this long, ask everybody what they have; doubles each time."""
+        self.classes: dict[PeerId, str] = {}
+        """Numerics class of each hop's server, as its record said when it was chosen."""
+        self.pending_recovery: Recovery | None = None
+        self.recovering_since_s = 0.0
+        self.is_mending = False
+        self.changed = asyncio.Event()
+        """Rows were received, or the session failed."""
+        self.troubled = asyncio.Event()
+
+    @property
+    def servers(self) -> set[PeerId]:
+        """The peers of the chain, without ourselves."""
+        return {stage.peer for stage in self.chain if len(stage.span)}
+
+    @property
+    def length(self) -> int:
+        """Positions appended so far."""
+        return self.log.end
+
+    @property
+    def received_length(self) -> int:
+        """Positions whose answer is here."""
+        return self.inbound.have
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether rows are outstanding."""
+        return self.failure is None and self.inbound.have < self.log.end
+
+    def append(self, payload: Payload, count: int, want: Want) -> None:
+        """Log `count` more rows; the cursor sends them.
+
+        Raises:
+            BadInput: a wrong size, or too many rows at once or in all.
+        """
+        if not 1 <= count <= ENTRY_TOKENS_MAX:
+            raise BadInput(f"{count} rows at once (1 to {ENTRY_TOKENS_MAX})")
+        if self.log.end + count > SESSION_TOKENS_MAX:
+            raise BadInput(f"a session holds at most {SESSION_TOKENS_MAX} positions")
+        size = count * self.row_bytes
+        if not callable(payload) and memoryview(payload).nbytes != size:
+            raise BadInput(
+                f"{count} rows of {self.encoding} are {size} bytes, "
+                f"got {memoryview(payload).nbytes}"
+            )
+        self.log.append(
+            LogEntry(
+                position=self.log.end,
+                count=count,
+                call_count=count,
+                want=want,
+                encoding=self.encoding,
+                num_rows=count,
+                payload=payload,
+                payload_bytes=size,
+            )
+        )
+
+    def truncate(self, length: int) -> None:
+        """Forget positions >= `length`, here now and elsewhere with the next rows."""
+        if not 0 <= length <= self.log.end:
+            raise BadInput(f"can't truncate {self.log.end} positions to {length}")
+        if length == self.log.end:
+            return
+        rev = self.log.rev + 1
+        self.log.cut(rev, [(rev, length)])
+        self.outbound.on_cut()
+        self.inbound.rev = rev
+        self.inbound.lower(length)
+        kept = [entry.head(length) for entry in self.received if entry.position < length]
+        self.received = [entry for entry in kept if entry.num_rows]
+
+    def follow(self, chain: Sequence[Stage], epoch: int, me: PeerId) -> None:
+        """Take over a new chain: who our neighbours are, and where we relay."""
+        self.chain, self.epoch = tuple(chain), epoch
+        self.outbound.reroute(chain[0].peer, epoch)
+        self.inbound.reroute(chain[-1].peer, epoch)
+        relays: dict[int, Relay] = {}
+        for index, stage in enumerate(chain):
+            if stage.peer != me:
+                continue
+            border = stage.span.start
+            relay = self.relays.get(border) or Relay(self.id, border)
+            relay.reroute(chain[index - 1].peer, chain[index + 1].peer, epoch)
+            relays[border] = relay
+        self.relays = relays
+
+    def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Gap | Ack | Stale | None:
+        """Rows arrived at the end of the chain or at a relay."""
+        receiver = self._receiver(entry.border, peer)
+        if receiver is None or entry.rev > self.log.rev:
+            return Stale(self.id, entry.border, self.epoch)
+        if isinstance(receiver, Relay):
+            return receiver.on_entry(peer, entry, payload)
+        admission = receiver.admit(peer, entry, payload)
+        return self._take(admission)
+
+    def report(self, trouble: Trouble, now_s: float) -> None:
+        """Something went wrong; the supervisor looks into it."""
+        if not self.trouble:
+            self.trouble.since_s = now_s
+        self.trouble.lost |= trouble.lost
+        self.trouble.links |= trouble.links
+        self.trouble.is_out_of_step |= trouble.is_out_of_step
+        self.troubled.set()
+
+    def take_trouble(self) -> Trouble:
+        """What was reported since the last call."""
+        trouble, self.trouble = self.trouble, Trouble()
+        self.troubled.clear()
+        return trouble
+
+    def start_as_fork(self, parent: SessionState, rev: int, length: int) -> None:
+        """Begin with the parent's first `length` positions, here and in the relays."""
+        self.chain = parent.chain
+        self.classes = dict(parent.classes)
+        self.log = parent.log.fork(rev, length)
+        self.outbound = Outbound(self.id, self.span.start, self.log)
+        self.inbound.have = min(length, parent.received_length)
+        self.relays = {
+            border: Relay(self.id, border, relay.log.fork(rev, length))
+            for border, relay in parent.relays.items()
+            if relay.log.rev >= rev
+        }
+
+    def finish_recovery(self, now_s: float | None = None) -> None:
+        """A row came, or another repair began: the last repair's pause is over."""
+        recovery, self.pending_recovery = self.pending_recovery, None
+        if recovery is not None:
+            pause_s = recovery.pause_s if now_s is None else now_s - self.recovering_since_s
+            self.recoveries.append(replace(recovery, pause_s=pause_s))
+
+    def fail(self, error: ShoalError) -> None:
+        """End the session: everybody who waits gets this error."""
+        if self.failure is None:
+            self.failure = error
+        self.changed.set()
+
+    def receiver_at(self, border: int, peer: PeerId) -> Inbound | None:
+        """Who receives over this border from `peer` here."""
+        receiver = self._receiver(border, peer)
+        return receiver.inbound if isinstance(receiver, Relay) else receiver
+
+    def outbounds(self) -> list[Outbound]:
+        """All links that the client sends over."""
+        return [self.outbound, *(relay.outbound for relay in self.relays.values())]
+
+    def take_rows(self, start: int, end: int) -> bytes:
+        """The received rows of positions [start, end), as wanted; they are forgotten here."""
+        parts = [entry.data() for entry in self.received if start <= entry.position < end]
+        self.received = [entry for entry in self.received if entry.position >= end]
+        return b"".join(parts)
+
+    def _receiver(self, border: int, peer: PeerId) -> Relay | Inbound | None:
+        relay = self.relays.get(border)
+        if relay is not None and relay.inbound.predecessor == peer:
+            return relay
+        return self.inbound if border == self.span.end else None
+
+    def _take(self, admission: Admission) -> Gap | Ack | Stale | None:
+        match admission.verdict:
+            case Verdict.STALE:
+                return self.inbound.stale_message()
+            case Verdict.GAP:
+                return self.inbound.gap_message()
+            case Verdict.ACCEPTED if admission.entry is not None:
+                if admission.entry.num_rows:
+                    self.received.append(admission.entry)
+                self.changed.set()
+        return self.inbound.ack_message(self.inbound.have)
+
+    def check_open(self) -> None:
+        """Raise why the session ended, if it did."""
+        if self.failure is not None:
+            raise self.failure
+
+
+def split_chunks(start: int, count: int, chunk_tokens: int, want: Want) -> list[tuple[int, Want]]:
+    """(count, want) of each chunk of a step: only the last one answers WANT_LAST."""
+    sizes = [chunk_tokens] * (count // chunk_tokens)
+    if count % chunk_tokens:
+        sizes.append(count % chunk_tokens)
+    if want == WANT_ALL:
+        return [(size, WANT_ALL) for size in sizes]
+    return [*((size, WANT_NONE) for size in sizes[:-1]), (sizes[-1], want)]

@@ -1,0 +1,146 @@
+"""The control stream of one client: requests in, answers and bad news out.
+
+Routes and closings are worked off in order by a task of their own, since opening a
+session waits for the engine; everything else is answered at once, so that a Ping shows
+whether the server lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Final, Protocol
+
+from shoal.base.errors import InternalError, PeerBusy, ProtocolError, ShoalError
+from shoal.base.ids import PeerId, SessionId, short
+from shoal.net.channel import Channel, error_message
+from shoal.net.tasks import first_failure
+from shoal.wire.messages import (
+    Alive,
+    Close,
+    ControlMessage,
+    Error,
+    GetLoad,
+    GetRecords,
+    Load,
+    Message,
+    Ping,
+    Publish,
+    Route,
+    Routed,
+)
+
+logger = logging.getLogger(__name__)
+
+OUTBOX_MAX: Final = 4096
+"""Messages waiting for a client that doesn't read; beyond this the stream is closed."""
+
+ROUTES_WAITING_MAX: Final = 1024
+"""Routes and closings that wait for the engine, per client."""
+
+
+class ControlEvents(Protocol):
+    """Who answers."""
+
+    async def route(self, sender: PeerId, message: Route) -> Routed:
+        """Follow a route. Raises ShoalError to refuse."""
+
+    def close_session(self, sender: PeerId, session: SessionId) -> None:
+        """The owner is done with a session."""
+
+    def alive(self, call: int) -> Alive:
+        """How the engine is doing."""
+
+    def load(self, call: int) -> Load:
+        """How full the server is."""
+
+    def directory_answer(self, message: GetRecords | Publish) -> ControlMessage:
+        """Records asked for or handed over."""
+
+
+class ControlLink:
+    """One client's control stream, seen from the server."""
+
+    def __init__(self, channel: Channel, events: ControlEvents) -> None:
+        self.peer = channel.peer
+        self._channel = channel
+        self._events = events
+        self._outbox: deque[Message] = deque()
+        self._has_mail = asyncio.Event()
+        self._routes: asyncio.Queue[Route | Close] = asyncio.Queue(ROUTES_WAITING_MAX)
+
+    def post(self, message: Message) -> None:
+        """Send soon; never waits. A client that doesn't read loses the stream."""
+        if len(self._outbox) >= OUTBOX_MAX:
+            logger.warning("client does not read its control stream peer=%s", short(self.peer))
+            self._channel.close()
+            return
+        self._outbox.append(message)
+        self._has_mail.set()
+
+    async def run(self) -> None:
+        """Serve the stream until it breaks.
+
+        Raises:
+            PeerError, ProtocolError: why it ended.
+        """
+        try:
+            await first_failure(self._read(), self._write(), self._follow_routes())
+        finally:
+            self._channel.close()
+
+    async def _read(self) -> None:
+        while True:
+            message, _ = await self._channel.receive()
+            match message:
+                case Route() | Close():
+                    self._enqueue(message)
+                case Ping():
+                    self.post(self._events.alive(message.call))
+                case GetLoad():
+                    self.post(self._events.load(message.call))
+                case GetRecords() | Publish():
+                    self.post(self._answer_directory(message))
+                case _:
+                    name = type(message).__name__
+                    self.post(Error(0, ProtocolError.code, f"{name} has no place here"))
+                    raise ProtocolError(f"{name} on a control stream")
+
+    def _enqueue(self, message: Route | Close) -> None:
+        if not self._routes.full():
+            self._routes.put_nowait(message)
+        elif isinstance(message, Route):
+            busy = PeerBusy("too many routes at once", retry_after_s=1.0)
+            self.post(error_message(busy, message.call))
+
+    async def _write(self) -> None:
+        while True:
+            await self._has_mail.wait()
+            self._has_mail.clear()
+            while self._outbox:
+                await self._channel.send(self._outbox.popleft())
+
+    async def _follow_routes(self) -> None:
+        while True:
+            message = await self._routes.get()
+            match message:
+                case Close():
+                    self._events.close_session(self.peer, SessionId(message.session))
+                case Route():
+                    self.post(await self._route(message))
+
+    async def _route(self, message: Route) -> Message:
+        try:
+            return await self._events.route(self.peer, message)
+        except ShoalError as error:
+            return error_message(error, message.call)
+        except Exception as error:
+            logger.exception("route failed peer=%s", short(self.peer))
+            return error_message(InternalError(repr(error)), message.call)
+
+    def _answer_directory(self, message: GetRecords | Publish) -> Message:
+        try:
+            return self._events.directory_answer(message)
+        except ShoalError as error:
+            return error_message(error, message.call)

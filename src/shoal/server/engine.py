@@ -1,0 +1,240 @@
+"""The loop that runs blocks: choose a batch, run it, commit what succeeded.
+
+Between iterations, and only then, sessions are opened, forked, cut and closed in the
+backend (`exclusive`). A batch that fails as a whole is run again one call at a time, so
+that one bad row never costs another session anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from shoal.base.backend import BlockBackend, Call, Outcome
+from shoal.base.errors import InternalError, SessionTooLong, ShoalError
+from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
+from shoal.server.scheduler import Waiting, choose_batch
+from shoal.server.session import HopSession, SessionKey
+from shoal.server.sessions import RETURN_MARGIN_TOKENS, SessionTable
+
+logger = logging.getLogger(__name__)
+
+ROOM_POLL_S: Final = 1.0
+"""Sessions become victims by idling, which wakes nobody: who waits for room looks this often."""
+
+
+class EngineEvents(Protocol):
+    """What the server does when the engine moved a session."""
+
+    def on_output(self, hop: HopSession) -> None:
+        """The log grew."""
+
+    def on_worked_off(self, hop: HopSession) -> None:
+        """Queued rows were worked off: maybe acknowledge."""
+
+    def on_held_changed(self, hop: HopSession) -> None:
+        """The hop holds less (or may receive again): tell the predecessor."""
+
+    def on_failed(self, hop: HopSession, error: ShoalError) -> None:
+        """The session can't go on here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of one server's engine."""
+
+    budget_tokens: int = 512
+    """Rows per iteration: a prompt delays others by at most this many rows' time."""
+    run_ahead_bytes: int = RUN_AHEAD_BYTES
+    log_bytes_per_session_max: int = LOG_BYTES_PER_SESSION_MAX
+
+
+class Pace:
+    """How long iterations take, to tell a slow one from a stuck one."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[int, float]] = deque(maxlen=16)
+
+    def add(self, num_tokens: int, duration_s: float) -> None:
+        """An iteration finished."""
+        self._recent.append((num_tokens, duration_s))
+
+    def estimate_s(self, num_tokens: int) -> float:
+        """The longest that an iteration of this size should take, judged by recent ones."""
+        return max(
+            (duration * max(1.0, num_tokens / tokens) for tokens, duration in self._recent),
+            default=0.0,
+        )
+
+
+class Engine:
+    """Runs the backend for all sessions of one server."""
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        sessions: SessionTable,
+        events: EngineEvents,
+        limits: EngineLimits,
+    ) -> None:
+        self.iteration = 0
+        self.running_tokens = 0
+        self.running_since_s = 0.0
+        self.pace = Pace()
+        self._backend = backend
+        self._sessions = sessions
+        self._events = events
+        self._limits = limits
+        self._wake = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._arrivals = itertools.count()
+        self._since: dict[int, int] = {}
+
+    def wake(self) -> None:
+        """Something changed: rows came, a cursor moved, memory was freed."""
+        self._wake.set()
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        """A moment between iterations, to open or fork sessions."""
+        async with self._lock:
+            yield
+        self._wake.set()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Rows that wait, over all sessions."""
+        return sum(hop.waiting_tokens for hop in self._sessions)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            await self._wait()
+            self._wake.clear()
+            while await self._iterate():
+                pass
+
+    async def _wait(self) -> None:
+        """Until something changed; sessions that wait for memory look again by themselves."""
+        is_waiting = any(hop.wants_return or hop.queue for hop in self._sessions)
+        try:
+            async with asyncio.timeout(ROOM_POLL_S if is_waiting else None):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _iterate(self) -> bool:
+        async with self._lock:
+            self._settle()
+            batch = self._next_batch()
+            self._settle()
+            if not batch:
+                return False
+            calls = [hop.next_call() for hop in batch]
+            num_tokens = sum(call.count for call in calls)
+            now = asyncio.get_running_loop().time
+            self.running_tokens, self.running_since_s = num_tokens, now()
+            try:
+                outcomes = await self._run(batch, calls)
+            finally:
+                self.running_tokens = 0
+            self.pace.add(num_tokens, now() - self.running_since_s)
+            self.iteration += 1
+        for hop, outcome in zip(batch, outcomes, strict=True):
+            self._commit(hop, outcome)
+        return True
+
+    def _settle(self) -> None:
+        for hop in self._sessions.settle():
+            self._events.on_held_changed(hop)
+        now_s = asyncio.get_running_loop().time()
+        for hop in self._sessions.returning():
+            length = hop.parked_length + RETURN_MARGIN_TOKENS
+            ledger = self._sessions.ledger
+            length = min(length, ledger.total * ledger.page_tokens)
+            parked = self._sessions.make_room(hop, length, now_s)
+            if parked is None:
+                break  # the oldest goes first: younger ones don't slip past it
+            hop.is_parked = hop.wants_return = False
+            for other in [hop, *parked]:
+                self._events.on_held_changed(other)
+
+    def _next_batch(self) -> list[HopSession]:
+        waiting = []
+        by_key = {}
+        for hop in self._sessions:
+            if not hop.queue or hop.is_parked:
+                self._since.pop(hop.sequence, None)
+                continue
+            if hop.outbound.backlog_bytes > self._limits.run_ahead_bytes:
+                continue
+            head = hop.queue[0]
+            since = self._since.setdefault(hop.sequence, next(self._arrivals))
+            by_key[hop.key] = hop
+            waiting.append(
+                Waiting(
+                    key=hop.key,
+                    owner=hop.plan.owner,
+                    num_tokens=head.count,
+                    is_replay=head.end <= hop.log.end or len(hop.queue) > 1,
+                    since=since,
+                )
+            )
+        now_s = asyncio.get_running_loop().time()
+        batch: list[HopSession] = []
+        for key in choose_batch(waiting, budget_tokens=self._limits.budget_tokens):
+            hop = by_key[key]
+            if self._fits(hop, [other.key for other in batch], now_s):
+                self._since.pop(hop.sequence, None)
+                hop.used_s = now_s
+                batch.append(hop)
+        return [hop for hop in batch if not hop.is_parked]
+
+    def _fits(self, hop: HopSession, keep: list[SessionKey], now_s: float) -> bool:
+        if hop.is_parked or not hop.queue:
+            return False  # just now, to make room for another of this batch
+        try:
+            parked = self._sessions.make_room(hop, hop.queue[0].end, now_s, keep)
+        except SessionTooLong as error:
+            self._events.on_failed(hop, error)
+            return False
+        for victim in parked or ():
+            self._events.on_held_changed(victim)
+        return parked is not None
+
+    async def _run(self, batch: Sequence[HopSession], calls: list[Call]) -> list[Outcome]:
+        try:
+            return await self._backend.run(calls)
+        except Exception:
+            logger.warning(
+                "batch failed calls=%d; running them one by one", len(calls), exc_info=True
+            )
+        return [await self._run_alone(hop, call) for hop, call in zip(batch, calls, strict=True)]
+
+    async def _run_alone(self, hop: HopSession, call: Call) -> Outcome:
+        try:
+            length = self._backend.truncate(call.sequence, call.position)
+            if length < call.position:
+                return InternalError("the backend lost rows in a failed batch")
+            return (await self._backend.run([call]))[0]
+        except Exception as error:
+            logger.exception("call failed sequence=%d position=%d", call.sequence, call.position)
+            return error if isinstance(error, ShoalError) else InternalError(repr(error))
+
+    def _commit(self, hop: HopSession, outcome: Outcome) -> None:
+        if self._sessions.find(hop.key) is not hop:
+            return  # closed meanwhile
+        if isinstance(outcome, ShoalError):
+            self._events.on_failed(hop, outcome)
+            return
+        hop.commit(outcome)
+        if hop.log.num_bytes > self._limits.log_bytes_per_session_max:
+            hop.log.trim(min(hop.outbound.acked, (hop.log.start + hop.log.end) // 2))
+        self._events.on_output(hop)
+        self._events.on_worked_off(hop)

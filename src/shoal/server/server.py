@@ -1,0 +1,440 @@
+"""The server: takes streams in, wires sessions, links and engine together.
+
+Everything that happens to a session arrives here as an event: a route from its owner,
+rows from the predecessor, an answer from the successor, an outcome of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal.base.backend import BlockBackend
+from shoal.base.errors import (
+    BadInput,
+    PeerMisbehaved,
+    PeerUnreachable,
+    ProtocolError,
+    SessionTooLong,
+    ShoalError,
+)
+from shoal.base.ids import PeerId, SessionId, short
+from shoal.base.limits import DETAIL_CHARS_MAX, IDLE_SESSION_S, ORPHAN_GRACE_S, WINDOW_BYTES
+from shoal.link.inbound import Verdict
+from shoal.link.outbound import Outbound
+from shoal.link.pool import SenderPool
+from shoal.link.receiver import Answer, RowReceiver
+from shoal.net.address import Address
+from shoal.net.channel import (
+    PURPOSE_CONTROL,
+    PURPOSE_ROWS_OUT,
+    Channel,
+    accept_channel,
+    open_channel,
+)
+from shoal.net.membership import SwarmPass
+from shoal.net.tasks import TaskSet
+from shoal.net.transport import Stream, Transport
+from shoal.server.control import ControlLink
+from shoal.server.engine import Engine, EngineLimits
+from shoal.server.routes import read_route
+from shoal.server.session import HopPlan, HopSession
+from shoal.server.sessions import SessionTable
+from shoal.wire.frames import Buffer
+from shoal.wire.messages import (
+    Alive,
+    Broken,
+    ControlMessage,
+    Entry,
+    Failed,
+    Fork,
+    GetRecords,
+    Have,
+    Held,
+    Load,
+    Open,
+    Publish,
+    Route,
+    Routed,
+    Stale,
+)
+from shoal.wire.tensors import check_payload
+
+logger = logging.getLogger(__name__)
+
+
+class AddressBook(Protocol):
+    """What a server asks of its directory."""
+
+    def learn(self, record: bytes) -> None:
+        """Take a signed record over if it is valid and news.
+
+        Raises:
+            ShoalError: it is not valid.
+        """
+
+    def addresses(self, peer: PeerId) -> tuple[Address, ...]:
+        """Where a peer with a valid record of this swarm can be dialled."""
+
+    def answer(self, message: GetRecords | Publish) -> ControlMessage:
+        """The answer to somebody else's question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Bounds and times of one server."""
+
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    window_bytes: int = WINDOW_BYTES
+    orphan_grace_s: float = ORPHAN_GRACE_S
+    idle_session_s: float = IDLE_SESSION_S
+
+
+class Server:
+    """Serves spans of one backend to the clients of one swarm.
+
+    Use `open_server`; the constructor only stores.
+    """
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        transport: Transport,
+        swarm_pass: SwarmPass,
+        book: AddressBook,
+        config: ServerConfig,
+    ) -> None:
+        self.peer = transport.peer
+        self.sessions = SessionTable(backend, window_bytes=config.window_bytes)
+        self.engine = Engine(backend, self.sessions, self, config.engine)
+        self._backend = backend
+        self._transport = transport
+        self._swarm_pass = swarm_pass
+        self._book = book
+        self._config = config
+        self._senders = SenderPool(self._dial, self)
+        self._receivers: dict[PeerId, RowReceiver] = {}
+        self._controls: dict[PeerId, ControlLink] = {}
+        self._tasks = TaskSet(f"server {short(self.peer)}")
+
+    def start(self) -> None:
+        """Start the engine and the watch over idle sessions."""
+        self._tasks.spawn(self.engine.run(), "engine")
+        self._tasks.spawn(self._close_idle(), "idle")
+
+    async def stop(self) -> None:
+        """Stop all tasks and close all streams of ours."""
+        await self._tasks.close()
+        await self._senders.close()
+
+    # --- streams -------------------------------------------------------------------
+
+    async def serve_stream(self, stream: Stream) -> None:
+        """Serve one incoming stream (the handler for Transport.listen)."""
+        try:
+            channel, purpose = await accept_channel(stream, self._swarm_pass)
+        except ShoalError as error:
+            logger.info("stream refused peer=%s reason=%s", short(stream.peer), error)
+            return
+        try:
+            await self._serve_channel(channel, purpose)
+        except PeerUnreachable:
+            logger.debug("stream ended peer=%s purpose=%s", short(channel.peer), purpose)
+        except ProtocolError as error:
+            logger.warning("stream refused peer=%s reason=%s", short(channel.peer), error)
+            await channel.refuse(error)
+
+    async def _serve_channel(self, channel: Channel, purpose: str) -> None:
+        if purpose == PURPOSE_CONTROL:
+            await self._serve_control(channel)
+        elif purpose == PURPOSE_ROWS_OUT:
+            await self._serve_rows(channel)
+        else:
+            await self._senders.adopt(channel)
+
+    async def _serve_control(self, channel: Channel) -> None:
+        control = self._controls[channel.peer] = ControlLink(channel, self)
+        try:
+            await control.run()
+        finally:
+            if self._controls.get(channel.peer) is control:
+                del self._controls[channel.peer]
+                self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
+
+    async def _serve_rows(self, channel: Channel) -> None:
+        receiver = self._receivers[channel.peer] = RowReceiver(channel, self)
+        try:
+            await receiver.run()
+        finally:
+            if self._receivers.get(channel.peer) is receiver:
+                del self._receivers[channel.peer]
+
+    async def _dial(self, peer: PeerId) -> Channel:
+        error: ShoalError = PeerUnreachable(f"no valid record of peer {short(peer)}")
+        for address in self._book.addresses(peer):
+            try:
+                return await open_channel(
+                    self._transport, address, PURPOSE_ROWS_OUT, self._swarm_pass
+                )
+            except ShoalError as failure:
+                error = failure
+        raise error
+
+    # --- control: ControlEvents ------------------------------------------------------
+
+    async def route(self, sender: PeerId, message: Route) -> Routed:
+        """Follow a route: open, change or confirm our hops of it."""
+        plan = read_route(message, sender, self.peer, self._backend.facts)
+        for record in message.records:
+            self._book.learn(record)
+        held: list[Held] = []
+        epoch = plan.epoch
+        for hop_plan in plan.hops:
+            hop = self.sessions.find((plan.session, hop_plan.span.start))
+            if hop is None or not _is_same_work(hop.plan, hop_plan):
+                hop = await self._open_hop(hop_plan, plan.parent)
+            elif hop_plan.epoch > hop.plan.epoch:
+                hop.follow(hop_plan)
+            self._follow(hop, plan.epoch)
+            held.append(Held(hop.plan.span.start, hop.inbound.rev, hop.inbound.have))
+            epoch = max(epoch, hop.plan.epoch)
+        return Routed(message.call, plan.session, epoch, held)
+
+    async def _open_hop(self, plan: HopPlan, parent: Fork | None) -> HopSession:
+        now_s = asyncio.get_running_loop().time()
+        old = self.sessions.find((plan.session, plan.span.start))
+        async with self.engine.exclusive():
+            if old is not None:
+                self._forget(old)
+            hop = self.sessions.open(plan, parent, now_s)
+        logger.info(
+            "session opened session=%s span=%s epoch=%d held=%d",
+            short(plan.session), plan.span, plan.epoch, hop.inbound.have,
+        )  # fmt: skip
+        return hop
+
+    def _follow(self, hop: HopSession, epoch: int) -> None:
+        if hop.plan.epoch != epoch:
+            return  # an old route came late; the highest epoch stays in force
+        self._senders.attach(hop.outbound, dial=hop.plan.successor != hop.plan.owner)
+        self.on_held_changed(hop)
+        self.engine.wake()
+
+    def close_session(self, sender: PeerId, session: SessionId) -> None:
+        """The owner is done with a session."""
+        for hop in self.sessions.of_session(session):
+            if hop.plan.owner == sender:
+                self._forget(hop)
+
+    def alive(self, call: int) -> Alive:
+        """How the engine is doing."""
+        engine = self.engine
+        estimate_s = engine.pace.estimate_s(max(1, engine.running_tokens))
+        running_s = 0.0
+        if engine.running_tokens:
+            running_s = asyncio.get_running_loop().time() - engine.running_since_s
+        eta_s = running_s + engine.pace.estimate_s(max(1, engine.queued_tokens))
+        return Alive(call, engine.iteration, eta_s, running_s, estimate_s)
+
+    def load(self, call: int) -> Load:
+        """How full the server is."""
+        ledger = self.sessions.ledger
+        return Load(
+            call=call,
+            cache_tokens=ledger.total * ledger.page_tokens,
+            free_tokens=ledger.free * ledger.page_tokens,
+            sessions=len(self.sessions),
+            queued_tokens=self.engine.queued_tokens,
+            iteration_estimate_s=self.engine.pace.estimate_s(1),
+            iterations=self.engine.iteration,
+        )
+
+    def directory_answer(self, message: GetRecords | Publish) -> ControlMessage:
+        """Records asked for or handed over."""
+        return self._book.answer(message)
+
+    # --- rows in: ReceiverEvents -----------------------------------------------------
+
+    def on_open(self, peer: PeerId, message: Open) -> Answer | None:
+        """A sender asks what is held."""
+        hop = self.sessions.find((SessionId(message.session), message.border))
+        if hop is None:
+            return Stale(message.session, message.border, 0)
+        if not hop.inbound.is_from_predecessor(peer, message.epoch):
+            return hop.inbound.stale_message()
+        return _have(hop)
+
+    def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Answer | None:
+        """Rows arrived."""
+        hop = self.sessions.find((SessionId(entry.session), entry.border))
+        if hop is None:
+            return Stale(entry.session, entry.border, 0)
+        if not hop.inbound.is_from_predecessor(peer, entry.epoch):
+            return hop.inbound.stale_message()
+        hop.used_s = asyncio.get_running_loop().time()
+        if hop.is_parked:
+            hop.wants_return = True
+            self.engine.wake()
+            return None
+        if hop.queue_bytes > 4 * max(self._config.window_bytes, entry.payload_bytes):
+            return hop.inbound.gap_message()  # beyond its window: dropped, to be sent again
+        try:
+            self._check_entry(entry)
+        except ShoalError as error:
+            self._fail(hop, error, blame=peer)
+            return None
+        admission = hop.admit(peer, entry, payload)
+        if admission.cuts:
+            self._senders.wake(hop.outbound)
+        self.engine.wake()
+        match admission.verdict:
+            case Verdict.GAP:
+                return hop.inbound.gap_message()
+            case Verdict.HELD:
+                return hop.inbound.ack_message(hop.settled_length)
+            case _:
+                return None
+
+    def _check_entry(self, entry: Entry) -> None:
+        facts = self._backend.facts
+        check_payload(entry.encoding, facts.hidden_size, entry.count, entry.payload_bytes)
+        if entry.encoding not in facts.encodings:
+            raise BadInput(f"encoding {entry.encoding!r} is not served here")
+        end = entry.position + entry.count
+        if end > facts.session_tokens_max:
+            raise SessionTooLong(
+                f"position {end} is beyond the model's context of {facts.session_tokens_max}"
+            )
+
+    # --- rows out: PoolEvents --------------------------------------------------------
+
+    def on_cursor_moved(self, outbound: Outbound) -> None:
+        """Rows were sent or acknowledged: a session that ran ahead may run again."""
+        hop = self._hop_of(outbound)
+        if hop is not None and hop.queue:
+            self.engine.wake()
+
+    def on_needs_earlier(self, outbound: Outbound) -> None:
+        """The successor needs rows that our log no longer holds: make them anew."""
+        hop = self._hop_of(outbound)
+        if hop is None:
+            return
+        logger.info("log too short session=%s from=%d", short(outbound.session), outbound.cursor)
+        hop.lose_log(outbound.cursor)
+        self.on_held_changed(hop)
+        self.engine.wake()
+
+    def on_link_broken(self, peer: PeerId, error: ShoalError, outbounds: list[Outbound]) -> None:
+        """A successor can't be reached: its sessions' owners decide."""
+        logger.warning("link broken to=%s sessions=%d reason=%s",
+                       short(peer), len(outbounds), error)  # fmt: skip
+        for outbound in outbounds:
+            hop = self._hop_of(outbound)
+            if hop is not None:
+                self._tell_owner(
+                    hop,
+                    Broken(outbound.session, outbound.border, outbound.epoch, peer,
+                           error.code, error.detail[:DETAIL_CHARS_MAX]),
+                )  # fmt: skip
+
+    # --- engine: EngineEvents --------------------------------------------------------
+
+    def on_output(self, hop: HopSession) -> None:
+        """The log grew."""
+        self._senders.wake(hop.outbound)
+
+    def on_worked_off(self, hop: HopSession) -> None:
+        """Queued rows were worked off."""
+        length = hop.take_ack()
+        if length is not None:
+            self._answer(hop, hop.inbound.ack_message(length))
+
+    def on_held_changed(self, hop: HopSession) -> None:
+        """Tell the predecessor what we hold now."""
+        self._answer(hop, _have(hop))
+
+    def on_failed(self, hop: HopSession, error: ShoalError) -> None:
+        """The engine can't go on with this session; bad rows are the predecessor's."""
+        self._fail(hop, error, blame=hop.plan.predecessor if isinstance(error, BadInput) else None)
+
+    # --- ends ------------------------------------------------------------------------
+
+    def _fail(self, hop: HopSession, error: ShoalError, blame: PeerId | None) -> None:
+        if blame is not None and blame != hop.plan.owner:
+            error = PeerMisbehaved(f"{short(blame)} sent bad rows: {error.detail}")
+        logger.warning("session failed session=%s span=%s reason=%s",
+                       short(hop.plan.session), hop.plan.span, error)  # fmt: skip
+        self._tell_owner(
+            hop,
+            Failed(hop.plan.session, hop.plan.span.start, hop.plan.epoch, error.code,
+                   error.detail[:DETAIL_CHARS_MAX], error.retry_after_s, blame or b""),
+        )  # fmt: skip
+        self._forget(hop)
+
+    def _forget(self, hop: HopSession) -> None:
+        self._senders.detach(hop.outbound)
+        self.sessions.close(hop)
+        self.engine.wake()
+
+    def _tell_owner(self, hop: HopSession, message: Broken | Failed) -> None:
+        control = self._controls.get(hop.plan.owner)
+        if control is not None:
+            control.post(message)
+
+    def _answer(self, hop: HopSession, answer: Answer) -> None:
+        receiver = self._receivers.get(hop.plan.predecessor)
+        if receiver is not None:
+            receiver.post(answer)
+
+    def _hop_of(self, outbound: Outbound) -> HopSession | None:
+        hop = self.sessions.sending(outbound.session, outbound.border)
+        return hop if hop is not None and hop.outbound is outbound else None
+
+    async def _close_orphans(self, owner: PeerId) -> None:
+        await asyncio.sleep(self._config.orphan_grace_s)
+        if owner not in self._controls:
+            for hop in self.sessions.of_owner(owner):
+                self._forget(hop)
+
+    async def _close_idle(self) -> None:
+        period_s = max(1.0, self._config.idle_session_s / 10)
+        while True:
+            await asyncio.sleep(period_s)
+            limit_s = asyncio.get_running_loop().time() - self._config.idle_session_s
+            for hop in list(self.sessions):
+                if hop.used_s < limit_s:
+                    logger.info("idle session closed session=%s", short(hop.plan.session))
+                    self._forget(hop)
+
+
+def _is_same_work(one: HopPlan, other: HopPlan) -> bool:
+    return (one.span, one.encoding, one.is_last) == (other.span, other.encoding, other.is_last)
+
+
+def _have(hop: HopSession) -> Have:
+    """What the predecessor may do: a parked hop holds nothing and wants nothing yet."""
+    return hop.inbound.have_message(0 if hop.is_parked else hop.window_bytes)
+
+
+@asynccontextmanager
+async def open_server(
+    backend: BlockBackend,
+    transport: Transport,
+    swarm_pass: SwarmPass,
+    book: AddressBook,
+    config: ServerConfig | None = None,
+    on_start: Callable[[Server], None] | None = None,
+) -> AsyncIterator[Server]:
+    """A running server; give its `serve_stream` to `transport.listen`."""
+    server = Server(backend, transport, swarm_pass, book, config or ServerConfig())
+    server.start()
+    if on_start is not None:
+        on_start(server)
+    try:
+        yield server
+    finally:
+        await server.stop()

@@ -1,0 +1,207 @@
+"""All sessions of a server: opening, forking, closing, and who gives way when it is full.
+
+Victim order under pressure: sessions that have long been idle, then the youngest by
+opening time, and never one that is older than who asks. The opening time is part of the
+signed route and the same everywhere, so two servers never evict each other's sessions
+in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from shoal.base.backend import BackendFacts, BlockBackend, SequenceId
+from shoal.base.errors import PeerBusy, SessionTooLong
+from shoal.base.ids import PeerId, SessionId
+from shoal.server.pages import PageLedger
+from shoal.server.session import HopPlan, HopSession, SessionKey
+from shoal.wire.messages import Fork
+
+IDLE_VICTIM_S: Final = 30.0
+"""Idle this long, a session gives way to any other: nobody waits for its next token."""
+
+RETRY_AFTER_S: Final = 2.0
+"""When to come back to a full server: the length of a short answer."""
+
+RETURN_MARGIN_TOKENS: Final = 64
+"""An evicted session returns only when this much more than its length fits."""
+
+
+class SessionTable:
+    """The hops this server runs, and the cache they hold."""
+
+    def __init__(self, backend: BlockBackend, *, window_bytes: int) -> None:
+        self._backend = backend
+        self._window_bytes = window_bytes
+        self._hops: dict[SessionKey, HopSession] = {}
+        self._by_border: dict[SessionKey, HopSession] = {}
+        """The same hops by (session, end block)."""
+        self._doomed: list[SequenceId] = []
+        self._next_sequence = 0
+        facts = backend.facts
+        self.ledger = PageLedger(facts.cache_tokens, facts.page_tokens)
+
+    @property
+    def facts(self) -> BackendFacts:
+        """What the backend is."""
+        return self._backend.facts
+
+    def __iter__(self) -> Iterator[HopSession]:
+        return iter(self._hops.values())
+
+    def __len__(self) -> int:
+        return len(self._hops)
+
+    def find(self, key: SessionKey) -> HopSession | None:
+        """The hop's state, if there is any."""
+        return self._hops.get(key)
+
+    def sending(self, session: SessionId, border: int) -> HopSession | None:
+        """The hop that sends over this link, if it is here."""
+        return self._by_border.get((session, border))
+
+    def of_session(self, session: SessionId) -> list[HopSession]:
+        """All hops of one session here."""
+        return [hop for hop in self._hops.values() if hop.plan.session == session]
+
+    def of_owner(self, owner: PeerId) -> list[HopSession]:
+        """All hops of one client here."""
+        return [hop for hop in self._hops.values() if hop.plan.owner == owner]
+
+    def open(self, plan: HopPlan, parent: Fork | None, now_s: float) -> HopSession:
+        """A new hop, empty or forked; replaces an old one. Only while no engine iteration runs.
+
+        Raises:
+            PeerBusy: no cache page is free and nobody here is younger or idle.
+        """
+        hop = HopSession(plan, self._take_sequence(), window_bytes=self._window_bytes)
+        hop.used_s = now_s
+        if not self._fork_from(parent, hop):
+            if self.make_room(hop, 1, now_s) is None:
+                raise PeerBusy("all KV cache is in use", retry_after_s=RETRY_AFTER_S)
+            self._backend.open(hop.sequence, plan.span)
+        old = self._hops.get(hop.key)
+        if old is not None:
+            self.close(old)
+        self._hops[hop.key] = hop
+        self._by_border[(plan.session, plan.span.end)] = hop
+        return hop
+
+    def close(self, hop: HopSession) -> None:
+        """Forget the hop; its cache is freed before the next iteration."""
+        if self._hops.get(hop.key) is hop:
+            del self._hops[hop.key]
+            border = (hop.plan.session, hop.plan.span.end)
+            if self._by_border.get(border) is hop:
+                del self._by_border[border]
+            self.ledger.release(hop.sequence)
+            self._doomed.append(hop.sequence)
+
+    def settle(self) -> list[HopSession]:
+        """Make all due closings and truncations; only while no engine iteration runs.
+
+        Returns the hops that lost rows which must come again.
+        """
+        for sequence in self._doomed:
+            self._backend.close(sequence)
+        self._doomed.clear()
+        shortened: list[HopSession] = []
+        for hop in self._hops.values():
+            length = hop.due_truncation()
+            if length is None:
+                continue
+            actual = self._backend.truncate(hop.sequence, length)
+            if hop.cache_was_cut(length, actual):
+                shortened.append(hop)
+            if not hop.is_parked:
+                self.ledger.hold(hop.sequence, max(1, actual))
+        return shortened
+
+    def make_room(
+        self, hop: HopSession, length: int, now_s: float, keep: Collection[SessionKey] = ()
+    ) -> list[HopSession] | None:
+        """Let `hop` hold `length` positions, parking others (but none of `keep`) if need be.
+
+        Returns the hops that were parked, or None when it can't be done now.
+
+        Raises:
+            SessionTooLong: it would not fit even alone.
+        """
+        ledger = self.ledger
+        if ledger.pages(length) > ledger.total:
+            raise SessionTooLong(
+                f"{length} positions don't fit into this server's KV cache of "
+                f"{ledger.total * ledger.page_tokens} (see --cache-tokens)"
+            )
+        lacking = ledger.lacking(hop.sequence, length)
+        victims: list[HopSession] = []
+        for victim in self._victims(hop, now_s):
+            if lacking <= 0:
+                break
+            if victim.key not in keep:
+                victims.append(victim)
+                lacking -= ledger.held(victim.sequence)
+        if lacking > 0:
+            return None
+        for victim in victims:
+            self.park(victim)
+        if ledger.pages(length) > ledger.held(hop.sequence):
+            ledger.hold(hop.sequence, length)
+        return victims
+
+    def _victims(self, hop: HopSession, now_s: float) -> list[HopSession]:
+        others = [
+            other
+            for other in self._hops.values()
+            if other is not hop and self.ledger.held(other.sequence)
+        ]
+        idle = [
+            other for other in others if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S
+        ]
+        younger = [
+            other for other in others if other.seniority > hop.seniority and other not in idle
+        ]
+        return [
+            *sorted(idle, key=lambda other: other.used_s),
+            *sorted(younger, key=lambda other: other.seniority, reverse=True),
+        ]
+
+    def _fork_from(self, parent: Fork | None, hop: HopSession) -> bool:
+        """Start `hop` as a copy of its parent's cache and log; False when there is none."""
+        if parent is None:
+            return False
+        source = self.find((SessionId(parent.session), hop.plan.span.start))
+        if (
+            source is None
+            or source.is_parked
+            or source.inbound.rev < parent.rev
+            or source.plan.owner != hop.plan.owner
+            or (source.plan.span, source.plan.encoding) != (hop.plan.span, hop.plan.encoding)
+        ):
+            return False
+        held = min(parent.length, source.settled_length, source.log.end)
+        length = source.log.valid_length(parent.rev, held)
+        if length == 0 or self.ledger.lacking(hop.sequence, length) > 0:
+            return False
+        actual = self._backend.fork(source.sequence, hop.sequence, length)
+        self.ledger.hold(hop.sequence, max(1, actual))
+        hop.start_from(source.log.fork(parent.rev, actual))
+        return True
+
+    def park(self, hop: HopSession) -> None:
+        """Take the hop's cache away; it returns by replay when there is room."""
+        hop.parked_length = max(hop.inbound.have, hop.parked_length)
+        hop.wants_return = hop.wants_return or hop.has_work
+        hop.is_parked = True
+        hop.lose_cache(0)
+        self.ledger.release(hop.sequence)
+
+    def returning(self) -> list[HopSession]:
+        """Parked hops that have work, oldest first."""
+        waiting = [hop for hop in self._hops.values() if hop.is_parked and hop.wants_return]
+        return sorted(waiting, key=lambda hop: hop.seniority)
+
+    def _take_sequence(self) -> SequenceId:
+        self._next_sequence += 1
+        return SequenceId(self._next_sequence)

@@ -59,7 +59,7 @@ def missing_blocks(wanted: Span, held: Iterable[Span]) -> list[Span]:
     missing: list[Span] = []
     position = wanted.start
     for span in sorted(held):
-        if span.end <= position:
+        if span.end <= position or not len(span):
             continue
         if span.start >= wanted.end:
             break

@@ -74,8 +74,10 @@ class Supervisor:
 
     async def run(self) -> None:
         """Mend whenever trouble is reported; ends when the session has failed."""
-        while self._state.failure is None:
+        while True:
             await self._state.troubled.wait()
+            if self._state.failure is not None:
+                return
             try:
                 await self.mend()
             except ShoalError as error:
@@ -106,6 +108,7 @@ class Supervisor:
         lost: set[PeerId] = set()
         backoff_s = BACKOFF_S
         while True:
+            state.check_open()
             lost |= await self._find_lost(state.take_trouble(), lost)
             error: ShoalError
             try:

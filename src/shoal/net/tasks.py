@@ -16,11 +16,11 @@ class TaskSet:
     def __init__(self, name: str) -> None:
         self._name = name
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_closed = False
+        self.is_closed = False
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run `work` until it ends or the set is closed."""
-        if self._is_closed:
+        if self.is_closed:
             work.close()
             raise RuntimeError(f"{self._name} is closed")
         task = asyncio.get_running_loop().create_task(work, name=f"{self._name}/{name}")
@@ -35,7 +35,7 @@ class TaskSet:
 
     async def close(self) -> None:
         """Cancel all tasks and wait until they are gone."""
-        self._is_closed = True
+        self.is_closed = True
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

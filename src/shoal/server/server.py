@@ -163,6 +163,7 @@ class Server:
         finally:
             if self._controls.get(channel.peer) is control:
                 del self._controls[channel.peer]
+            if not self._tasks.is_closed:
                 self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
 
     async def _serve_rows(self, channel: Channel) -> None:

@@ -15,11 +15,13 @@ from shoal.base.limits import CALL_TIMEOUT_S
 from shoal.discovery.joined import ASKED_MAX, JoinConfig, JoinedDirectory
 from shoal.discovery.store import RecordStore
 from shoal.lab.clock import run_virtual
-from shoal.net.address import Address, parse_address
-from shoal.net.channel import Channel
+from shoal.net.address import Address, ListenAddress, parse_address
+from shoal.net.channel import Channel, accept_channel
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import MemoryNetwork
+from shoal.net.tcp import TcpTransport
+from shoal.net.transport import Stream
 from shoal.wire.messages import GetRecords, Records
 from tests.contracts.directory_cases import (
     PASS,
@@ -302,6 +304,28 @@ def test_close_is_idempotent_and_what_is_known_stays() -> None:
             assert counters(directory.snapshot()) == {one.identity.peer: 1}
 
     run_virtual(work())
+
+
+def test_over_tcp_with_a_deadline_for_the_whole() -> None:
+    async def work() -> None:
+        async with asyncio.timeout(30), AsyncExitStack() as stack:
+            alice, bob = TcpTransport(identity(1)), TcpTransport(identity(2))
+            stack.push_async_callback(alice.close)
+            stack.push_async_callback(bob.close)
+            store = RecordStore(SWARM)
+
+            async def serve(stream: Stream) -> None:
+                channel, _ = await accept_channel(stream, PASS)
+                await answer_from(store, channel)
+
+            listener = await alice.listen(ListenAddress("tcp", "127.0.0.1", 0), serve)
+            config = JoinConfig(swarm_pass=PASS, joins=(listener.address,))
+            directory = JoinedDirectory(bob, config, random.Random(1))
+            await stack.enter_async_context(directory)
+            await directory.publish(signed(identity(2)))
+            assert store.find(bob.peer) is not None
+
+    asyncio.run(work())
 
 
 def test_a_period_must_be_positive() -> None:

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PEER_ID_BYTES, short
 from shoal.net.identity import (
+    _WEAK_Y,
     HANDSHAKE,
     MEMBERSHIP,
     RECORD,
     ROUTE,
     SIGNATURE_BYTES,
     Identity,
+    is_weak,
     verify,
 )
 from shoal.net.keyfile import KEY_FILE_BYTES_MAX, create_key_file, read_key
@@ -48,6 +50,42 @@ def test_context_and_message_do_not_run_into_each_other() -> None:
 @given(peer=st.binary(max_size=40), signature=st.binary(max_size=70))
 def test_verify_takes_any_bytes(peer: bytes, signature: bytes) -> None:
     assert not verify(peer, ROUTE, b"message", signature)
+
+
+PRIME = 2**255 - 19
+CURVE_D = -121_665 * pow(121_666, -1, PRIME) % PRIME
+
+
+def doubled(y: int) -> int:
+    """The y coordinate of twice a point of edwards25519 (RFC 8032, section 5.1)."""
+    y2 = y * y % PRIME
+    x2 = (y2 - 1) * pow(CURVE_D * y2 + 1, -1, PRIME) % PRIME
+    return (y2 + x2) * pow(2 + x2 - y2, -1, PRIME) % PRIME
+
+
+def encodings(y: int) -> list[bytes]:
+    """All 32-byte strings for this y, canonical or not, with either sign of x."""
+    values = [value for value in (y, y + PRIME) if value < 2**255]
+    return [(value | sign << 255).to_bytes(32, "little") for value in values for sign in (0, 1)]
+
+
+def test_the_weak_keys_are_the_points_of_small_order() -> None:
+    assert len(_WEAK_Y) == 5  # orders 1, 2, 4 (two points of one y), 8 (four of two)
+    for y in _WEAK_Y:
+        assert doubled(doubled(doubled(y))) == 1
+
+
+@pytest.mark.parametrize("y", sorted(_WEAK_Y))
+def test_nobody_is_a_weak_key(y: int) -> None:
+    """For them a signature of zeros, or of the key itself, would hold for many messages."""
+    for peer in encodings(y):
+        for start in (peer, bytes(32), (1).to_bytes(32, "little")):
+            for index in range(16):
+                assert not verify(peer, ROUTE, bytes([index]), start + bytes(32))
+
+
+def test_honest_keys_are_not_weak() -> None:
+    assert not any(is_weak(Identity.from_seed(bytes([i]) * 32).peer) for i in range(50))
 
 
 def test_a_peer_id_is_the_public_key() -> None:

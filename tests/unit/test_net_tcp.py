@@ -456,6 +456,22 @@ def test_a_cancelled_dial_leaves_nothing_behind() -> None:
     gc.collect()
 
 
+def test_closing_the_transport_ends_its_dials() -> None:
+    """Whatever step a dial has reached, it fails or its stream is closed."""
+
+    async def work() -> None:
+        for steps in range(0, 40, 4):
+            async with open_pair("tcp") as pair:
+                dialling = asyncio.create_task(pair.near.dial(pair.listener.address))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                await pair.near.close()
+                with pytest.raises(PeerUnreachable):
+                    await (await dialling).receive()
+
+    run(work())
+
+
 # --- the small parts ----------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from shoal.base.ids import PeerId
-from shoal.net.identity import Identity
+from shoal.net.identity import Identity, is_weak
 
 _NOT_BEFORE: Final = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER: Final = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
@@ -47,12 +47,14 @@ def der_of(certificate: x509.Certificate) -> bytes:
 
 
 def peer_of_certificate(der: bytes) -> PeerId | None:
-    """The peer whose key a certificate holds; None if it is no Ed25519 certificate."""
+    """The peer whose key a certificate holds; None if it is no sound Ed25519 key."""
     try:
         key = x509.load_der_x509_certificate(der).public_key()
     except (ValueError, UnsupportedAlgorithm):
         return None
-    return PeerId(key.public_bytes_raw()) if isinstance(key, Ed25519PublicKey) else None
+    if not isinstance(key, Ed25519PublicKey) or is_weak(key.public_bytes_raw()):
+        return None
+    return PeerId(key.public_bytes_raw())
 
 
 def client_context() -> ssl.SSLContext:

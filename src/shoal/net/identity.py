@@ -35,6 +35,12 @@ SIGNATURE_BYTES: Final = 64
 
 _PREFIX: Final = b"shoal-signature-1"
 
+_P: Final = 2**255 - 19
+_Y8: Final = 0x5FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+_WEAK_Y: Final = frozenset({0, 1, _P - 1, _Y8, _P - _Y8})
+"""The y coordinates of the curve's eight points whose order divides 8 (_Y8 solves
+d*y^4 + 2*y^2 = 1, d being the curve's constant in RFC 8032)."""
+
 
 def _signed_bytes(context: str, message: bytes) -> bytes:
     name = context.encode("ascii")
@@ -90,8 +96,19 @@ class Identity:
         return self.key.sign(_signed_bytes(context, message))
 
 
+def is_weak(peer: bytes) -> bool:
+    """Whether a public key is one of the few for which anybody can make signatures.
+
+    Such a key has no secret; one signature in at most eight tries holds for any message.
+    """
+    y = int.from_bytes(peer, "little") & (2**255 - 1)  # the top bit is the sign of x
+    return y % _P in _WEAK_Y
+
+
 def verify(peer: bytes, context: str, message: bytes, signature: bytes) -> bool:
     """Whether `peer` signed `message` as a `context`. Never raises on a stranger's bytes."""
+    if is_weak(peer):
+        return False
     try:
         public_key = Ed25519PublicKey.from_public_bytes(peer)
         public_key.verify(signature, _signed_bytes(context, message))

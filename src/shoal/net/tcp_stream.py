@@ -111,11 +111,6 @@ class TcpStream(asyncio.Protocol):
     # --- for TcpTransport -----------------------------------------------------
 
     @property
-    def is_connected(self) -> bool:
-        """Whether the TLS handshake was done at some time."""
-        return self._transport is not None
-
-    @property
     def certificate(self) -> bytes:
         """The other side's TLS certificate (DER); empty if it showed none."""
         session = cast(ssl.SSLObject, self._connected().get_extra_info("ssl_object"))

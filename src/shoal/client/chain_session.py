@@ -34,6 +34,11 @@ class ChainSession:
         return self._state.id
 
     @property
+    def encoding(self) -> str:
+        """How its rows look as bytes."""
+        return self._state.encoding
+
+    @property
     def length(self) -> int:
         """Positions appended so far."""
         return self._state.length

@@ -30,7 +30,7 @@ class Held:
     """The frame and all behind it wait until the conditions change.
 
     That is what a stream transport makes of an interrupted path: it sends again and
-    again, and gives the stream up after `break_after_s`.
+    again, and gives the stream up after `break_after_s` (infinite: never).
     """
 
     break_after_s: float

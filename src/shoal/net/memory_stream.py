@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections import deque
 from typing import Final
 
@@ -223,7 +224,7 @@ class _Pipe:
 
     def _block(self, fate: Held) -> None:
         self._board.blocked[self] = None
-        if self._break_timer is None:
+        if self._break_timer is None and fate.break_after_s < math.inf:
             loop = asyncio.get_running_loop()
             self._break_timer = loop.call_later(
                 fate.break_after_s, self._give_up, fate.break_after_s

@@ -1,0 +1,71 @@
+"""Numerics classes: which machines give equal bits.
+
+The class of a server is its dtype and a hash over a seeded computation at the model's own
+shapes, in this process, with its libraries and threads. It doesn't depend on the span, so
+servers of different spans can be compared. Equal classes are strong evidence of equal
+bits, not proof: the probe has fewer shapes than the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Final
+
+import torch
+import transformers
+from torch.nn import functional
+
+from shoal.model.rows import torch_dtype
+
+_ROW_COUNTS: Final = (1, 5, 40)
+"""Decode, a small chunk, a larger chunk: kernels are chosen by the number of rows."""
+
+_WIDTH_MAX: Final = 2048
+"""Wider matrices are cut to this in the probe: 34 MB, some 10 ms."""
+
+_KV_TOKENS: Final = 70
+
+
+def numerics_class(config: Any, dtype: str, device: str) -> str:
+    """For example `bfloat16-5f0c1a2b3c4d5e6f`. Call it on the thread that runs the blocks."""
+    facts = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+    }
+    digest = hashlib.blake2b(digest_size=8, person=b"shoal-numerics")
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for rows in _ROW_COUNTS:
+        for result in _probe(config, torch_dtype(dtype), device, rows):
+            digest.update(result.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return f"{dtype}-{digest.hexdigest()}"
+
+
+@torch.inference_mode()
+def _probe(config: Any, dtype: torch.dtype, device: str, rows: int) -> list[torch.Tensor]:
+    """Linear layers, normalisation, gating and grouped attention on seeded values."""
+    generator = torch.Generator().manual_seed(20_26)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    hidden = min(int(config.hidden_size), _WIDTH_MAX)
+    inner = min(int(config.intermediate_size), _WIDTH_MAX)
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    x = random(rows, hidden)
+    normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    up = functional.silu(functional.linear(normed, random(inner, hidden) / hidden**0.5))
+    down = functional.linear(up, random(hidden, inner) / inner**0.5)
+    query = random(1, heads, rows, head_size)
+    key = random(1, kv_heads, rows + _KV_TOKENS, head_size)
+    value = random(1, kv_heads, rows + _KV_TOKENS, head_size)
+    seen = torch.ones(rows, rows + _KV_TOKENS, dtype=torch.bool, device=device).tril(_KV_TOKENS)
+    attended = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=None if rows == 1 else seen, enable_gqa=kv_heads != heads
+    )
+    return [normed, up, down, attended]

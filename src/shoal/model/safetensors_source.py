@@ -1,0 +1,168 @@
+"""A directory as transformers saves it: config.json, *.safetensors, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from shoal.base.errors import ModelCorrupt, ModelUnknown, ModelUnsupported
+from shoal.model.families import family_of
+from shoal.model.rows import tensor_bytes
+from shoal.model.source import PICKLE_SUFFIXES, StoredTensor, pickle_refusal
+
+_INDEX = "model.safetensors.index.json"
+
+_NOT_IDENTITY = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+)
+"""Config keys that say who saved the model or how to run it, not what it computes."""
+
+
+class SafetensorsSource:
+    """Weights in one safetensors file or several, memory-mapped and read one by one.
+
+    Raises:
+        ModelUnknown: not a model directory.
+        ModelUnsupported: pickled weights, or an architecture without support.
+        ModelCorrupt: a broken header, a file cut short, a shard or a tensor missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._config_json = _read_config_json(directory)
+        self.config = _read_config(directory)
+        family_of(self.config)
+        self._open_files: dict[Path, Any] = {}
+        self._file_of = self._locate_tensors()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """config.json without what depends on who saved it."""
+        return {k: v for k, v in self._config_json.items() if k not in _NOT_IDENTITY}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, sorted."""
+        return tuple(sorted(set(self._file_of.values())))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """From generation_config.json where it says so, else from config.json."""
+        value = getattr(self.config, "eos_token_id", None)
+        path = self._directory / "generation_config.json"
+        if path.exists():
+            value = _read_json(path).get("eos_token_id", value)
+        if value is None:
+            return ()
+        return tuple(value) if isinstance(value, list) else (int(value),)
+
+    def tensor_names(self) -> Sequence[str]:
+        """All tensors, sorted."""
+        return sorted(self._file_of)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Shape and type from the file's header."""
+        part = self._opened(self._file_of[name]).get_slice(name)
+        return StoredTensor(shape=tuple(part.get_shape()), dtype=str(part.get_dtype()))
+
+    def stored_bytes(self, name: str) -> Iterator[memoryview]:
+        """The tensor's raw bytes in one piece (mapped, not copied)."""
+        yield tensor_bytes(self.read(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype."""
+        path = self._file_of[name]
+        try:
+            tensor: torch.Tensor = self._opened(path).get_tensor(name)
+        except SafetensorError as error:
+            raise ModelCorrupt(f"{path}: cannot read {name}: {error}") from error
+        return tensor
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was saved beside the weights."""
+        try:
+            return AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelUnsupported(f"{self._directory} has no usable tokenizer: {error}") from error
+
+    def _opened(self, path: Path) -> Any:
+        opened = self._open_files.get(path)
+        if opened is None:
+            try:
+                opened = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise ModelCorrupt(f"{path} is missing: fetch the model again") from error
+            except SafetensorError as error:
+                raise ModelCorrupt(
+                    f"{path} is truncated or altered ({error}): fetch the model again"
+                ) from error
+            self._open_files[path] = opened
+        return opened
+
+    def _locate_tensors(self) -> dict[str, Path]:
+        index = self._directory / _INDEX
+        if index.exists():
+            return self._from_index(_read_json(index))
+        files = sorted(self._directory.glob("*.safetensors"))
+        if not files:
+            raise _no_weights(self._directory)
+        return {name: path for path in files for name in _names_in(self._opened(path))}
+
+    def _from_index(self, index: Mapping[str, Any]) -> dict[str, Path]:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelCorrupt(f"{self._directory / _INDEX} has no weight_map")
+        located: dict[str, Path] = {}
+        for name, file_name in weight_map.items():
+            if not isinstance(file_name, str) or Path(file_name).name != file_name:
+                raise ModelCorrupt(f"{_INDEX} points outside its directory: {file_name!r}")
+            located[name] = self._directory / file_name
+        held = {path: set(_names_in(self._opened(path))) for path in set(located.values())}
+        for name, path in located.items():
+            if name not in held[path]:
+                raise ModelCorrupt(f"{path} lacks {name}, which {_INDEX} says is in it")
+        return located
+
+
+def _names_in(opened: Any) -> list[str]:
+    return list(opened.keys())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ModelCorrupt(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelCorrupt(f"{path} is not a JSON object")
+    return value
+
+
+def _read_config_json(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.exists():
+        raise ModelUnknown(
+            f"{directory} is not a model: no config.json (MODEL is a directory with config.json "
+            "and *.safetensors, a .gguf file or a known name)"
+        )
+    return _read_json(path)
+
+
+def _read_config(directory: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelUnsupported(f"{directory}: transformers rejects config.json: {error}") from error
+
+
+def _no_weights(directory: Path) -> Exception:
+    for suffix in PICKLE_SUFFIXES:
+        for path in sorted(directory.glob(f"*{suffix}")):
+            return ModelUnsupported(pickle_refusal(path.name))
+    return ModelCorrupt(f"{directory} has a config.json but no *.safetensors: fetch it again")

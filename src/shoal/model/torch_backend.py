@@ -1,0 +1,210 @@
+"""Blocks on torch, one sequence at a time: correct for every family, no batching yet.
+
+`run` takes the calls one after the other, each in its own forward pass with its own KV
+cache, so company can't change a result. One thread owns the device; the event loop only
+waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
+from shoal.base.errors import (
+    BadInput,
+    ConfigError,
+    InternalError,
+    SessionTooLong,
+    ShoalError,
+)
+from shoal.base.spans import Span
+from shoal.model.device_thread import DeviceThread
+from shoal.model.known import Progress
+from shoal.model.kv_cache import PAGE_TOKENS, SequenceCache
+from shoal.model.numerics import numerics_class
+from shoal.model.rows import DTYPES, all_finite, encodings_for, rows_from_bytes, rows_to_bytes
+from shoal.model.source import ModelSource
+from shoal.model.span_model import SpanModel, load_span, num_blocks
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendConfig:
+    """How to run a span."""
+
+    model: str
+    """The model's name on the wire (`shoal.model.manifest.model_hash`)."""
+    dtype: str = "float32"
+    """Of weights, KV cache and computation."""
+    device: str = "cpu"
+    threads: int = 1
+    """Compute threads; one per core that is really free."""
+    cache_tokens: int = 8192
+    """Positions that fit into the KV cache, over all sequences."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {self.threads}")
+        if self.cache_tokens < PAGE_TOKENS:
+            raise ConfigError(f"cache_tokens must be at least {PAGE_TOKENS} (one page)")
+
+
+def load_backend(
+    source: ModelSource, span: Span, config: BackendConfig, progress: Progress | None = None
+) -> TorchBackend:
+    """Read the span's weights and start the device thread. Blocks; takes seconds.
+
+    Raises:
+        ConfigError: a span, dtype or device that cannot be.
+        ModelError: the weights are broken or of an unsupported kind.
+    """
+    _check_device(config.device)
+    thread = DeviceThread(config.threads)
+    try:
+        model = thread.call(
+            lambda: load_span(
+                source, span, dtype=config.dtype, device=config.device, progress=progress
+            )
+        )
+        numerics = thread.call(lambda: numerics_class(source.config, config.dtype, config.device))
+    except BaseException:
+        thread.stop()
+        raise
+    return TorchBackend(model, config, numerics, thread)
+
+
+class TorchBackend:
+    """`shoal.base.backend.BlockBackend` over transformers' blocks. Made by `load_backend`."""
+
+    def __init__(
+        self, model: SpanModel, config: BackendConfig, numerics: str, thread: DeviceThread
+    ) -> None:
+        self._model = model
+        self._device = config.device
+        self._thread = thread
+        self._sequences: dict[SequenceId, SequenceCache] = {}
+        self._facts = BackendFacts(
+            model=config.model,
+            span=model.span,
+            num_blocks=num_blocks(model.config),
+            hidden_size=int(model.config.hidden_size),
+            encodings=encodings_for(config.dtype),
+            numerics=numerics,
+            is_exact=False,
+            cache_tokens=config.cache_tokens,
+            page_tokens=PAGE_TOKENS,
+            session_tokens_max=int(model.config.max_position_embeddings),
+        )
+
+    @property
+    def facts(self) -> BackendFacts:
+        """What this backend is."""
+        return self._facts
+
+    def open(self, sequence: SequenceId, span: Span) -> None:
+        """Start an empty sequence over `span`. See the contract."""
+        if sequence in self._sequences:
+            raise InternalError(f"sequence {sequence} is open already")
+        if not len(span) or not self._facts.span.covers(span):
+            raise BadInput(f"blocks {span} are not a part of {self._facts.span}")
+        self._sequences[sequence] = SequenceCache(self._model.windows, span)
+
+    def close(self, sequence: SequenceId) -> None:
+        """Free the sequence's cache."""
+        self._sequences.pop(sequence, None)
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        """Forget positions >= `length`; any length can be reached."""
+        return self._cache(sequence).truncate(length)
+
+    def fork(self, parent: SequenceId, child: SequenceId, length: int) -> int:
+        """Open `child` as a copy of the parent's first positions."""
+        if child in self._sequences:
+            raise InternalError(f"sequence {child} is open already")
+        with torch.inference_mode():
+            cache = self._cache(parent).forked(length)
+        self._sequences[child] = cache
+        return cache.length
+
+    async def run(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Run the calls on the device thread, one by one; one outcome each, in order."""
+        sequences = {call.sequence for call in calls}
+        if len(sequences) != len(calls):
+            raise InternalError("two calls of one sequence in one run")
+        return await self._thread.run(lambda: [self._outcome(call) for call in calls])
+
+    async def aclose(self) -> None:
+        """Stop the device thread and free the memory."""
+        await self._thread.aclose()
+        self._sequences.clear()
+        del self._model
+
+    def _cache(self, sequence: SequenceId) -> SequenceCache:
+        cache = self._sequences.get(sequence)
+        if cache is None:
+            raise InternalError(f"sequence {sequence} is not open")
+        return cache
+
+    def _outcome(self, call: Call) -> Outcome:
+        """Run one call; only a success commits its rows to the cache."""
+        try:
+            return self._run_one(call)
+        except ShoalError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # one call's failure must not hurt the others
+            _log.error("call failed: sequence=%s span=%s", call.sequence, call.span, exc_info=True)
+            return InternalError(f"blocks {call.span}: {type(error).__name__}: {error}")
+
+    def _run_one(self, call: Call) -> bytes:
+        cache = self._cache(call.sequence)
+        self._check(call, cache)
+        payload_rows = rows_from_bytes(
+            call.payload, call.encoding, call.count, self._facts.hidden_size
+        )
+        rows = payload_rows.to(device=self._device, dtype=self._model.dtype)
+        if not all_finite(rows):
+            raise BadInput(f"rows {call.position} to {_last(call)} hold values that are not finite")
+        output = self._model.forward(rows, call.position, cache, call.span)
+        if not all_finite(output):
+            raise BadInput(
+                f"blocks {call.span} gave values that are not finite from rows {call.position} "
+                f"to {_last(call)} (too large for {self._facts.encodings[0]}?)"
+            )
+        result = b""
+        if call.rows_wanted:
+            result = rows_to_bytes(output[call.count - call.rows_wanted :], call.output_encoding)
+        cache.commit(call.count)
+        return result
+
+    def _check(self, call: Call, cache: SequenceCache) -> None:
+        if call.span != cache.span:
+            raise BadInput(f"blocks {call.span} of a sequence that was opened over {cache.span}")
+        if call.position != cache.length:
+            raise BadInput(f"position {call.position} after {cache.length} cached rows")
+        if not 0 <= call.rows_wanted <= call.count:
+            raise BadInput(f"{call.rows_wanted} rows wanted of {call.count}")
+        if call.output_encoding not in self._facts.encodings:
+            raise BadInput(f"unknown encoding {call.output_encoding!r}")
+        limit = self._facts.session_tokens_max
+        if call.position + call.count > limit:
+            raise SessionTooLong(f"the model ends at {limit} positions")
+
+
+def _last(call: Call) -> int:
+    return call.position + call.count - 1
+
+
+def _check_device(device: str) -> None:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r}: write cpu or cuda:0") from error
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: torch sees no CUDA device here (use cpu)")

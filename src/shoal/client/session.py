@@ -159,7 +159,6 @@ class SessionState:
         rev = self.log.rev + 1
         self.log.cut(rev, [(rev, length)])
         self.outbound.on_cut()
-        self.inbound.rev = rev
         self.inbound.lower(length)
         kept = [entry.head(length) for entry in self.received if entry.position < length]
         self.received = [entry for entry in kept if entry.num_rows]
@@ -186,8 +185,8 @@ class SessionState:
             return Stale(self.id, entry.border, self.epoch)
         if isinstance(receiver, Relay):
             return receiver.on_entry(peer, entry, payload)
-        admission = receiver.admit(peer, entry, payload)
-        return self._take(admission)
+        limit = self.log.valid_length(entry.rev, SESSION_TOKENS_MAX)
+        return self._take(receiver.admit(peer, entry, payload, limit))
 
     def report(self, trouble: Trouble, now_s: float) -> None:
         """Something went wrong; the supervisor looks into it."""

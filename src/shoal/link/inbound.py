@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass
 
 from shoal.base.ids import PeerId, SessionId
+from shoal.base.limits import SESSION_TOKENS_MAX
 from shoal.link.log import LogEntry, rows_of
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import Ack, Entry, Gap, Have, Stale
@@ -62,8 +63,14 @@ class Inbound:
         """Whether `peer` may send us rows of `epoch`."""
         return peer == self.predecessor and epoch == self.epoch
 
-    def admit(self, peer: PeerId, header: Entry, payload: Buffer) -> Admission:
-        """Judge one entry and move on accordingly."""
+    def admit(
+        self, peer: PeerId, header: Entry, payload: Buffer, limit: int = SESSION_TOKENS_MAX
+    ) -> Admission:
+        """Judge one entry and move on accordingly.
+
+        Rows from position `limit` on are not wanted: the client knows of a truncation
+        that has not travelled round the chain yet, but rows before it are still good.
+        """
         if not self.is_from_predecessor(peer, header.epoch):
             return Admission(Verdict.STALE)
         if header.rev < self.rev:
@@ -82,8 +89,11 @@ class Inbound:
         entry = _log_entry(header, num_rows, payload)
         if entry.end <= have:
             return Admission(Verdict.HELD, cuts=cuts)
+        if limit <= max(have, entry.position):
+            return Admission(Verdict.OLD, cuts=cuts)
+        entry = entry.head(limit).tail(have)
         self.have = entry.end
-        return Admission(Verdict.ACCEPTED, entry.tail(have), cuts)
+        return Admission(Verdict.ACCEPTED, entry, cuts)
 
     def have_message(self, window_bytes: int) -> Have:
         """The answer to Open."""

@@ -1,0 +1,136 @@
+"""`shoal generate`: continue a prompt through a swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from shoal.base.errors import ConfigError
+from shoal.cli.joining import SwarmChoice
+from shoal.cli.options import (
+    InviteOption,
+    JoinOption,
+    JsonOption,
+    ModelArgument,
+    SwarmOption,
+    ThreadsOption,
+)
+from shoal.cli.threads import set_threads
+
+PATIENCE_S: Final = 60.0
+"""How long to look for a chain when servers are full, load or fail."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("generate")(generate)
+
+
+def generate(
+    model: ModelArgument,
+    join: JoinOption,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text to continue.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="F", help="Read the prompt from a file, - for stdin.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Stop after this many tokens.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 always takes the likeliest token (greedy).")
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="S", help="Repeats a sampled answer (default: a new one each time)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16, for the rows sent and for embedding and head "
+            "(default: what most of the servers compute in)."
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    patience: Annotated[
+        float,
+        typer.Option(metavar="S", help="Seconds to wait for servers that are full or failing."),
+    ] = PATIENCE_S,
+    swarm: SwarmOption = None,
+    invite: InviteOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, streaming the text to stdout.
+
+    The prompt goes in as it is, without a chat template. MODEL must be the very model that
+    the servers hold: embedding and head are computed here. If a server fails, another one
+    with the same blocks takes over and the text goes on.
+
+    With --json the last line on stdout is an object: text, token_ids (new ones only),
+    prompt_tokens, time_to_first_token_s (from the start of opening the session),
+    tokens_per_s (without the first token), chain, recoveries, numerics.
+
+    \b
+    Examples:
+      shoal generate smollm2-135m-instruct --join ADDR --prompt "The sea is"
+      shoal generate smollm2-135m-instruct --join ADDR --prompt-file story.txt \\
+          --temperature 0.8 --seed 7 --max-new-tokens 200 --json
+    """
+    set_threads(threads)
+    choice = SwarmChoice.parse(join, swarm, invite)
+    text = read_prompt(prompt, prompt_file)
+    from shoal.cli.answering import GenerateSettings, answer_prompt, as_dict, summary
+    from shoal.cli.models import open_model
+    from shoal.hf.sampling import Sampler
+
+    settings = GenerateSettings(
+        swarm=choice,
+        prompt=text,
+        max_new_tokens=max_new_tokens,
+        sampler=Sampler(
+            temperature=temperature, seed=secrets.randbits(63) if seed is None else seed
+        ),
+        dtype=dtype,
+        patience_s=patience,
+    )
+    show = _discard if as_json else _print_piece
+    text, answer = asyncio.run(answer_prompt(settings, open_model(model), show))
+    if as_json:
+        print(json.dumps(as_dict(text, answer)), flush=True)
+    else:
+        print(flush=True)
+        print(summary(answer), file=sys.stderr)
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt that the two options name.
+
+    Raises:
+        ConfigError: none, both, empty, or a file that can't be read as UTF-8.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ConfigError("give either --prompt TEXT or --prompt-file F")
+    if prompt is None and prompt_file is not None:
+        try:
+            is_stdin = str(prompt_file) == "-"
+            prompt = sys.stdin.read() if is_stdin else prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"can't read the prompt from {prompt_file}: {error}") from error
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one character")
+    return prompt
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _discard(text: str) -> None:
+    """With --json the text comes at the end."""

@@ -1,0 +1,62 @@
+"""Opening a model for a command: its source, its name on the wire, its size."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.cli.logs import progress_bar
+
+if TYPE_CHECKING:
+    from shoal.model.source import ModelSource
+
+
+def cache_dir() -> Path:
+    """Where models are kept: $SHOAL_CACHE or the user's cache folder."""
+    from shoal.model.known import default_cache_dir
+
+    return default_cache_dir(os.environ)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel:
+    """A model on this machine."""
+
+    given: str
+    """As the person named it."""
+    source: ModelSource
+    name: str
+    """Its hash, which is its name on the wire."""
+    num_blocks: int
+    hidden_size: int
+
+
+def open_model(given: str) -> OpenModel:
+    """Open and hash a model; hashes are cached, so only the first time takes long.
+
+    Raises:
+        ModelError: unknown, broken or unsupported.
+    """
+    # No command downloads anything but `shoal model get`.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    from shoal.model.manifest import model_hash
+    from shoal.model.source import open_source
+    from shoal.model.span_model import num_blocks
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    source = open_source(given, cache_dir())
+    with progress_bar(is_bytes=True) as progress:
+        name = model_hash(source, cache_dir(), progress)
+    return OpenModel(
+        given=given,
+        source=source,
+        name=name,
+        num_blocks=num_blocks(source.config),
+        hidden_size=int(source.config.hidden_size),
+    )

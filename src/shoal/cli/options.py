@@ -1,0 +1,40 @@
+"""Options that several commands share, with their texts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DEFAULT_SWARM = "default"
+"""The open swarm that servers and clients are in unless told otherwise."""
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory with config.json and *.safetensors, a .gguf file, or a known name "
+        "(see: shoal model list).",
+    ),
+]
+JoinOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="ADDR",
+        help="Address of any server of the swarm, as its ready line prints it; repeat for more.",
+    ),
+]
+SwarmOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The open swarm's name (default: default).")
+]
+InviteOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="Invite into a private swarm (see: shoal swarm new)."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Compute threads (default: physical cores, or 1 if that is unknown)."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]

@@ -1,0 +1,112 @@
+"""`shoal serve`: host a span of a model's blocks until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.base.spans import parse_span
+from shoal.cli.joining import SwarmChoice
+from shoal.cli.options import InviteOption, ModelArgument, SwarmOption, ThreadsOption
+from shoal.cli.threads import set_threads
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model: ModelArgument,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Blocks A to B-1 (default: all).")
+    ] = None,
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            help="Where to listen; port 0 picks a free one. The default is for this machine "
+            "only; tcp://0.0.0.0:PORT is for everybody who can reach it.",
+        ),
+    ] = "tcp://127.0.0.1:0",
+    announce: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            help="Address to tell others if it is not the one listened on (behind a router, "
+            "or with several networks); port 0 means the same port.",
+        ),
+    ] = None,
+    join: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDR",
+            help="Address of a server of the swarm, as its ready line prints it; repeat for "
+            "more. Without it a new swarm begins.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; float32 is the quick one on CPUs.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: ThreadsOption = None,
+    cache_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Positions that the KV cache holds, over all sessions.")
+    ] = 8192,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Key file of this peer, made if it is missing (default: a new peer each time).",
+        ),
+    ] = None,
+    swarm: SwarmOption = None,
+    invite: InviteOption = None,
+) -> None:
+    """Serve a span of a model's blocks.
+
+    When it serves, one line goes to stdout:
+
+    \b
+      ready peer=<id> address=<addr> blocks=[A,B)
+
+    The address works unchanged as --join. Ctrl-C or SIGTERM stops it; sessions that run
+    here go on at other servers with the same blocks.
+
+    \b
+    Examples:
+      shoal serve smollm2-135m-instruct --blocks 0:15
+      shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
+      shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        thread_count = set_threads(threads)
+        from shoal.cli.models import open_model
+        from shoal.cli.serving import ServeSettings, serve_until_stopped
+
+        settings = ServeSettings(
+            swarm=SwarmChoice.parse(join or [], swarm, invite),
+            listen=listen,
+            announce=announce,
+            identity=identity,
+            span=None if blocks is None else parse_span(blocks),
+            dtype=dtype,
+            device=device,
+            threads=thread_count,
+            cache_tokens=cache_tokens,
+        )
+        asyncio.run(serve_until_stopped(settings, open_model(model)))
+    except KeyboardInterrupt:
+        pass  # before the event loop took the signals over; nothing to clean up yet
+    print("stopped", file=sys.stderr)
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,195 @@
+"""What `shoal serve` does: join, load, announce, serve, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import shoal
+from shoal.base.backend import BackendFacts
+from shoal.base.errors import ConfigError, PeerBusy, ShoalError
+from shoal.base.ids import peer_text
+from shoal.base.spans import Span
+from shoal.cli.joining import SwarmChoice, wall_clock
+from shoal.cli.logs import progress_bar
+from shoal.cli.models import OpenModel
+from shoal.discovery.joined import JoinConfig, JoinedDirectory
+from shoal.model.measure import measure_block_times
+from shoal.model.rows import encodings_for, torch_dtype
+from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
+from shoal.net.address import parse_listen
+from shoal.net.channel import accept_channel
+from shoal.net.identity import Identity
+from shoal.net.membership import SwarmPass
+from shoal.net.tcp import TcpTransport
+from shoal.net.transport import Stream
+from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
+from shoal.server.server import Server, open_server
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S: Final = 0.0005
+"""The event loop gets the interpreter back from the engine's thread within this."""
+
+FAREWELL_S: Final = 2.0
+"""How long a leaving server tries to hand out its tombstone."""
+
+LOADING_RETRY_S: Final = 2.0
+"""When to come back to a server that still loads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `shoal serve` was asked to do."""
+
+    swarm: SwarmChoice
+    listen: str
+    announce: str | None
+    identity: Path | None
+    span: Span | None
+    dtype: str
+    device: str
+    threads: int
+    cache_tokens: int
+
+
+async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None:
+    """Serve until SIGINT or SIGTERM; a second signal cuts the farewell short.
+
+    Raises:
+        ShoalError: it could not start, or its identity is in use elsewhere.
+    """
+    loop = asyncio.get_running_loop()
+    work = loop.create_task(_serve(settings, model), name="serve")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, work.cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        logger.info("stopped by a signal")
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+class _Door:
+    """Takes streams from the first moment; turns them away while the model loads."""
+
+    def __init__(self, swarm_pass: SwarmPass) -> None:
+        self.server: Server | None = None
+        self._swarm_pass = swarm_pass
+
+    async def serve_stream(self, stream: Stream) -> None:
+        """Serve one incoming stream."""
+        if self.server is not None:
+            await self.server.serve_stream(stream)
+            return
+        channel, _ = await accept_channel(stream, self._swarm_pass)
+        await channel.refuse(PeerBusy("still loading", retry_after_s=LOADING_RETRY_S))
+
+
+async def _serve(settings: ServeSettings, model: OpenModel) -> None:
+    facts, config = _plan(settings, model)
+    identity = _identity(settings.identity)
+    swarm_pass = settings.swarm.pass_for(identity)
+    async with AsyncExitStack() as stack:
+        transport = TcpTransport(identity)
+        stack.push_async_callback(transport.close)
+        door = _Door(swarm_pass)
+        listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
+        address = public_address(listener.address, settings.announce)
+        join = JoinConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
+        directory = await stack.enter_async_context(
+            JoinedDirectory(transport, join, random.SystemRandom())
+        )
+        announcement = Announcement(
+            swarm=swarm_pass.name,
+            boot_ms=int(wall_clock() * 1000),
+            addresses=(str(address),),
+            facts=facts,
+            version=shoal.__version__,
+        )
+        announcer = Announcer(identity, directory, announcement)
+        stack.push_async_callback(announcer.withdraw, FAREWELL_S)
+        await announcer.announce("joining")
+        backend = await _load(model, facts.span, config)
+        stack.push_async_callback(backend.aclose)
+        announcer.restate(await _measured(announcement, backend))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        door.server = await stack.enter_async_context(
+            open_server(backend, transport, swarm_pass, StoreBook(directory.store))
+        )
+        stack.push_async_callback(announcer.withdraw, FAREWELL_S)
+        await announcer.announce("online")
+        peer = peer_text(identity.peer)
+        print(f"ready peer={peer} address={address} blocks={facts.span}", flush=True)
+        await announcer.keep()
+
+
+def _plan(settings: ServeSettings, model: OpenModel) -> tuple[BackendFacts, BackendConfig]:
+    """What will be served, before it is loaded; refuses what can't be at once."""
+    span = settings.span or Span(0, model.num_blocks)
+    if span.end > model.num_blocks:
+        raise ConfigError(f"--blocks {span}: {model.given} has blocks [0,{model.num_blocks})")
+    torch_dtype(settings.dtype)
+    config = BackendConfig(
+        model=model.name,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        cache_tokens=settings.cache_tokens,
+    )
+    facts = BackendFacts(
+        model=model.name,
+        span=span,
+        num_blocks=model.num_blocks,
+        hidden_size=model.hidden_size,
+        encodings=encodings_for(settings.dtype),
+        numerics="",
+        is_exact=False,
+        cache_tokens=settings.cache_tokens,
+        page_tokens=1,
+        session_tokens_max=1,
+    )
+    return facts, config
+
+
+def _identity(path: Path | None) -> Identity:
+    return Identity.generate() if path is None else Identity.load_or_create(path)
+
+
+class _LoadStopped(ShoalError):
+    """Nobody waits for the model any more."""
+
+
+async def _load(model: OpenModel, span: Span, config: BackendConfig) -> TorchBackend:
+    """Load in a thread, so that the server can be asked and stopped meanwhile."""
+    is_stopped = False
+    with progress_bar() as show:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if is_stopped:
+                raise _LoadStopped("loading was stopped")
+            show(what, done, total)
+
+        try:
+            return await asyncio.to_thread(load_backend, model.source, span, config, progress)
+        finally:
+            is_stopped = True
+
+
+async def _measured(announcement: Announcement, backend: TorchBackend) -> Announcement:
+    times = await measure_block_times(backend)
+    return replace(
+        announcement,
+        facts=backend.facts,
+        decode_s_per_block=times.decode_s_per_block,
+        prefill_s_per_block_token=times.prefill_s_per_block_token,
+    )

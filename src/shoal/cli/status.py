@@ -1,0 +1,188 @@
+"""`shoal status`: who serves what, how full and how far away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import typer
+
+from shoal.base.errors import PeerTimeout, PeerUnreachable, ShoalError
+from shoal.base.ids import peer_text
+from shoal.base.limits import CALL_TIMEOUT_S
+from shoal.base.spans import Span, missing_blocks
+from shoal.cli.joining import SwarmChoice, Visitor, visit
+from shoal.cli.options import InviteOption, JoinOption, JsonOption, SwarmOption
+from shoal.discovery.records import Record
+from shoal.net.address import parse_address
+from shoal.net.channel import PURPOSE_CONTROL, Channel, open_channel
+from shoal.wire.messages import GetLoad, Load, Ping
+
+RTT_PINGS: Final = 5
+"""The quickest of these counts: the others met other traffic."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("status")(status)
+
+
+def status(
+    join: JoinOption,
+    swarm: SwarmOption = None,
+    invite: InviteOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show who serves what, and which blocks are missing.
+
+    Cache is counted in positions: how many are free, of how many. The round trip is
+    measured from here. A server that does not answer is shown with the reason.
+
+    \b
+    Examples:
+      shoal status --join tcp://PEERID@10.0.0.5:4001
+      shoal status --join ADDR --json
+    """
+    servers = asyncio.run(_look(SwarmChoice.parse(join, swarm, invite)))
+    models = as_dicts(servers)
+    if as_json:
+        print(json.dumps({"models": models}), flush=True)
+    else:
+        _print_tables(models)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One server as its record and its own answers describe it."""
+
+    record: Record
+    rtt_s: float | None = None
+    load: Load | None = None
+    error: str = ""
+
+
+async def _look(choice: SwarmChoice) -> list[Seen]:
+    async with visit(choice) as visitor:
+        records = [one.record for one in visitor.directory.snapshot().records]
+        return list(await asyncio.gather(*(_ask(visitor, record) for record in records)))
+
+
+async def _ask(visitor: Visitor, record: Record) -> Seen:
+    error: ShoalError = PeerUnreachable("no address")
+    for text in record.addresses:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                channel = await open_channel(
+                    visitor.transport, parse_address(text), PURPOSE_CONTROL, visitor.swarm_pass
+                )
+                try:
+                    return await _measure(channel, record)
+                finally:
+                    channel.close()
+        except TimeoutError:
+            error = PeerTimeout(f"no answer within {CALL_TIMEOUT_S:g} s")
+        except ShoalError as failure:
+            error = failure
+    return Seen(record=record, error=error.detail)
+
+
+async def _measure(channel: Channel, record: Record) -> Seen:
+    clock = asyncio.get_running_loop().time
+    rtts = []
+    for call in range(1, RTT_PINGS + 1):
+        started_s = clock()
+        await channel.send(Ping(call))
+        await channel.receive()
+        rtts.append(clock() - started_s)
+    await channel.send(GetLoad(RTT_PINGS + 1))
+    message, _ = await channel.receive()
+    load = message if isinstance(message, Load) else None
+    return Seen(record=record, rtt_s=min(rtts), load=load)
+
+
+def as_dicts(servers: Sequence[Seen]) -> list[dict[str, Any]]:
+    """Models with their servers and missing blocks, as `--json` prints them."""
+    models: dict[str, list[Seen]] = {}
+    for seen in servers:
+        models.setdefault(seen.record.model, []).append(seen)
+    return [_model_dict(name, seen) for name, seen in sorted(models.items())]
+
+
+def _model_dict(name: str, servers: Sequence[Seen]) -> dict[str, Any]:
+    num_blocks = max(seen.record.num_blocks for seen in servers)
+    held = [
+        Span(seen.record.start, seen.record.end)
+        for seen in servers
+        if not seen.error and seen.record.state != "joining"
+    ]
+    ordered = sorted(servers, key=lambda seen: (seen.record.start, seen.record.end))
+    return {
+        "model": name,
+        "num_blocks": num_blocks,
+        "hidden_size": servers[0].record.hidden_size,
+        "missing": [[span.start, span.end] for span in missing_blocks(Span(0, num_blocks), held)],
+        "servers": [_server_dict(seen) for seen in ordered],
+    }
+
+
+def _server_dict(seen: Seen) -> dict[str, Any]:
+    record, load = seen.record, seen.load
+    return {
+        "peer": peer_text(record.peer),
+        "addresses": list(record.addresses),
+        "blocks": [record.start, record.end],
+        "state": record.state,
+        "encodings": list(record.encodings),
+        "numerics": record.numerics,
+        "is_exact": record.is_exact,
+        "version": record.version,
+        "decode_s_per_block": record.decode_s_per_block,
+        "cache_tokens": record.cache_tokens if load is None else load.cache_tokens,
+        "free_tokens": None if load is None else load.free_tokens,
+        "sessions": None if load is None else load.sessions,
+        "queued_tokens": None if load is None else load.queued_tokens,
+        "rtt_s": seen.rtt_s,
+        "error": seen.error,
+    }
+
+
+def _print_tables(models: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    # A pipe has no width: rows must not be cut there.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not models:
+        console.print("no servers")
+    for model in models:
+        console.print(_table(model))
+        for start, end in model["missing"]:
+            console.print(f"missing: blocks [{start},{end})", markup=False)
+        if not model["missing"]:
+            console.print(f"all {model['num_blocks']} blocks are served")
+
+
+def _table(model: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"model {model['model']}", title_justify="left")
+    for name in ("peer", "blocks", "state", "numerics", "cache free", "sessions", "round trip"):
+        table.add_column(name)
+    for server in model["servers"]:
+        start, end = server["blocks"]
+        is_seen = not server["error"]
+        cells = (
+            server["peer"][:8],
+            f"[{start},{end})",
+            server["state"],
+            server["numerics"],
+            f"{server['free_tokens']} of {server['cache_tokens']}" if is_seen else "",
+            str(server["sessions"]) if is_seen else "",
+            f"{server['rtt_s'] * 1000:.2f} ms" if is_seen else server["error"],
+        )
+        table.add_row(*(escape(cell) for cell in cells))
+    return table

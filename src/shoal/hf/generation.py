@@ -1,0 +1,178 @@
+"""One sequence, token by token: embed, run the chain, apply the head, sample.
+
+The session's log holds token ids, not embeddings: what it sends again after a repair is
+embedded again. Head and sampler run on the caller's event loop; between tokens nothing
+else of this session has to run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from shoal.base.errors import BadInput, ConfigError
+from shoal.plan.view import Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.client.chain_session import ChainSession
+    from shoal.client.session import Recovery
+
+
+class TokenHead(Protocol):
+    """What generation needs of a model's head: see `shoal.hf.head.Head`."""
+
+    def embed(self, token_ids: Sequence[int], encoding: str) -> bytes:
+        """The rows of these tokens as bytes."""
+
+    def logits(self, rows: bytes, encoding: str) -> torch.Tensor:
+        """Logits of each row, shape (rows, vocabulary)."""
+
+
+class TokenSampler(Protocol):
+    """Chooses the next token: see `shoal.hf.sampling.Sampler`."""
+
+    def choose(self, logits: torch.Tensor, position: int) -> int:
+        """The token at `position` of the whole sequence, given its (vocabulary,) scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    at_s: float
+    """Loop time when it was chosen."""
+    is_last: bool
+    """Whether it ends the sequence: an end token, or the last one asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How long an answer took, by loop time."""
+
+    time_to_first_token_s: float
+    """From `started_s` to the first token."""
+    tokens_per_s: float
+    """Decode speed: tokens after the first, per second since the first. 0 for one token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A whole answer and how it came about."""
+
+    token_ids: tuple[int, ...]
+    """New tokens only; an end token is included."""
+    prompt_tokens: int
+    speed: Speed
+    chain: tuple[Stage, ...]
+    """At the end."""
+    recoveries: tuple[Recovery, ...]
+    numerics: str
+    """`exact`, `same-class` or `crossed`."""
+
+
+class _TokenLog:
+    """Token ids of one session by position; makes their rows when they are sent."""
+
+    def __init__(self, head: TokenHead, encoding: str, first_position: int) -> None:
+        self._head = head
+        self._encoding = encoding
+        self._first_position = first_position
+        self._ids: list[int] = []
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        self._ids.extend(token_ids)
+
+    def rows(self, position: int, count: int) -> bytes:
+        """The rows of positions [position, position + count)."""
+        start = position - self._first_position
+        return self._head.embed(self._ids[start : start + count], self._encoding)
+
+
+async def generate(
+    session: ChainSession,
+    head: TokenHead,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampler: TokenSampler,
+    eos_ids: Collection[int] = (),
+) -> AsyncIterator[Token]:
+    """New tokens after `prompt_ids`, as they come; an end token is given, then it ends.
+
+    The session is appended to where it stands and stays open; all tokens but the last
+    one are in it afterwards.
+
+    Raises:
+        BadInput: an empty prompt.
+        ConfigError: less than one new token.
+        SessionTooLong, NoRouteError, PeerError: as `ChainSession.step`.
+    """
+    if not prompt_ids:
+        raise BadInput("the prompt has no tokens; give at least one character of text")
+    if max_new_tokens < 1:
+        raise ConfigError(f"can't generate {max_new_tokens} tokens; ask for at least one")
+    clock = asyncio.get_running_loop().time
+    encoding = session.encoding
+    log = _TokenLog(head, encoding, session.length)
+    log.append(prompt_ids)
+    rows = await session.step(log.rows, len(prompt_ids))
+    for left in range(max_new_tokens - 1, -1, -1):
+        token_id = sampler.choose(head.logits(rows, encoding)[-1], session.length)
+        is_last = left == 0 or token_id in eos_ids
+        yield Token(id=token_id, at_s=clock(), is_last=is_last)
+        if is_last:
+            return
+        log.append([token_id])
+        rows = await session.step(log.rows, 1)
+
+
+def iterate(runner: asyncio.Runner, tokens: AsyncIterator[Token]) -> Iterator[Token]:
+    """The same tokens for code that is not async; the loop runs only while this waits.
+
+    A consumer that takes longer than some seconds per token should rather collect all of
+    them at once: a loop that stands still answers nobody.
+    """
+
+    async def following() -> Token | None:
+        return await anext(tokens, None)
+
+    while (token := runner.run(following())) is not None:
+        yield token
+
+
+async def collect(
+    session: ChainSession, tokens: AsyncIterator[Token], *, prompt_tokens: int, started_s: float
+) -> Answer:
+    """Everything that `generate` gives, with what it cost since `started_s` (loop time)."""
+    taken = [token async for token in tokens]
+    return summarize(session, taken, prompt_tokens=prompt_tokens, started_s=started_s)
+
+
+def summarize(
+    session: ChainSession, tokens: Sequence[Token], *, prompt_tokens: int, started_s: float
+) -> Answer:
+    """The answer that these tokens of `session` make."""
+    return Answer(
+        token_ids=tuple(token.id for token in tokens),
+        prompt_tokens=prompt_tokens,
+        speed=measure(tokens, started_s),
+        chain=session.chain,
+        recoveries=session.recoveries,
+        numerics=session.numerics,
+    )
+
+
+def measure(tokens: Sequence[Token], started_s: float) -> Speed:
+    """Time to the first token, and decode tokens per second without it."""
+    if not tokens:
+        return Speed(time_to_first_token_s=0.0, tokens_per_s=0.0)
+    decode_s = tokens[-1].at_s - tokens[0].at_s
+    return Speed(
+        time_to_first_token_s=tokens[0].at_s - started_s,
+        tokens_per_s=(len(tokens) - 1) / decode_s if decode_s > 0 else 0.0,
+    )

@@ -1,0 +1,155 @@
+"""A server and its directory: answering for it, and keeping its own record there.
+
+`StoreBook` is the server's AddressBook over a record store. `Announcer` signs what the
+server says about itself, again before it expires, and a tombstone at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from shoal.base.backend import BackendFacts
+from shoal.base.errors import ShoalError
+from shoal.base.ids import PeerId, short
+from shoal.base.limits import RECORD_TTL_S
+from shoal.discovery.exchange import answer_directory
+from shoal.discovery.records import Record, RecordState, sign_record
+from shoal.discovery.store import RecordStore
+from shoal.net.address import Address, parse_address, parse_listen
+from shoal.net.identity import Identity
+from shoal.wire.messages import ControlMessage, GetRecords, Publish
+
+logger = logging.getLogger(__name__)
+
+REPUBLISH_AFTER_S: Final = RECORD_TTL_S / 2
+"""Half a record's life: one lost publication never makes a living server vanish."""
+
+
+class StoreBook:
+    """The AddressBook of a server whose directory keeps its records in `store`."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+
+    def learn(self, record: bytes) -> None:
+        """Take a signed record over if it is valid and news; raises ShoalError if not valid."""
+        self._store.accept(record, asyncio.get_running_loop().time())
+
+    def addresses(self, peer: PeerId) -> tuple[Address, ...]:
+        """Where a peer with a valid record of this swarm can be dialled."""
+        self._store.expire(asyncio.get_running_loop().time())
+        found = self._store.find(peer)
+        if found is None:
+            return ()
+        return tuple(parse_address(text) for text in found.record.addresses)
+
+    def answer(self, message: GetRecords | Publish) -> ControlMessage:
+        """The answer to somebody else's question."""
+        return answer_directory(self._store, message, asyncio.get_running_loop().time())
+
+
+class Publisher(Protocol):
+    """What is needed of a directory."""
+
+    async def publish(self, data: bytes) -> None:
+        """Make a signed record of ours known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What a server says about itself, besides its state."""
+
+    swarm: str
+    boot_ms: int
+    """Unix time of the start; with a counter it orders this peer's records."""
+    addresses: tuple[str, ...]
+    facts: BackendFacts
+    decode_s_per_block: float = 0.0
+    """Measured; 0: not measured."""
+    prefill_s_per_block_token: float = 0.0
+    version: str = ""
+
+
+class Announcer:
+    """Keeps one server's record in a directory."""
+
+    def __init__(
+        self, identity: Identity, directory: Publisher, announcement: Announcement
+    ) -> None:
+        self._identity = identity
+        self._directory = directory
+        self._announcement = announcement
+        self._state: RecordState = "joining"
+        self._counter = 0
+
+    def restate(self, announcement: Announcement) -> None:
+        """Say this from the next record on."""
+        self._announcement = announcement
+
+    async def announce(self, state: RecordState) -> None:
+        """Publish a new record with this state.
+
+        Raises:
+            ConfigError: nobody would accept it, or this identity is in use elsewhere.
+        """
+        self._state = state
+        self._counter += 1
+        logger.info("announcing state=%s counter=%d", state, self._counter)
+        await self._directory.publish(sign_record(self._identity, self._record()))
+
+    async def keep(self) -> None:
+        """Publish again and again before the record expires, until cancelled."""
+        while True:
+            await asyncio.sleep(REPUBLISH_AFTER_S)
+            await self.announce(self._state)
+
+    async def withdraw(self, timeout_s: float) -> None:
+        """Publish a tombstone to whoever can be reached in time. Never raises for peers."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.announce("offline")
+        except (TimeoutError, ShoalError) as error:
+            logger.info("tombstone not delivered peer=%s reason=%r",
+                        short(self._identity.peer), error)  # fmt: skip
+
+    def _record(self) -> Record:
+        said, facts = self._announcement, self._announcement.facts
+        return Record(
+            peer=self._identity.peer,
+            swarm=said.swarm,
+            boot_ms=said.boot_ms,
+            counter=self._counter,
+            ttl_s=RECORD_TTL_S,
+            state=self._state,
+            addresses=list(said.addresses),
+            model=facts.model,
+            num_blocks=facts.num_blocks,
+            hidden_size=facts.hidden_size,
+            start=facts.span.start,
+            end=facts.span.end,
+            numerics=facts.numerics,
+            is_exact=facts.is_exact,
+            encodings=list(facts.encodings),
+            cache_tokens=facts.cache_tokens,
+            decode_s_per_block=said.decode_s_per_block,
+            prefill_s_per_block_token=said.prefill_s_per_block_token,
+            version=said.version,
+            session_tokens_max=facts.session_tokens_max,
+        )
+
+
+def public_address(listening: Address, announced: str | None) -> Address:
+    """The address to announce: `announced` (tcp://HOST:PORT) if given, else our own.
+
+    Port 0 stands for the port we listen on.
+
+    Raises:
+        ConfigError: malformed.
+    """
+    if announced is None:
+        return listening
+    where = parse_listen(announced)
+    return Address(where.scheme, listening.peer, where.host, where.port or listening.port)

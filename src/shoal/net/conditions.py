@@ -18,7 +18,7 @@ class FrameFate:
 
     arrivals_s: tuple[float, ...] = (0.0,)
     """Delays after which copies of it arrive; none: it is lost. The first copy keeps its
-    place in the stream, the others come when they come."""
+    place in the stream; the others come as much later as their delays are longer."""
     corrupt_byte: int | None = None
     """Index (modulo the frame's size) of a byte to flip."""
     is_reset: bool = False

@@ -253,11 +253,12 @@ class _Pipe:
             return
         elif fate.corrupt_byte is not None:
             parcel = _Parcel(_corrupted(parcel.data, fate.corrupt_byte))
-        self._last_arrival_s = max(self._last_arrival_s, now_s + delays_s[0])
-        heapq.heappush(self._flying, (self._last_arrival_s, next(self._numbers), parcel))
+        arrival_s = self._last_arrival_s = max(self._last_arrival_s, now_s + delays_s[0])
+        heapq.heappush(self._flying, (arrival_s, next(self._numbers), parcel))
         for delay_s in delays_s[1:]:
             copy = _Parcel(parcel.data, is_copy=True)
-            heapq.heappush(self._flying, (now_s + delay_s, next(self._numbers), copy))
+            copy_arrival_s = arrival_s + max(0.0, delay_s - delays_s[0])
+            heapq.heappush(self._flying, (copy_arrival_s, next(self._numbers), copy))
         self._schedule(now_s)
 
     def _schedule(self, now_s: float) -> None:

@@ -1,0 +1,370 @@
+"""Random schedules of faults against a small swarm; every answer must still be right.
+
+A `Plan` is drawn from a seed and holds everything: servers, links, scripts and faults at
+their times. All faults end before `heal_s`, and every block keeps a server that returns,
+so every session must finish with the right rows. A plan that fails is shrunk: faults
+and scripts are taken away as long as it still fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span
+from shoal.client.client import Client
+from shoal.lab.clock import run_virtual
+from shoal.lab.invariants import check_contents, check_end, check_step
+from shoal.lab.network import LinkConditions, SimulatedNetwork
+from shoal.lab.script import Act, Reference, ScriptRunner, draw_script
+from shoal.lab.swarm import ServerSpec, SimulatedServer, SimulatedSwarm
+from shoal.server.engine import EngineLimits
+from shoal.server.server import ServerConfig
+
+FaultKind = Literal[
+    "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole", "partition",
+    "client_offline", "no_dialing", "bad_batch", "evict",
+]  # fmt: skip
+
+HEAL_S: Final = 20.0
+"""Virtual time at which every fault has ended."""
+
+LIMIT_S: Final = 400.0
+"""Virtual time within which every session must have finished."""
+
+SETTLE_S: Final = 30.0
+"""After the last session: longer than every grace period."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One fault: `kind` at `at_s` for `lasts_s`, at server `target` (towards `other`)."""
+
+    kind: FaultKind
+    at_s: float
+    lasts_s: float
+    target: int
+    other: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.at_s:6.2f} s  {self.kind} server {self.target} (other {self.other}) "
+            f"for {self.lasts_s:.2f} s"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserPlan:
+    """One simulated user: on which client, when, and what."""
+
+    client: int
+    at_s: float
+    seed: int
+    script: tuple[Act, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosPlan:
+    """Everything that happens in one run."""
+
+    seed: int
+    num_blocks: int
+    servers: tuple[ServerSpec, ...]
+    link: LinkConditions
+    window_bytes: int
+    run_ahead_bytes: int
+    budget_tokens: int
+    users: tuple[UserPlan, ...]
+    faults: tuple[Fault, ...]
+
+    def __str__(self) -> str:
+        servers = ", ".join(f"{s.name}{s.span}" for s in self.servers)
+        lines = [f"seed {self.seed}: {self.num_blocks} blocks, {servers}", f"  {self.link}"]
+        lines.append(
+            f"  window {self.window_bytes} B, run ahead {self.run_ahead_bytes} B, "
+            f"budget {self.budget_tokens} tokens"
+        )
+        lines += [
+            f"  user at {user.at_s:.2f} s: "
+            + ", ".join(f"{act.kind} {act.count}" for act in user.script)
+            for user in self.users
+        ]
+        return "\n".join([*lines, *(f"  {fault}" for fault in self.faults)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosResult:
+    """What came of one run that went well."""
+
+    checked_rows: int
+    recoveries: int
+    virtual_s: float
+
+
+def draw_plan(seed: int) -> ChaosPlan:
+    """The plan of a seed."""
+    rng = random.Random(seed)
+    num_blocks = rng.randint(2, 6)
+    servers = tuple(_draw_servers(rng, num_blocks))
+    return ChaosPlan(
+        seed=seed,
+        num_blocks=num_blocks,
+        servers=servers,
+        link=_draw_link(rng),
+        window_bytes=rng.choice((1, 100, 1000, 1 << 20)),
+        run_ahead_bytes=rng.choice((1, 1000, 1 << 20)),
+        budget_tokens=rng.choice((1, 16, 512)),
+        users=tuple(
+            UserPlan(
+                client=rng.randrange(2),
+                at_s=rng.uniform(0, 2),
+                seed=rng.randrange(1 << 30),
+                script=draw_script(rng),
+            )
+            for _ in range(rng.randint(1, 4))
+        ),
+        faults=tuple(
+            sorted(
+                (_draw_fault(rng, len(servers)) for _ in range(rng.randint(1, 8))),
+                key=lambda fault: fault.at_s,
+            )
+        ),
+    )
+
+
+def _draw_servers(rng: random.Random, num_blocks: int) -> Iterator[ServerSpec]:
+    """Two to three complete chains, each cut differently."""
+    cache_tokens = rng.choice((192, 512, 1 << 14))
+    for chain in range(rng.randint(2, 3)):
+        num_cuts = rng.randint(0, min(2, num_blocks - 1))
+        borders = [0, *sorted(rng.sample(range(1, num_blocks), num_cuts)), num_blocks]
+        for index in range(len(borders) - 1):
+            yield ServerSpec(
+                name=f"s{chain}{index}",
+                span=Span(borders[index], borders[index + 1]),
+                cache_tokens=cache_tokens,
+                iteration_s=rng.choice((0.0, 0.002, 0.02)),
+                coarse_truncate=rng.choice((1, 1, 4)),
+            )
+
+
+def _draw_link(rng: random.Random) -> LinkConditions:
+    return LinkConditions(
+        delay_s=rng.choice((0.0, 0.005, 0.05)),
+        rate_bytes_per_s=rng.choice((1e5, 1e9)),
+        jitter_s=rng.choice((0.0, 0.02)),
+        loss=rng.choice((0.0, 0.01)),
+        drop=rng.choice((0.0, 0.0, 0.0, 0.005)),
+        duplicate=rng.choice((0.0, 0.0, 0.02)),
+        reset=rng.choice((0.0, 0.0, 0.003)),
+    )
+
+
+def _draw_fault(rng: random.Random, num_servers: int) -> Fault:
+    kinds: tuple[FaultKind, ...] = (
+        "crash", "crash", "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole",
+        "partition", "client_offline", "no_dialing", "bad_batch", "evict",
+    )  # fmt: skip
+    at_s = rng.uniform(0, 6)
+    return Fault(
+        kind=rng.choice(kinds),
+        at_s=at_s,
+        lasts_s=rng.uniform(0.01, HEAL_S - at_s),
+        target=rng.randrange(num_servers),
+        other=rng.randrange(num_servers),
+    )
+
+
+def run_plan(plan: ChaosPlan) -> ChaosResult:
+    """Play the plan on virtual time.
+
+    Raises:
+        WrongText, BrokenInvariant, ShoalError, Deadlock, Livelock, VirtualTimeout: what
+            went wrong.
+    """
+    return run_virtual(lambda: _Run(plan).run(), timeout_s=10 * LIMIT_S)
+
+
+class _Run:
+    def __init__(self, plan: ChaosPlan) -> None:
+        self._plan = plan
+        self._rng = random.Random(plan.seed + 1)
+        self._network = SimulatedNetwork(self._rng, default=plan.link, break_after_s=5.0)
+        self._swarm = SimulatedSwarm(
+            plan.servers,
+            self._network,
+            self._rng,
+            num_blocks=plan.num_blocks,
+            server_config=ServerConfig(
+                window_bytes=plan.window_bytes,
+                engine=EngineLimits(
+                    budget_tokens=plan.budget_tokens, run_ahead_bytes=plan.run_ahead_bytes
+                ),
+            ),
+            mixes_call_shape=True,
+        )
+        self._clients: list[Client] = []
+        self._rows = 0
+        self._recoveries = 0
+
+    async def run(self) -> ChaosResult:
+        loop = asyncio.get_running_loop()
+        async with self._swarm:
+            self._clients = [await self._swarm.open_client(patience_s=LIMIT_S) for _ in range(2)]
+            background = [asyncio.ensure_future(self._watch())]
+            background += [asyncio.ensure_future(self._inject(f)) for f in self._plan.faults]
+            try:
+                async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as users:
+                    for user in self._plan.users:
+                        users.create_task(self._play(user))
+            except* Exception as group:
+                raise _first(group) from group
+            finally:
+                finished_s = loop.time()
+            await asyncio.sleep(max(0.0, HEAL_S - finished_s))
+            for task in background[1:]:
+                await task
+            background[0].cancel()
+            with suppress(asyncio.CancelledError):
+                await background[0]
+            await asyncio.sleep(SETTLE_S)
+            check_end(self._swarm, self._clients)
+        return ChaosResult(
+            checked_rows=self._rows, recoveries=self._recoveries, virtual_s=finished_s
+        )
+
+    async def _watch(self) -> None:
+        while True:
+            check_step(self._swarm)
+            await asyncio.sleep(0.05)
+
+    async def _play(self, user: UserPlan) -> None:
+        await asyncio.sleep(user.at_s)
+        reference = Reference(self._plan.num_blocks, mixes_call_shape=True)
+        runner = ScriptRunner(
+            self._clients[user.client], user.script, random.Random(user.seed), reference
+        )
+        await runner.run()
+        check_step(self._swarm)
+        check_contents(self._swarm, runner)
+        self._rows += runner.checked_rows
+        if runner.session is not None:
+            self._recoveries += len(runner.session.recoveries)
+            runner.session.close()
+
+    # --- faults ------------------------------------------------------------------------
+
+    async def _inject(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.at_s)
+        server = self._swarm.servers[fault.target]
+        other = self._swarm.servers[fault.other]
+        undo = await self._begin(fault.kind, server, other)
+        await asyncio.sleep(fault.lasts_s)
+        await undo()
+
+    async def _begin(
+        self, kind: FaultKind, server: SimulatedServer, other: SimulatedServer
+    ) -> Callable[[], Awaitable[None]]:
+        network, pair = self._network, (server.peer, other.peer)
+        end: Callable[[], None] = _nothing
+        match kind:
+            case "crash" | "vanish":
+                await server.crash(0.0 if kind == "crash" else None)
+                return lambda: self._restart(server)
+            case "freeze":
+                network.freeze(server.peer)
+                end = _call(network.thaw, server.peer)
+            case "hang":
+                server.hang()
+                end = server.unhang
+            case "slow":
+                server.slowness = 20.0
+                end = _call(setattr, server, "slowness", 1.0)
+            case "cut":
+                network.cut(*pair)
+                end = _call(network.mend, *pair)
+            case "black_hole":
+                network.black_hole(*pair)
+                end = _call(network.mend, *pair)
+            case "no_dialing":
+                network.forbid_dialing(*pair)
+                end = _call(network.mend, *pair)
+            case "partition":
+                network.partition(self._part(server))
+                end = _call(network.partition)
+            case "client_offline":
+                network.partition({client.me for client in self._clients[:1]})
+                end = _call(network.partition)
+            case "bad_batch":
+                server.fault = lambda call: "raise" if self._rng.random() < 0.3 else None
+                end = _call(setattr, server, "fault", None)
+            case "evict":
+                self._evict(server)
+        return lambda: _done(end)
+
+    async def _restart(self, server: SimulatedServer) -> None:
+        if not server.is_up:
+            await server.start()
+
+    def _part(self, server: SimulatedServer) -> set[PeerId]:
+        others = [one.peer for one in self._swarm.servers if one is not server]
+        return {server.peer, *self._rng.sample(others, len(others) // 2)}
+
+    def _evict(self, server: SimulatedServer) -> None:
+        if server.server is not None:
+            server.server.evict_all()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _call(function: Callable[..., object], *args: object) -> Callable[[], None]:
+    def call() -> None:
+        function(*args)
+
+    return call
+
+
+async def _done(end: Callable[[], None]) -> None:
+    end()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def shrink(plan: ChaosPlan, fails: Callable[[ChaosPlan], bool]) -> ChaosPlan:
+    """A smaller plan that still fails: without the faults, users and acts it doesn't need."""
+    progress = True
+    while progress:
+        progress = False
+        for smaller in _smaller(plan):
+            if fails(smaller):
+                plan, progress = smaller, True
+                break
+    return plan
+
+
+def _smaller(plan: ChaosPlan) -> Iterator[ChaosPlan]:
+    for index in range(len(plan.faults)):
+        yield replace(plan, faults=plan.faults[:index] + plan.faults[index + 1 :])
+    if len(plan.users) > 1:
+        for index in range(len(plan.users)):
+            yield replace(plan, users=plan.users[:index] + plan.users[index + 1 :])
+    for index, user in enumerate(plan.users):
+        for cut in range(1, len(user.script)):
+            script = user.script[:cut] + user.script[cut + 1 :]
+            users = (*plan.users[:index], replace(user, script=script), *plan.users[index + 1 :])
+            yield replace(plan, users=users)
+    if plan.link != LinkConditions():
+        yield replace(plan, link=LinkConditions(delay_s=plan.link.delay_s))
+        for name in ("loss", "drop", "duplicate", "reset", "jitter_s"):
+            if getattr(plan.link, name):
+                yield replace(plan, link=replace(plan.link, **{name: 0.0}))

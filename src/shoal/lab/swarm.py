@@ -1,0 +1,220 @@
+"""A whole swarm on virtual time: real servers and clients, toy blocks, a simulated network."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from shoal.base.backend import Call
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span
+from shoal.client.client import Client, ClientConfig, open_client
+from shoal.discovery.records import Record, sign_record
+from shoal.discovery.static import StaticDirectory
+from shoal.discovery.store import RecordStore
+from shoal.lab.network import SimulatedNetwork
+from shoal.lab.toy_backend import MODEL, FaultChoice, ToyBackend, ToyConfig, ToyFault
+from shoal.lab.toy_blocks import HIDDEN_SIZE
+from shoal.net.address import ListenAddress
+from shoal.net.identity import Identity
+from shoal.net.membership import SwarmPass
+from shoal.net.memory import SCHEME, MemoryNetwork
+from shoal.server.announcing import StoreBook
+from shoal.server.server import Server, ServerConfig, open_server
+
+SWARM = "lab"
+RECORD_TTL_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """One server of a simulated swarm."""
+
+    name: str
+    span: Span
+    cache_tokens: int = 1 << 14
+    iteration_s: float = 0.002
+    """How long one engine iteration takes, whatever is in it."""
+    token_s: float = 0.0005
+    """How much longer each of its rows makes it."""
+    coarse_truncate: int = 1
+
+
+class SimulatedServer:
+    """One server process: it can crash, hang, crawl and come back under its identity."""
+
+    def __init__(self, swarm: SimulatedSwarm, spec: ServerSpec, identity: Identity) -> None:
+        self.spec = spec
+        self.identity = identity
+        self.slowness = 1.0
+        self.fault: FaultChoice | None = None
+        self.server: Server | None = None
+        self.backend: ToyBackend | None = None
+        self._swarm = swarm
+        self._boots = 0
+        self._hung = asyncio.Event()
+        self._hung.set()
+        self._stack = AsyncExitStack()
+
+    @property
+    def peer(self) -> PeerId:
+        """The server's identity."""
+        return self.identity.peer
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its process runs."""
+        return self.server is not None
+
+    async def start(self) -> None:
+        """Boot: empty caches, a new record, the same identity and address."""
+        self._boots += 1
+        self._hung.set()
+        self._stack = AsyncExitStack()
+        config = ToyConfig(
+            span=self.spec.span,
+            num_blocks=self._swarm.num_blocks,
+            cache_tokens=self.spec.cache_tokens,
+            coarse_truncate=self.spec.coarse_truncate,
+            mixes_call_shape=self._swarm.mixes_call_shape,
+        )
+        self.backend = ToyBackend(config, pace=self._pace, fault=self._choose_fault)
+        transport = self._swarm.memory.transport(self.peer)
+        self._stack.push_async_callback(transport.close)
+        self.server = await self._stack.enter_async_context(
+            open_server(
+                self.backend,
+                transport,
+                self._swarm.swarm_pass,
+                StoreBook(RecordStore(SWARM)),
+                self._swarm.server_config,
+            )
+        )
+        where = ListenAddress(SCHEME, self.spec.name, 1)
+        listener = await transport.listen(where, self.server.serve_stream)
+        self._swarm.publish(self, str(listener.address), self._boots)
+
+    async def crash(self, detect_after_s: float | None = 0.0) -> None:
+        """End without a farewell; `detect_after_s` as in MemoryNetwork.crash."""
+        if self.server is None:
+            return
+        self.server, self.backend = None, None
+        self._swarm.memory.crash(self.peer, detect_after_s=detect_after_s)
+        await self._stack.aclose()
+
+    async def stop(self) -> None:
+        """End for good."""
+        self.server = None
+        await self._stack.aclose()
+
+    def hang(self) -> None:
+        """The engine stands still; the rest of the process lives."""
+        self._hung.clear()
+
+    def unhang(self) -> None:
+        """The engine goes on."""
+        self._hung.set()
+
+    async def _pace(self, calls: Sequence[Call]) -> None:
+        num_tokens = sum(call.count for call in calls)
+        await asyncio.sleep(
+            self.slowness * (self.spec.iteration_s + num_tokens * self.spec.token_s)
+        )
+        await self._hung.wait()
+
+    def _choose_fault(self, call: Call) -> ToyFault | None:
+        return self.fault(call) if self.fault is not None else None
+
+
+class SimulatedSwarm:
+    """Servers and clients on one simulated network. An async context manager."""
+
+    def __init__(
+        self,
+        specs: Sequence[ServerSpec],
+        network: SimulatedNetwork,
+        rng: random.Random,
+        *,
+        num_blocks: int,
+        server_config: ServerConfig | None = None,
+        mixes_call_shape: bool = False,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.network = network
+        self.memory = MemoryNetwork(network)
+        self.swarm_pass = SwarmPass.open(SWARM)
+        self.server_config = server_config or ServerConfig()
+        self.mixes_call_shape = mixes_call_shape
+        self.directory = StaticDirectory(SWARM, is_lasting=True)
+        self.clients: list[Client] = []
+        self._rng = rng
+        self._stack = AsyncExitStack()
+        self.servers = [
+            SimulatedServer(self, spec, Identity.from_seed(rng.randbytes(32))) for spec in specs
+        ]
+
+    async def __aenter__(self) -> SimulatedSwarm:
+        for server in self.servers:
+            await server.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+        for server in self.servers:
+            await server.stop()
+
+    async def open_client(self, *, patience_s: float = 120.0) -> Client:
+        """A client with an identity of its own; closed with the swarm."""
+        identity = Identity.from_seed(self._rng.randbytes(32))
+        transport = self.memory.transport(identity.peer)
+        self._stack.push_async_callback(transport.close)
+        config = ClientConfig(
+            model=MODEL,
+            num_blocks=self.num_blocks,
+            hidden_size=HIDDEN_SIZE,
+            patience_s=patience_s,
+        )
+        client = await self._stack.enter_async_context(
+            open_client(
+                identity,
+                transport,
+                self.swarm_pass,
+                self.directory,
+                config,
+                rng=random.Random(self._rng.random()),
+                wall_clock=asyncio.get_running_loop().time,
+            )
+        )
+        self.clients.append(client)
+        return client
+
+    def publish(self, server: SimulatedServer, address: str, boot: int) -> None:
+        """Make a server's record known to everybody, as a perfect directory would."""
+        spec = server.spec
+        facts = server.backend.facts if server.backend is not None else None
+        if facts is None:
+            raise RuntimeError("a server publishes while it is up")
+        record = Record(
+            peer=server.peer,
+            swarm=SWARM,
+            boot_ms=boot,
+            counter=1,
+            ttl_s=RECORD_TTL_S,
+            state="online",
+            addresses=[address],
+            model=MODEL,
+            num_blocks=self.num_blocks,
+            hidden_size=HIDDEN_SIZE,
+            start=spec.span.start,
+            end=spec.span.end,
+            numerics=facts.numerics,
+            is_exact=facts.is_exact,
+            encodings=list(facts.encodings),
+            cache_tokens=facts.cache_tokens,
+            decode_s_per_block=(spec.iteration_s + spec.token_s) / len(spec.span),
+        )
+        now_s = asyncio.get_running_loop().time()
+        self.directory.store.accept(sign_record(server.identity, record), now_s)

@@ -58,7 +58,7 @@ FAMILIES = (
 
 
 def tiny_config(family: str = "llama") -> Any:
-    """A config of one of `FAMILIES`."""
+    """A config of one of `FAMILIES`, or `wide`."""
     match family:
         case "llama":
             return LlamaConfig(**_SIZES, tie_word_embeddings=False)
@@ -66,6 +66,9 @@ def tiny_config(family: str = "llama") -> Any:
             return LlamaConfig(**_SIZES, tie_word_embeddings=True, attention_bias=True)
         case "llama3_rope":
             return LlamaConfig(**_SIZES, rope_parameters=_LLAMA3, head_dim=16)
+        case "wide":
+            # Every row a multiple of 32: what quantised GGUF types need.
+            return LlamaConfig(**_SIZES | {"hidden_size": 96, "intermediate_size": 64}, head_dim=16)
         case "mistral":
             return MistralConfig(**_SIZES, head_dim=8, sliding_window=9)
         case "mistral_full":
@@ -88,7 +91,7 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 # Wider than the default: near-ties between tokens would hide errors.
-                scale = 0.3 if weight.dim() > 1 else 0.1
+                scale = 0.15 if weight.dim() > 1 else 0.1
                 weight.normal_(1.0 if "norm" in name else 0.0, scale)
                 # Not model.to(dtype): that would round the rotary tables as well.
                 weight.data = weight.data.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
 
 T = TypeVar("T")
 
+FIRST = SequenceId(0)
+
 
 class Chain:
     """Spans of one model on backends of their own, one sequence each step."""
@@ -25,20 +28,20 @@ class Chain:
         self.encoding = dtype
         self.hidden_size = int(source.config.hidden_size)
         config = BackendConfig(model="test", dtype=dtype)
-        spans = [Span(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+        spans = [Span(a, b) for a, b in pairwise(borders)]
         self.backends: list[TorchBackend] = [load_backend(source, span, config) for span in spans]
         self.length = 0
 
     async def __aenter__(self) -> Chain:
         for backend in self.backends:
-            backend.open(SequenceId(0), backend.facts.span)
+            backend.open(FIRST, backend.facts.span)
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
         for backend in self.backends:
             await backend.aclose()
 
-    async def step(self, rows: bytes, sequence: SequenceId = SequenceId(0)) -> bytes:
+    async def step(self, rows: bytes, sequence: SequenceId = FIRST) -> bytes:
         """All outputs of the last block for new rows."""
         row_bytes = self.hidden_size * (4 if self.encoding == "float32" else 2)
         count = len(rows) // row_bytes

@@ -54,7 +54,7 @@ class _Builder:
             "vocab_size": self._shape("token_embd.weight")[0],
             "hidden_size": hidden,
             "intermediate_size": self._int("feed_forward_length"),
-            "num_hidden_layers": self._int("block_count"),
+            "num_hidden_layers": self._num_blocks(),
             "num_attention_heads": heads,
             "num_key_value_heads": self._optional_int("attention.head_count_kv") or heads,
             "max_position_embeddings": self._int("context_length"),
@@ -123,6 +123,15 @@ class _Builder:
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise self._unsupported("rope factors that are not llama3's (use the safetensors)")
         return rope
+
+    def _num_blocks(self) -> int:
+        count = self._int("block_count")
+        if any(
+            (f"blk.{index}.attn_norm.weight" in self._header.tensors) != is_there
+            for index, is_there in ((count - 1, True), (count, False))
+        ):
+            raise ModelCorrupt(f"{self._path} says {count} blocks but holds others")
+        return count
 
     def _token(self, key: str) -> int | None:
         value = self._header.metadata.get(f"tokenizer.ggml.{key}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +13,13 @@ import torch
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from shoal.base.errors import ModelCorrupt, ModelUnsupported
 from shoal.model.families import family_of
 from shoal.model.gguf_config import gguf_config
 from shoal.model.gguf_header import GgufTensor, read_gguf_header
 from shoal.model.source import StoredTensor
-
-_log = logging.getLogger(__name__)
 
 _WHOLE_NAMES: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -67,9 +64,12 @@ class GgufSource:
             path, self._header, None if factors is None else self._dequantised(factors)
         )
         family_of(self.config)
-        self._gguf_names = {_hf_name(path, name): name for name in self._header.tensors}
-        self._gguf_names.pop(None, None)
-        self._names = sorted(name for name in self._gguf_names if name is not None)
+        self._gguf_names = {
+            ours: name
+            for name in self._header.tensors
+            if (ours := _hf_name(path, name)) is not None
+        }
+        self._names = sorted(self._gguf_names)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -121,7 +121,9 @@ class GgufSource:
         if "tokenizer.ggml.model" not in self._header.metadata:
             raise ModelUnsupported(f"{self._path} holds no tokenizer")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            # Not AutoTokenizer: it parses the whole header twice in Python to learn the class
+            # (3 s for a vocabulary of 49,152) and arrives at this one.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
                 self._path.parent, gguf_file=self._path.name, local_files_only=True
             )
         except (OSError, ValueError, KeyError) as error:

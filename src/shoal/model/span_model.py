@@ -39,13 +39,17 @@ class SpanModel:
         self.span = span
         self.windows = block_windows(model.config)
         self.dtype: torch.dtype = model.dtype
-        self._base = model
+        self.base = model
         self._blocks = dict(blocks)
         self._stacks: dict[Span, tuple[Callable[..., torch.Tensor], ...]] = {}
         self._blocks_attribute = family_of(model.config).blocks
         # A tuple in place of the ModuleList: transformers slices it on every call, and
         # slicing a ModuleList rebuilds it.
         delattr(model, self._blocks_attribute)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The weights that are held."""
+        return [weight for block in self._blocks.values() for weight in block.parameters()]
 
     def forward(
         self, hidden: torch.Tensor, position: int, cache: SequenceCache, span: Span
@@ -55,9 +59,9 @@ class SpanModel:
         Nothing is committed to the cache.
         """
         count = hidden.shape[0]
-        setattr(self._base, self._blocks_attribute, self._stack(span))
+        setattr(self.base, self._blocks_attribute, self._stack(span))
         positions = torch.arange(position, position + count, device=hidden.device)
-        output = self._base(
+        output = self.base(
             inputs_embeds=hidden.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             past_key_values=cache,

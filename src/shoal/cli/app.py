@@ -22,6 +22,9 @@ from shoal.cli.logs import configure_logging
 COMMANDS: Final = ("model", "serve", "generate", "status", "swarm")
 """Modules of this package with a `register(app)`, in the order of the help."""
 
+INTERRUPTED: Final = 130
+"""128 + SIGINT, as shells say it."""
+
 YOURS: Final = (ConfigError, BadInput, ModelUnknown)
 """Errors that another command line would not have."""
 
@@ -95,8 +98,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         command = typer.main.get_command(make_app())
         code = command.main(list(arguments), prog_name="shoal", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except (_USAGE_ERROR, typer.Abort) as error:
+    except typer.Abort:
+        code = INTERRUPTED
+    except _USAGE_ERROR as error:
         return _report_usage(error)
     except ShoalError as error:
         if is_debugging:
@@ -112,6 +116,9 @@ def run(arguments: Sequence[str]) -> int:
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         print(f"error: {text} (a bug; see it whole: shoal --debug ...)", file=sys.stderr)
         return 1
+    if code == INTERRUPTED:  # typer swallows the interrupt; some versions say Abort
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
 
 
 def _report(error: ShoalError) -> int:

@@ -85,7 +85,7 @@ def serve(
       shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         thread_count = set_threads(threads)
         from shoal.cli.models import open_model
@@ -105,6 +105,8 @@ def serve(
         asyncio.run(serve_until_stopped(settings, open_model(model)))
     except KeyboardInterrupt:
         pass  # before the event loop took the signals over; nothing to clean up yet
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("stopped", file=sys.stderr)
 
 

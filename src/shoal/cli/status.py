@@ -47,7 +47,7 @@ def status(
       shoal status --join tcp://PEERID@10.0.0.5:4001
       shoal status --join ADDR --json
     """
-    servers = asyncio.run(_look(SwarmChoice.parse(join, swarm, invite)))
+    servers = asyncio.run(look(SwarmChoice.parse(join, swarm, invite)))
     models = as_dicts(servers)
     if as_json:
         print(json.dumps({"models": models}), flush=True)
@@ -65,7 +65,12 @@ class Seen:
     error: str = ""
 
 
-async def _look(choice: SwarmChoice) -> list[Seen]:
+async def look(choice: SwarmChoice) -> list[Seen]:
+    """All servers that the joins know, asked one by one.
+
+    Raises:
+        PeerUnreachable: none of the joins answers.
+    """
     async with visit(choice) as visitor:
         records = [one.record for one in visitor.directory.snapshot().records]
         return list(await asyncio.gather(*(_ask(visitor, record) for record in records)))
@@ -144,6 +149,7 @@ def _server_dict(seen: Seen) -> dict[str, Any]:
         "cache_tokens": record.cache_tokens if load is None else load.cache_tokens,
         "free_tokens": None if load is None else load.free_tokens,
         "sessions": None if load is None else load.sessions,
+        "iterations": None if load is None else load.iterations,
         "queued_tokens": None if load is None else load.queued_tokens,
         "rtt_s": seen.rtt_s,
         "error": seen.error,

@@ -107,7 +107,12 @@ class Announcer:
             await self.announce(self._state)
 
     async def withdraw(self, timeout_s: float) -> None:
-        """Publish a tombstone to whoever can be reached in time. Never raises for peers."""
+        """Publish a tombstone to whoever can be reached in time; once is enough.
+
+        Others learn of it when the record expires, or by dialling us.
+        """
+        if self._state == "offline":
+            return
         try:
             async with asyncio.timeout(timeout_s):
                 await self.announce("offline")

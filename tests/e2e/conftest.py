@@ -1,0 +1,48 @@
+"""Tiny models with a tokenizer on disk, and servers that several tests share."""
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.e2e.processes import Server
+from tests.models import VOCABULARY, tiny_model
+
+
+def save_model(folder, family="llama", seed=7):
+    """A tiny model whose tokens are the printable characters of ASCII."""
+    tiny_model(family, seed=seed).save_pretrained(folder)
+    vocabulary = {chr(32 + index): index for index in range(VOCABULARY - 1)}
+    vocabulary["<unk>"] = VOCABULARY - 1
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("other-model"), seed=8)
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """Starts servers; they all end with the module. `serve(model, [blocks, ...])`."""
+    started = []
+
+    def start(model, spans, *extra, join=None):
+        here = []
+        for blocks in spans:
+            here.append(Server(model, blocks, *extra, join=join))
+            started.append(here[-1])
+            join = join or here[0].ready().address
+        return [server.ready() for server in here]
+
+    yield start
+    for server in started:
+        server.end()

@@ -1,0 +1,158 @@
+"""Real `shoal` processes on loopback, and waiting for them without sleeping blindly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.cli.joining import SwarmChoice
+from shoal.cli.status import as_dicts, look
+
+SHOAL = str(Path(sys.executable).with_name("shoal"))
+READY = re.compile(r"ready peer=(?P<peer>\S+) address=(?P<address>\S+) blocks=(?P<blocks>\S+)\n")
+START_TIMEOUT_S = 60.0
+"""Importing torch and loading takes seconds, several times that when all cores are busy."""
+
+STOP_TIMEOUT_S = 20.0
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "SHOAL_LOG": "info"}
+
+
+class Process:
+    """A running `shoal`; stdout and stderr are read all the time."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.arguments = arguments
+        self.process = subprocess.Popen(
+            [SHOAL, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, lines), daemon=True)
+            for stream, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream, lines: list[str]) -> None:
+        for line in stream:
+            lines.append(line)
+            self._news.put(None)
+        self._news.put(None)
+
+    def wait_line(self, lines: list[str], text: str, timeout_s: float = START_TIMEOUT_S) -> str:
+        """The first line with `text` in it, as soon as it is there."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for line in list(lines):
+                if text in line:
+                    return line
+            if not any(reader.is_alive() for reader in self._readers):
+                raise AssertionError(f"ended without {text!r}: {self.report()}")
+            try:
+                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no {text!r} in time: {self.report()}") from None
+
+    def signal(self, number: int) -> None:
+        """Send a signal; no error when the process is gone."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """The exit code, with all output read."""
+        code = self.process.wait(timeout_s)
+        for reader in self._readers:
+            reader.join(timeout_s)
+        return code
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        self.signal(signal.SIGTERM)
+        try:
+            self.wait()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            stream.close()
+
+    def report(self) -> str:
+        """What it said, for a failing test."""
+        return f"{self.arguments} out={self.out} err={''.join(self.err[-30:])}"
+
+
+class Server(Process):
+    """A `shoal serve` process."""
+
+    def __init__(self, model: Path, blocks: str, *extra: str, join: str | None = None) -> None:
+        joins = ["--join", join] if join else []
+        threads = ["--threads", "1"]
+        super().__init__("serve", str(model), "--blocks", blocks, *threads, *joins, *extra)
+        self.peer = self.address = ""
+
+    def ready(self) -> Server:
+        """Wait for the ready line."""
+        match = READY.fullmatch(self.wait_line(self.out, "ready "))
+        assert match, self.out
+        self.peer, self.address = match["peer"], match["address"]
+        return self
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A `shoal` command to its end."""
+    return subprocess.run(
+        [SHOAL, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=ENVIRONMENT,
+    )
+
+
+def generate(model: Path, join: str, prompt: str, *extra: str) -> dict:
+    """The JSON of a `shoal generate` that must succeed."""
+    command = ("generate", str(model), "--join", join, "--prompt", prompt, "--json", *extra)
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def servers(join: str) -> dict[str, dict]:
+    """The swarm's servers by peer, asked now, in this process."""
+    models = as_dicts(asyncio.run(look(SwarmChoice.parse([join], None, None))))
+    return {server["peer"]: server for model in models for server in model["servers"]}
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Ask again and again until it is so."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+
+
+def error_line(text: str) -> str:
+    """The one `error:` line on stderr; there must be no traceback."""
+    assert "Traceback" not in text, text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    return lines[0]

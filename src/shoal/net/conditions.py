@@ -30,7 +30,7 @@ class Held:
     """The frame and all behind it wait until the conditions change.
 
     That is what a stream transport makes of an interrupted path: it sends again and
-    again, and gives the stream up after `break_after_s` (infinite: never).
+    again. After `break_after_s` (infinite: never) both ends notice and the stream breaks.
     """
 
     break_after_s: float

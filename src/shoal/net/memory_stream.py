@@ -109,10 +109,10 @@ class MemoryStream:
             self._in.free(parcel)
             self._out.put_end_again()
 
-    def reset(self) -> None:
-        """Break at both ends at once."""
+    def break_off(self, why: str) -> None:
+        """End at both ends at once; what has not arrived is lost."""
         for end in (self, self._out.sink):
-            end.finish("connection reset")
+            end.finish(why)
             end._out.clear()
 
     def vanish(self, detect_after_s: float | None) -> None:
@@ -217,7 +217,7 @@ class _Pipe:
                 return
             self._waiting.popleft()
             if fate.is_reset and parcel is not _END:
-                self._source.reset()
+                self._source.break_off("connection reset")
                 return
             self._fly(parcel, fate)
         self._unblock()
@@ -237,11 +237,8 @@ class _Pipe:
             self._break_timer = None
 
     def _give_up(self, after_s: float) -> None:
-        """Nothing got through: the source ends, the sink learns it when the path is back."""
-        self._waiting.clear()
-        self._unblock()
-        if self._source.finish(f"nothing got through for {after_s:g} s"):
-            self.put(_END)
+        """Both ends notice: the source gets no acknowledgements, the sink no keep-alives."""
+        self._source.break_off(f"nothing got through for {after_s:g} s")
 
     def _fly(self, parcel: _Parcel, fate: FrameFate) -> None:
         now_s = asyncio.get_running_loop().time()

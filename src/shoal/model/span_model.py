@@ -5,7 +5,7 @@ filled with weights, everything else passes hidden states through: blocks outsid
 the final norm, the embeddings. transformers' forward then runs unchanged, with its own
 masks, rotary tables and attention, and block numbers stay global. A probe at the end proves
 that a model with all blocks passed through returns its input bit by bit: architectures that
-do more between blocks fail here, loudly. Recipe and evidence: decision record on the engine.
+do more between blocks fail here, loudly.
 Shapes: S new tokens, D hidden size.
 """
 

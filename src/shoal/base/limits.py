@@ -35,6 +35,9 @@ ENTRY_TOKENS_MAX: Final = 4096
 SESSION_TOKENS_MAX: Final = 1 << 20
 """Positions in one session: the longest advertised contexts (1M tokens)."""
 
+SESSIONS_KEPT_MAX: Final = 8192
+"""Sessions of one client at one server: their ids fill half a header."""
+
 RECORD_BYTES_MAX: Final = 16 << 10
 """16 KiB for one signed record; typical records are 0.5 to 1 kB."""
 
@@ -78,6 +81,9 @@ CALL_TIMEOUT_S: Final = 5.0
 
 ORPHAN_GRACE_S: Final = 5.0
 """A session whose owner's control stream is gone is freed after this."""
+
+KEEP_PERIOD_S: Final = 10.0
+"""A client lists its sessions to each server this often; what is not listed is freed."""
 
 IDLE_SESSION_S: Final = 3600.0
 """A session without a new row is closed after this."""

@@ -44,6 +44,16 @@ class ChainSession:
         return self._state.length
 
     @property
+    def epoch(self) -> int:
+        """How often the chain was made or changed."""
+        return self._state.epoch
+
+    @property
+    def rev(self) -> int:
+        """How often the session was truncated."""
+        return self._state.log.rev
+
+    @property
     def chain(self) -> tuple[Stage, ...]:
         """Who runs which blocks now."""
         return tuple(stage for stage in self._state.chain if len(stage.span))

@@ -24,7 +24,13 @@ from shoal.base.errors import (
     error_from_code,
 )
 from shoal.base.ids import NONCE_BYTES, PeerId, SessionId, session_id, short
-from shoal.base.limits import ALIVE_MISSED_MAX, ALIVE_PERIOD_S, STALL_FACTOR, STALL_MIN_S
+from shoal.base.limits import (
+    ALIVE_MISSED_MAX,
+    ALIVE_PERIOD_S,
+    KEEP_PERIOD_S,
+    STALL_FACTOR,
+    STALL_MIN_S,
+)
 from shoal.base.spans import Span
 from shoal.client.chain_session import ChainSession
 from shoal.client.experience import ExperienceBook
@@ -100,6 +106,7 @@ class Client:
     def start(self) -> None:
         """Start the watch over servers that owe us rows."""
         self._tasks.spawn(self._watch(), "watch")
+        self._tasks.spawn(self._keep(), "keep")
 
     async def stop(self) -> None:
         """Close all sessions and streams."""
@@ -109,6 +116,16 @@ class Client:
         await self._senders.close()
         for link in self._links.values():
             await link.close()
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open now."""
+        return len(self._sessions)
+
+    @property
+    def num_links(self) -> int:
+        """Outgoing links of sessions; 0 when all are closed."""
+        return self._senders.num_links
 
     # --- sessions ----------------------------------------------------------------------
 
@@ -181,7 +198,8 @@ class Client:
     ) -> Followed:
         """Follow `chain` with the next epoch and make it known."""
         epoch = state.epoch + 1
-        state.follow(chain, epoch, self.me)
+        for outbound in state.follow(chain, epoch, self.me):
+            self._senders.detach(outbound)
         records = {s.peer: s.record for s in self.view().servers}
         servers = sorted(state.servers)
         route = sign_route(
@@ -194,7 +212,9 @@ class Client:
             if index + 1 == len(chain) or chain[index + 1].peer == self.me
         )
         followed = await send_route(route, [self.link(p) for p in servers], receive_from)
-        if state.epoch == epoch:
+        if state.failure is not None:  # closed meanwhile: nobody may keep it
+            self.dismiss(state, servers)
+        elif state.epoch == epoch:
             for outbound in state.outbounds():
                 self._senders.attach(outbound, dial=True)
             self._offer_have(state)
@@ -214,7 +234,7 @@ class Client:
 
     def dismiss(self, state: SessionState, peers: Iterable[PeerId]) -> None:
         """Tell servers to forget the session."""
-        for peer in peers:
+        for peer in sorted(peers):
             if peer in self._links:
                 self._links[peer].notify(Close(state.id))
 
@@ -244,6 +264,10 @@ class Client:
         """Tell the senders whose receiver we are what we hold, without being asked."""
         for inbound in [state.inbound, *(relay.inbound for relay in state.relays.values())]:
             self.link(inbound.predecessor).post(inbound.have_message(WINDOW_BYTES))
+
+    def sessions_at(self, peer: PeerId) -> list[bytes]:
+        """Our sessions that run over this server now."""
+        return [state.id for state in self._sessions.values() if peer in state.servers]
 
     # --- rows in: LinkEvents -----------------------------------------------------------
 
@@ -340,6 +364,13 @@ class Client:
                     state.resync_after_s *= 2
                     state.progressed_s = now_s
                     self._report(state, Trouble(is_out_of_step=True))
+
+    async def _keep(self) -> None:
+        """List our sessions to every server from time to time."""
+        while True:
+            await asyncio.sleep(KEEP_PERIOD_S)
+            for link in self._links.values():
+                link.keep()
 
     def _blame(self, state: SessionState, peer: PeerId, error: ShoalError) -> None:
         logger.warning("peer at fault peer=%s session=%s reason=%s",

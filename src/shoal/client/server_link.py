@@ -32,6 +32,7 @@ from shoal.wire.messages import (
     Failed,
     GetLoad,
     GetRecords,
+    Keep,
     Ping,
     Publish,
     Route,
@@ -50,6 +51,9 @@ class LinkEvents(ReceiverEvents, Protocol):
 
     def on_failed(self, peer: PeerId, message: Failed) -> None:
         """A server can't go on with a session."""
+
+    def sessions_at(self, peer: PeerId) -> list[bytes]:
+        """Our sessions that run over this server now."""
 
     def on_server_lost(self, peer: PeerId, error: ShoalError) -> None:
         """The control stream or the rows from the server are gone for good."""
@@ -95,6 +99,7 @@ class ServerLink:
             if self._control is None:
                 self._control = await self._dial(self.peer, PURPOSE_CONTROL)
                 self.pinged_s = self.alive = None
+                self.keep()
                 self._tasks.spawn(self._read_control(self._control), "control")
             if rows and not self._wants_rows:
                 channel = await self._dial(self.peer, PURPOSE_ROWS_IN)
@@ -112,7 +117,7 @@ class ServerLink:
         self._calls[call] = future
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self._send(make(call))
+                await self._send(lambda: make(call))
                 answer: ControlMessage = await future
         except TimeoutError as error:
             raise PeerTimeout(
@@ -127,13 +132,20 @@ class ServerLink:
     def notify(self, message: Close | Ping) -> None:
         """Send without waiting for anything; lost when the stream is down."""
         if self._control is not None:
-            self._tasks.spawn(self._try_send(message), "notify")
+            self._tasks.spawn(self._try_send(lambda: message), "notify")
 
     def ping(self, now_s: float) -> None:
         """Ask for a sign of life."""
         if self.pinged_s is None:
             self.pinged_s = now_s
         self.notify(Ping(0))
+
+    def keep(self) -> None:
+        """List our sessions: the server frees what is not among them."""
+        if self._control is not None:
+            self._tasks.spawn(
+                self._try_send(lambda: Keep(self._events.sessions_at(self.peer))), "keep"
+            )
 
     def post(self, answer: Answer) -> None:
         """Answer on the stream of rows from this server."""
@@ -153,15 +165,16 @@ class ServerLink:
             self._control.close()
         await self._tasks.close()
 
-    async def _send(self, message: Request | Close) -> None:
+    async def _send(self, make: Callable[[], Request | Close | Keep]) -> None:
+        """Send what `make` returns when it is its turn (a Keep must not be out of date)."""
         async with self._sending:
             if self._control is None:
                 raise PeerUnreachable(f"no control stream to peer {short(self.peer)}")
-            await self._control.send(message)
+            await self._control.send(make())
 
-    async def _try_send(self, message: Close | Ping) -> None:
+    async def _try_send(self, make: Callable[[], Request | Close | Keep]) -> None:
         try:
-            await self._send(message)
+            await self._send(make)
         except PeerUnreachable:
             logger.debug("not sent, stream is down peer=%s", short(self.peer))
 

@@ -163,8 +163,11 @@ class SessionState:
         kept = [entry.head(length) for entry in self.received if entry.position < length]
         self.received = [entry for entry in kept if entry.num_rows]
 
-    def follow(self, chain: Sequence[Stage], epoch: int, me: PeerId) -> None:
-        """Take over a new chain: who our neighbours are, and where we relay."""
+    def follow(self, chain: Sequence[Stage], epoch: int, me: PeerId) -> list[Outbound]:
+        """Take over a new chain: who our neighbours are, and where we relay.
+
+        Returns the links of relays that are no longer needed.
+        """
         self.chain, self.epoch = tuple(chain), epoch
         self.outbound.reroute(chain[0].peer, epoch)
         self.inbound.reroute(chain[-1].peer, epoch)
@@ -176,7 +179,9 @@ class SessionState:
             relay = self.relays.get(border) or Relay(self.id, border)
             relay.reroute(chain[index - 1].peer, chain[index + 1].peer, epoch)
             relays[border] = relay
+        dropped = [relay for border, relay in self.relays.items() if border not in relays]
         self.relays = relays
+        return [relay.outbound for relay in dropped]
 
     def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Gap | Ack | Stale | None:
         """Rows arrived at the end of the chain or at a relay."""

@@ -82,18 +82,18 @@ class Inbound:
                 return Admission(Verdict.GAP)
             cuts = tuple((c.rev, c.position) for c in header.cuts if c.rev > self.rev)
             have = min([have, *(position for _, position in cuts)])
+        if header.position >= limit:
+            self.rev, self.have = header.rev, have
+            return Admission(Verdict.OLD, cuts=cuts)
         if header.position > have:
             return Admission(Verdict.GAP)
         self.rev, self.have = header.rev, have
         num_rows = rows_of(header.want, header.count) if self.is_final else header.count
-        entry = _log_entry(header, num_rows, payload)
+        entry = _log_entry(header, num_rows, payload).head(limit)
         if entry.end <= have:
             return Admission(Verdict.HELD, cuts=cuts)
-        if limit <= max(have, entry.position):
-            return Admission(Verdict.OLD, cuts=cuts)
-        entry = entry.head(limit).tail(have)
         self.have = entry.end
-        return Admission(Verdict.ACCEPTED, entry, cuts)
+        return Admission(Verdict.ACCEPTED, entry.tail(have), cuts)
 
     def have_message(self, window_bytes: int) -> Have:
         """The answer to Open."""

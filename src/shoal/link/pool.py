@@ -38,6 +38,11 @@ class SenderPool:
         self._dialling: set[PeerId] = set()
         self._tasks = TaskSet("senders")
 
+    @property
+    def num_links(self) -> int:
+        """Links that are attached now."""
+        return sum(len(sender.outbounds) for sender in self._senders.values())
+
     def attach(self, outbound: Outbound, *, dial: bool) -> None:
         """Route this link to its receiver; `dial` unless the receiver dials us."""
         for sender in self._senders.values():

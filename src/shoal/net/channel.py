@@ -77,8 +77,11 @@ class Channel:
             ProtocolError: no frame (the stream is then closed) or no message of ours (it
                 is not: `refuse` can still tell the peer).
         """
-        frame = await self._stream.receive()
-        return decode(frame.header), memoryview(frame.payload)
+        while True:
+            frame = await self._stream.receive()
+            message = decode(frame.header)
+            if not isinstance(message, Hello):  # a repeated Hello says nothing new
+                return message, memoryview(frame.payload)
 
     async def refuse(self, error: ShoalError) -> None:
         """Tell the peer why, then close."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Collection
 from typing import Final, Protocol
 
 from shoal.base.errors import InternalError, PeerBusy, ProtocolError, ShoalError
@@ -23,6 +24,7 @@ from shoal.wire.messages import (
     Error,
     GetLoad,
     GetRecords,
+    Keep,
     Load,
     Message,
     Ping,
@@ -49,6 +51,9 @@ class ControlEvents(Protocol):
     def close_session(self, sender: PeerId, session: SessionId) -> None:
         """The owner is done with a session."""
 
+    def keep_sessions(self, sender: PeerId, sessions: Collection[bytes]) -> None:
+        """The owner knows of these sessions and no others."""
+
     def alive(self, call: int) -> Alive:
         """How the engine is doing."""
 
@@ -68,7 +73,7 @@ class ControlLink:
         self._events = events
         self._outbox: deque[Message] = deque()
         self._has_mail = asyncio.Event()
-        self._routes: asyncio.Queue[Route | Close] = asyncio.Queue(ROUTES_WAITING_MAX)
+        self._routes: asyncio.Queue[Route | Close | Keep] = asyncio.Queue(ROUTES_WAITING_MAX)
 
     def post(self, message: Message) -> None:
         """Send soon; never waits. A client that doesn't read loses the stream."""
@@ -94,7 +99,7 @@ class ControlLink:
         while True:
             message, _ = await self._channel.receive()
             match message:
-                case Route() | Close():
+                case Route() | Close() | Keep():
                     self._enqueue(message)
                 case Ping():
                     self.post(self._events.alive(message.call))
@@ -107,7 +112,7 @@ class ControlLink:
                     self.post(Error(0, ProtocolError.code, f"{name} has no place here"))
                     raise ProtocolError(f"{name} on a control stream")
 
-    def _enqueue(self, message: Route | Close) -> None:
+    def _enqueue(self, message: Route | Close | Keep) -> None:
         if not self._routes.full():
             self._routes.put_nowait(message)
         elif isinstance(message, Route):
@@ -127,6 +132,8 @@ class ControlLink:
             match message:
                 case Close():
                     self._events.close_session(self.peer, SessionId(message.session))
+                case Keep():
+                    self._events.keep_sessions(self.peer, set(message.sessions))
                 case Route():
                     self.post(await self._route(message))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -131,6 +131,19 @@ class Server:
         await self._tasks.close()
         await self._senders.close()
 
+    @property
+    def num_links(self) -> int:
+        """Outgoing links of sessions; 0 when all are closed."""
+        return self._senders.num_links
+
+    def evict_all(self) -> None:
+        """Take every session's cache away, as memory pressure would; they return by replay."""
+        for hop in self.sessions:
+            if not hop.is_parked and hop.running is None:
+                self.sessions.park(hop)
+                self.on_held_changed(hop)
+        self.engine.wake()
+
     # --- streams -------------------------------------------------------------------
 
     async def serve_stream(self, stream: Stream) -> None:
@@ -229,6 +242,12 @@ class Server:
         """The owner is done with a session."""
         for hop in self.sessions.of_session(session):
             if hop.plan.owner == sender:
+                self._forget(hop)
+
+    def keep_sessions(self, sender: PeerId, sessions: Collection[bytes]) -> None:
+        """The owner knows of these sessions and no others."""
+        for hop in self.sessions.of_owner(sender):
+            if hop.plan.session not in sessions:
                 self._forget(hop)
 
     def alive(self, call: int) -> Alive:
@@ -355,8 +374,13 @@ class Server:
             self._answer(hop, hop.inbound.ack_message(length))
 
     def on_held_changed(self, hop: HopSession) -> None:
-        """Tell the predecessor what we hold now."""
-        self._answer(hop, _have(hop))
+        """Tell the predecessor what we hold now.
+
+        Not for a hop that was parked while idle: it would be replayed at once. Its next
+        row makes it return.
+        """
+        if not hop.is_parked or hop.wants_return:
+            self._answer(hop, _have(hop))
 
     def on_failed(self, hop: HopSession, error: ShoalError) -> None:
         """The engine can't go on with this session; bad rows are the predecessor's."""
@@ -417,8 +441,9 @@ def _is_same_work(one: HopPlan, other: HopPlan) -> bool:
 
 
 def _have(hop: HopSession) -> Have:
-    """What the predecessor may do: a parked hop holds nothing and wants nothing yet."""
-    return hop.inbound.have_message(0 if hop.is_parked else hop.window_bytes)
+    """What the predecessor may do: a hop that waits for room wants nothing yet."""
+    is_waiting = hop.is_parked and hop.wants_return
+    return hop.inbound.have_message(0 if is_waiting else hop.window_bytes)
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from shoal.base.limits import (
     RECORD_BYTES_MAX,
     RECORDS_MAX,
     SESSION_TOKENS_MAX,
+    SESSIONS_KEPT_MAX,
 )
 from shoal.wire.frames import Buffer
 
@@ -130,6 +131,16 @@ class Close(_Message, tag=4, frozen=True):
     """The owner is done with the session; its cache and log are freed."""
 
     session: Session
+
+
+class Keep(_Message, tag=16, frozen=True):
+    """All sessions of the owner that this server is to keep; any other is closed.
+
+    Sent when the control stream opens and every KEEP_PERIOD_S: a Close may be lost with
+    the stream that carried it.
+    """
+
+    sessions: Annotated[list[Session], msgspec.Meta(max_length=SESSIONS_KEPT_MAX)]
 
 
 class Alive(_Message, tag=5, frozen=True):
@@ -319,6 +330,7 @@ ControlMessage = (
     Route
     | Routed
     | Close
+    | Keep
     | Alive
     | Broken
     | Failed

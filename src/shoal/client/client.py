@@ -363,6 +363,7 @@ class Client:
                 if now_s - state.progressed_s > state.resync_after_s and not state.trouble:
                     state.resync_after_s *= 2
                     state.progressed_s = now_s
+                    self.link(state.inbound.predecessor).redial_rows()
                     self._report(state, Trouble(is_out_of_step=True))
 
     async def _keep(self) -> None:

@@ -152,6 +152,11 @@ class ServerLink:
         if self._receiver is not None:
             self._receiver.post(answer)
 
+    def redial_rows(self) -> None:
+        """Rows don't come though they should: maybe their stream is dead. Dial a new one."""
+        if self._receiver is not None:
+            self._receiver.close()
+
     def drop(self) -> None:
         """Close all streams; the next `connect` dials anew."""
         control, self._control = self._control, None

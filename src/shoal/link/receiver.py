@@ -59,6 +59,10 @@ class RowReceiver:
             del self._answers[next(iter(self._answers))]
         self._wake.set()
 
+    def close(self) -> None:
+        """End the stream."""
+        self._channel.close()
+
     async def run(self) -> None:
         """Serve the stream until it breaks.
 

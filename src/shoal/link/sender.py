@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from shoal.base.errors import ProtocolError, error_from_code
-from shoal.base.ids import PeerId, SessionId
-from shoal.base.limits import ENTRIES_PER_FRAME_MAX
+from shoal.base.errors import PeerTimeout, ProtocolError, error_from_code
+from shoal.base.ids import PeerId, SessionId, short
+from shoal.base.limits import CALL_TIMEOUT_S, ENTRIES_PER_FRAME_MAX
 from shoal.link.outbound import Outbound, Sendable
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
@@ -47,6 +47,8 @@ class RowSender:
         self._ready: dict[LinkKey, None] = {}
         self._wake = asyncio.Event()
         self._channel: Channel | None = None
+        self._asked_s: float | None = None
+        """Loop time of the oldest Open since the peer last said anything."""
         self._turn = asyncio.Lock()
 
     @property
@@ -90,9 +92,10 @@ class RowSender:
                 self._opens[(outbound.session, outbound.border)] = None
             self._ready.clear()
             self._wake.set()
+            self._asked_s = None
             self.is_connected = True
             try:
-                await first_failure(self._write(channel), self._read(channel))
+                await first_failure(self._write(channel), self._read(channel), self._watch())
             finally:
                 self.is_connected = False
                 for outbound in self._outbounds.values():
@@ -107,8 +110,9 @@ class RowSender:
                 while self._opens:
                     key = next(iter(self._opens))
                     del self._opens[key]
-                    outbound = self._outbounds[key]
-                    await channel.send(Open(*key, outbound.epoch))
+                    if self._asked_s is None:
+                        self._asked_s = asyncio.get_running_loop().time()
+                    await channel.send(Open(*key, self._outbounds[key].epoch))
                 batch = self._collect()
                 if batch:
                     rows = Rows([item.header for item in batch])
@@ -136,6 +140,7 @@ class RowSender:
     async def _read(self, channel: Channel) -> None:
         while True:
             message, _ = await channel.receive()
+            self._asked_s = None
             match message:
                 case Have() | Gap() | Ack() | Stale():
                     self._on_answer(message)
@@ -143,6 +148,16 @@ class RowSender:
                     raise error_from_code(message.code, message.detail, message.retry_after_s)
                 case _:
                     raise ProtocolError(f"{type(message).__name__} is no answer on a data link")
+
+    async def _watch(self) -> None:
+        """Every Open is answered at once; a path that swallows answers is given up."""
+        while True:
+            await asyncio.sleep(CALL_TIMEOUT_S / 4)
+            asked_s = self._asked_s
+            if asked_s is None:
+                continue
+            if asyncio.get_running_loop().time() - asked_s > CALL_TIMEOUT_S:
+                raise PeerTimeout(f"peer {short(self.peer)} does not answer on its data link")
 
     def _on_answer(self, message: Have | Gap | Ack | Stale) -> None:
         outbound = self._outbounds.get((SessionId(message.session), message.border))

@@ -13,8 +13,15 @@ from collections import deque
 from collections.abc import Collection
 from typing import Final, Protocol
 
-from shoal.base.errors import InternalError, PeerBusy, ProtocolError, ShoalError
+from shoal.base.errors import (
+    InternalError,
+    PeerBusy,
+    PeerTimeout,
+    ProtocolError,
+    ShoalError,
+)
 from shoal.base.ids import PeerId, SessionId, short
+from shoal.base.limits import KEEP_PERIOD_S
 from shoal.net.channel import Channel, error_message
 from shoal.net.tasks import first_failure
 from shoal.wire.messages import (
@@ -37,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 OUTBOX_MAX: Final = 4096
 """Messages waiting for a client that doesn't read; beyond this the stream is closed."""
+
+SILENCE_MAX_S: Final = 3 * KEEP_PERIOD_S
+"""A client that doesn't even list its sessions for this long is gone without a farewell."""
 
 ROUTES_WAITING_MAX: Final = 1024
 """Routes and closings that wait for the engine, per client."""
@@ -97,7 +107,7 @@ class ControlLink:
 
     async def _read(self) -> None:
         while True:
-            message, _ = await self._channel.receive()
+            message = await self._next()
             match message:
                 case Route() | Close() | Keep():
                     self._enqueue(message)
@@ -111,6 +121,13 @@ class ControlLink:
                     name = type(message).__name__
                     self.post(Error(0, ProtocolError.code, f"{name} has no place here"))
                     raise ProtocolError(f"{name} on a control stream")
+
+    async def _next(self) -> Message:
+        try:
+            async with asyncio.timeout(SILENCE_MAX_S):
+                return (await self._channel.receive())[0]
+        except TimeoutError as error:
+            raise PeerTimeout(f"client {short(self.peer)} has gone silent") from error
 
     def _enqueue(self, message: Route | Close | Keep) -> None:
         if not self._routes.full():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from shoal.base.backend import BlockBackend, Call, Outcome
-from shoal.base.errors import InternalError, SessionTooLong, ShoalError
+from shoal.base.errors import InternalError, SessionLost, SessionTooLong, ShoalError
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
 from shoal.server.scheduler import Waiting, choose_batch
 from shoal.server.session import HopSession, SessionKey
@@ -221,7 +221,7 @@ class Engine:
         try:
             length = self._backend.truncate(call.sequence, call.position)
             if length < call.position:
-                return InternalError("the backend lost rows in a failed batch")
+                return SessionLost("the backend lost rows in a failed batch")
             return (await self._backend.run([call]))[0]
         except Exception as error:
             logger.exception("call failed sequence=%d position=%d", call.sequence, call.position)

@@ -17,6 +17,7 @@ from shoal.base.backend import BlockBackend
 from shoal.base.errors import (
     BadInput,
     PeerMisbehaved,
+    PeerTimeout,
     PeerUnreachable,
     ProtocolError,
     SessionTooLong,
@@ -155,7 +156,7 @@ class Server:
             return
         try:
             await self._serve_channel(channel, purpose)
-        except PeerUnreachable:
+        except (PeerUnreachable, PeerTimeout):
             logger.debug("stream ended peer=%s purpose=%s", short(channel.peer), purpose)
         except ProtocolError as error:
             logger.warning("stream refused peer=%s reason=%s", short(channel.peer), error)

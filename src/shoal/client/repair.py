@@ -122,7 +122,7 @@ class Supervisor:
                 error = failure
             if loop.time() + backoff_s > deadline_s:
                 raise error
-            if not state.trouble:
+            if backoff_s > BACKOFF_S:  # the first attempt is repeated at once
                 await swarm.wait_for_news(backoff_s)
             backoff_s = min(BACKOFF_S_MAX, 2 * backoff_s)
         after = [stage for stage in chain if len(stage.span)]

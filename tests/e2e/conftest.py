@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.e2e.processes import Server
+from tests.e2e.processes import Server, end_all
 from tests.models import VOCABULARY, tiny_model
 
 
@@ -44,5 +44,4 @@ def serve():
         return [server.ready() for server in here]
 
     yield start
-    for server in started:
-        server.end()
+    end_all(started)

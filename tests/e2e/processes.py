@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.status import as_dicts, look
 
@@ -117,6 +120,14 @@ class Server(Process):
         return self
 
 
+def end_all(processes: list[Process]) -> None:
+    """End them together: each takes a moment to say good-bye."""
+    for process in processes:
+        process.signal(signal.SIGTERM)
+    for process in processes:
+        process.end()
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A `shoal` command to its end."""
     return subprocess.run(
@@ -156,3 +167,13 @@ def error_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, text
     return lines[0]
+
+
+def alone(folder: Path, prompt: str, num_tokens: int) -> tuple[list[int], str]:
+    """What transformers says in this process, greedy in float32: ids and text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    whole = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)
+    new = whole[0, ids.shape[1] :].tolist()
+    return new, tokenizer.decode(new, skip_special_tokens=True)

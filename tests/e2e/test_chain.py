@@ -5,11 +5,10 @@ import signal
 import socket
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.processes import (
     Process,
+    alone,
     error_line,
     generate,
     run,
@@ -28,16 +27,6 @@ LONG = "400"
 @pytest.fixture(scope="module")
 def swarm(model, serve):
     return serve(model, SPANS)
-
-
-def alone(folder, prompt, num_tokens):
-    """What transformers says in one process, greedy in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    whole = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)
-    new = whole[0, ids.shape[1] :].tolist()
-    return new, tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_greedy_answer_equals_transformers(model, swarm):

@@ -14,7 +14,7 @@ from typing import Final
 
 import shoal
 from shoal.base.backend import BackendFacts
-from shoal.base.errors import ConfigError, PeerBusy, ShoalError
+from shoal.base.errors import ConfigError, ShoalError
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
 from shoal.cli.joining import SwarmChoice, wall_clock
@@ -25,13 +25,11 @@ from shoal.model.measure import measure_block_times
 from shoal.model.rows import encodings_for, torch_dtype
 from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
 from shoal.net.address import parse_listen
-from shoal.net.channel import accept_channel
 from shoal.net.identity import Identity
-from shoal.net.membership import SwarmPass
 from shoal.net.tcp import TcpTransport
-from shoal.net.transport import Stream
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
-from shoal.server.server import Server, open_server
+from shoal.server.door import Door
+from shoal.server.server import open_server
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +38,6 @@ SWITCH_INTERVAL_S: Final = 0.0005
 
 FAREWELL_S: Final = 2.0
 """How long a leaving server tries to hand out its tombstone."""
-
-LOADING_RETRY_S: Final = 2.0
-"""When to come back to a server that still loads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,22 +74,6 @@ async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None
             loop.remove_signal_handler(number)
 
 
-class _Door:
-    """Takes streams from the first moment; turns them away while the model loads."""
-
-    def __init__(self, swarm_pass: SwarmPass) -> None:
-        self.server: Server | None = None
-        self._swarm_pass = swarm_pass
-
-    async def serve_stream(self, stream: Stream) -> None:
-        """Serve one incoming stream."""
-        if self.server is not None:
-            await self.server.serve_stream(stream)
-            return
-        channel, _ = await accept_channel(stream, self._swarm_pass)
-        await channel.refuse(PeerBusy("still loading", retry_after_s=LOADING_RETRY_S))
-
-
 async def _serve(settings: ServeSettings, model: OpenModel) -> None:
     facts, config = _plan(settings, model)
     identity = _identity(settings.identity)
@@ -102,13 +81,13 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
     async with AsyncExitStack() as stack:
         transport = TcpTransport(identity)
         stack.push_async_callback(transport.close)
-        door = _Door(swarm_pass)
+        join = JoinConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
+        directory = JoinedDirectory(transport, join, random.SystemRandom())
+        book = StoreBook(directory.store)
+        door = Door(swarm_pass, book, facts)
         listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
         address = public_address(listener.address, settings.announce)
-        join = JoinConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
-        directory = await stack.enter_async_context(
-            JoinedDirectory(transport, join, random.SystemRandom())
-        )
+        await stack.enter_async_context(directory)
         announcement = Announcement(
             swarm=swarm_pass.name,
             boot_ms=int(wall_clock() * 1000),
@@ -123,8 +102,8 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         stack.push_async_callback(backend.aclose)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        door.server = await stack.enter_async_context(
-            open_server(backend, transport, swarm_pass, StoreBook(directory.store))
+        door.open(
+            await stack.enter_async_context(open_server(backend, transport, swarm_pass, book))
         )
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("online")

@@ -19,7 +19,7 @@ import shoal
 from shoal.base.errors import BadInput, ConfigError, ModelUnknown, ShoalError
 from shoal.cli.logs import configure_logging
 
-COMMANDS: Final = ("model", "serve", "generate", "status", "swarm")
+COMMANDS: Final = ("model", "serve", "generate", "status", "swarm", "simulate")
 """Modules of this package with a `register(app)`, in the order of the help."""
 
 INTERRUPTED: Final = 130

@@ -1,0 +1,96 @@
+"""`shoal simulate`: whole swarms on virtual time, with everything going wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from shoal.cli.logs import progress_bar
+
+if TYPE_CHECKING:
+    from shoal.lab.campaign import Failure
+
+ERROR_LINES_MAX: Final = 30
+"""Lines of a failure's text that are shown: a stuck run lists all of its tasks."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(
+        help="Run whole swarms on virtual time.", no_args_is_help=True, rich_markup_mode=None
+    )
+    group.callback()(_group)
+    group.command("chaos")(chaos)
+    app.add_typer(group, name="simulate")
+
+
+def _group() -> None:
+    """Run whole swarms on virtual time."""
+
+
+def chaos(
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many schedules.")] = 100,
+    first: Annotated[int, typer.Option(metavar="S", min=0, help="The first seed.")] = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(metavar="J", min=1, help="Processes (default: one per core; 1 with --debug)."),
+    ] = None,
+) -> None:
+    """Run random schedules of failures; every answer must still be right.
+
+    Each seed draws a small swarm, its links, its users and what goes wrong: crashes,
+    stopped processes, cut links, lost frames, full caches. The real client and server
+    run on virtual time with toy blocks that prove which rows they were given. A seed
+    that fails is shown with the command that repeats it and the smallest schedule that
+    still fails. The last line on stdout sums up; the exit code is 1 if any seed failed.
+
+    \b
+    Example:
+      shoal simulate chaos --seeds 1000
+      shoal --debug simulate chaos --first 7 --seeds 1         (with its whole log)
+    """
+    from shoal.lab.campaign import quiet, run_seeds
+
+    is_debugging = logging.getLogger("shoal").getEffectiveLevel() <= logging.DEBUG
+    jobs = min(seeds, jobs or (1 if is_debugging else os.cpu_count() or 1))
+    rows = repairs = failures = done = 0
+    with nullcontext() if is_debugging else quiet(), progress_bar() as progress:
+        for outcome in run_seeds(range(first, first + seeds), jobs=jobs):
+            done += 1
+            progress(f"schedules, {failures} failed", done, seeds)
+            if outcome.result is not None:
+                rows += outcome.result.checked_rows
+                repairs += outcome.result.recoveries
+            if outcome.failure is not None:
+                failures += 1
+                _show(outcome.failure)
+    print(
+        f"{seeds} schedules, {rows} rows checked, {repairs} repairs, {failures} failures",
+        flush=True,
+    )
+    if failures:
+        raise typer.Exit(1)
+
+
+def _show(failure: Failure) -> None:
+    lines = [
+        f"seed {failure.seed} failed: {_head(failure.error)}",
+        f"repeat it with: shoal simulate chaos --first {failure.seed} --seeds 1",
+        f"shrunk: {failure.shrunk}",
+    ]
+    if failure.shrunk_error != failure.error:
+        lines.append(f"which fails with: {_head(failure.shrunk_error)}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _head(text: str) -> str:
+    lines = text.splitlines()
+    if len(lines) <= ERROR_LINES_MAX:
+        return text
+    rest = len(lines) - ERROR_LINES_MAX
+    return "\n".join([*lines[:ERROR_LINES_MAX], f"  ... ({rest} more lines)"])

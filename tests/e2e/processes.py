@@ -45,6 +45,7 @@ class Process:
             env=ENVIRONMENT,
             start_new_session=True,
         )
+        self._is_stopped = False
         self.out: list[str] = []
         self.err: list[str] = []
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -80,6 +81,12 @@ class Process:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
+    def stop(self) -> None:
+        """Ask it to end, once: a second signal would cut its good-bye short."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self.signal(signal.SIGTERM)
+
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """The exit code, with all output read."""
         code = self.process.wait(timeout_s)
@@ -89,7 +96,7 @@ class Process:
 
     def end(self) -> None:
         """Make sure that it is gone."""
-        self.signal(signal.SIGTERM)
+        self.stop()
         try:
             self.wait()
         except subprocess.TimeoutExpired:
@@ -123,7 +130,7 @@ class Server(Process):
 def end_all(processes: list[Process]) -> None:
     """End them together: each takes a moment to say good-bye."""
     for process in processes:
-        process.signal(signal.SIGTERM)
+        process.stop()
     for process in processes:
         process.end()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -12,6 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from shoal.base.errors import ConfigError
+from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
     InviteOption,
@@ -86,22 +88,23 @@ def generate(
     set_threads(threads)
     choice = SwarmChoice.parse(join, swarm, invite)
     text = read_prompt(prompt, prompt_file)
-    from shoal.cli.answering import GenerateSettings, answer_prompt, as_dict, summary
-    from shoal.cli.models import open_model
-    from shoal.hf.sampling import Sampler
+    with noticing_interrupts(signal.SIGINT):
+        from shoal.cli.answering import GenerateSettings, answer_prompt, as_dict, summary
+        from shoal.cli.models import open_model
+        from shoal.hf.sampling import Sampler
 
-    settings = GenerateSettings(
-        swarm=choice,
-        prompt=text,
-        max_new_tokens=max_new_tokens,
-        sampler=Sampler(
-            temperature=temperature, seed=secrets.randbits(63) if seed is None else seed
-        ),
-        dtype=dtype,
-        patience_s=patience,
-    )
+        seed = secrets.randbits(63) if seed is None else seed
+        settings = GenerateSettings(
+            swarm=choice,
+            prompt=text,
+            max_new_tokens=max_new_tokens,
+            sampler=Sampler(temperature=temperature, seed=seed),
+            dtype=dtype,
+            patience_s=patience,
+        )
+        opened = open_model(model)
     show = _discard if as_json else _print_piece
-    text, answer = asyncio.run(answer_prompt(settings, open_model(model), show))
+    text, answer = asyncio.run(answer_prompt(settings, opened, show))
     if as_json:
         print(json.dumps(as_dict(text, answer)), flush=True)
     else:

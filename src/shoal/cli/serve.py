@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-import types
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shoal.base.spans import parse_span
+from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import InviteOption, ModelArgument, SwarmOption, ThreadsOption
 from shoal.cli.threads import set_threads
@@ -85,30 +85,28 @@ def serve(
       shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        thread_count = set_threads(threads)
-        from shoal.cli.models import open_model
-        from shoal.cli.serving import ServeSettings, serve_until_stopped
+        with noticing_interrupts(signal.SIGINT, signal.SIGTERM):
+            thread_count = set_threads(threads)
+            from shoal.cli.models import open_model
+            from shoal.cli.serving import ServeSettings, serve_until_stopped
 
-        settings = ServeSettings(
-            swarm=SwarmChoice.parse(join or [], swarm, invite),
-            listen=listen,
-            announce=announce,
-            identity=identity,
-            span=None if blocks is None else parse_span(blocks),
-            dtype=dtype,
-            device=device,
-            threads=thread_count,
-            cache_tokens=cache_tokens,
-        )
-        asyncio.run(serve_until_stopped(settings, open_model(model)))
+            settings = ServeSettings(
+                swarm=SwarmChoice.parse(join or [], swarm, invite),
+                listen=listen,
+                announce=announce,
+                identity=identity,
+                span=None if blocks is None else parse_span(blocks),
+                dtype=dtype,
+                device=device,
+                threads=thread_count,
+                cache_tokens=cache_tokens,
+            )
+            opened = open_model(model)
+        asyncio.run(serve_until_stopped(settings, opened))
     except KeyboardInterrupt:
         pass  # before the event loop took the signals over; nothing to clean up yet
     finally:
         signal.signal(signal.SIGTERM, before)
     print("stopped", file=sys.stderr)
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -29,6 +29,33 @@ PATIENCE_S: Final = 60.0
 """How long to look for a chain when servers are full, load or fail."""
 
 
+PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")]
+PromptFileOption = Annotated[
+    Path | None, typer.Option(metavar="F", help="Read the prompt from a file, - for stdin.")
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Stop after this many tokens.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option(metavar="T", help="0 always takes the likeliest token (greedy).")
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(metavar="S", help="Repeats a sampled answer (default: a new one each time)."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16, for the rows sent and for embedding and head "
+        "(default: what most of the servers compute in)."
+    ),
+]
+PatienceOption = Annotated[
+    float,
+    typer.Option(metavar="S", help="Seconds to wait for servers that are full or failing."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("generate")(generate)
@@ -37,34 +64,14 @@ def register(app: typer.Typer) -> None:
 def generate(
     model: ModelArgument,
     join: JoinOption,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The text to continue.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(metavar="F", help="Read the prompt from a file, - for stdin.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Stop after this many tokens.")
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 always takes the likeliest token (greedy).")
-    ] = 0.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="S", help="Repeats a sampled answer (default: a new one each time)."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16, for the rows sent and for embedding and head "
-            "(default: what most of the servers compute in)."
-        ),
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    dtype: DtypeOption = None,
     threads: ThreadsOption = None,
-    patience: Annotated[
-        float,
-        typer.Option(metavar="S", help="Seconds to wait for servers that are full or failing."),
-    ] = PATIENCE_S,
+    patience: PatienceOption = PATIENCE_S,
     swarm: SwarmOption = None,
     invite: InviteOption = None,
     as_json: JsonOption = False,

@@ -16,6 +16,48 @@ from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import InviteOption, ModelArgument, SwarmOption, ThreadsOption
 from shoal.cli.threads import set_threads
 
+BlocksOption = Annotated[
+    str | None, typer.Option(metavar="A:B", help="Blocks A to B-1 (default: all).")
+]
+ListenOption = Annotated[
+    str,
+    typer.Option(
+        metavar="tcp://HOST:PORT",
+        help="Where to listen; port 0 picks a free one. The default is for this machine "
+        "only; tcp://0.0.0.0:PORT is for everybody who can reach it.",
+    ),
+]
+AnnounceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tcp://HOST:PORT",
+        help="Address to tell others if it is not the one listened on (behind a router, "
+        "or with several networks); port 0 means the same port.",
+    ),
+]
+JoinsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADDR",
+        help="Address of a server of the swarm, as its ready line prints it; repeat for "
+        "more. Without it a new swarm begins.",
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16; float32 is the quick one on CPUs.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+CacheOption = Annotated[
+    int, typer.Option(metavar="N", help="Positions that the KV cache holds, over all sessions.")
+]
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Key file of this peer, made if it is missing (default: a new peer each time).",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -24,48 +66,15 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: ModelArgument,
-    blocks: Annotated[
-        str | None, typer.Option(metavar="A:B", help="Blocks A to B-1 (default: all).")
-    ] = None,
-    listen: Annotated[
-        str,
-        typer.Option(
-            metavar="tcp://HOST:PORT",
-            help="Where to listen; port 0 picks a free one. The default is for this machine "
-            "only; tcp://0.0.0.0:PORT is for everybody who can reach it.",
-        ),
-    ] = "tcp://127.0.0.1:0",
-    announce: Annotated[
-        str | None,
-        typer.Option(
-            metavar="tcp://HOST:PORT",
-            help="Address to tell others if it is not the one listened on (behind a router, "
-            "or with several networks); port 0 means the same port.",
-        ),
-    ] = None,
-    join: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ADDR",
-            help="Address of a server of the swarm, as its ready line prints it; repeat for "
-            "more. Without it a new swarm begins.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; float32 is the quick one on CPUs.")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    blocks: BlocksOption = None,
+    listen: ListenOption = "tcp://127.0.0.1:0",
+    announce: AnnounceOption = None,
+    join: JoinsOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
-    cache_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Positions that the KV cache holds, over all sessions.")
-    ] = 8192,
-    identity: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Key file of this peer, made if it is missing (default: a new peer each time).",
-        ),
-    ] = None,
+    cache_tokens: CacheOption = 8192,
+    identity: IdentityOption = None,
     swarm: SwarmOption = None,
     invite: InviteOption = None,
 ) -> None:

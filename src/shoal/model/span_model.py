@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
 
 from shoal.base.errors import ConfigError, ModelCorrupt, ModelUnsupported
 from shoal.base.spans import Span
@@ -58,9 +59,14 @@ class SpanModel:
 
         Nothing is committed to the cache.
         """
-        count = hidden.shape[0]
+        positions = torch.arange(position, position + hidden.shape[0], device=hidden.device)
+        return self.forward_at(hidden, positions, cache, span)
+
+    def forward_at(
+        self, hidden: torch.Tensor, positions: torch.Tensor, cache: Cache, span: Span
+    ) -> torch.Tensor:
+        """The same with a position (S,) for each row: rows of several sequences in one pass."""
         setattr(self.base, self._blocks_attribute, self._stack(span))
-        positions = torch.arange(position, position + count, device=hidden.device)
         output = self.base(
             inputs_embeds=hidden.unsqueeze(0),
             position_ids=positions.unsqueeze(0),

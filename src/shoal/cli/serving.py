@@ -26,6 +26,7 @@ from shoal.model.rows import encodings_for, torch_dtype
 from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
 from shoal.net.address import parse_listen
 from shoal.net.identity import Identity
+from shoal.net.tasks import first_failure
 from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
 from shoal.server.door import Door
@@ -102,14 +103,13 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         stack.push_async_callback(backend.aclose)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        door.open(
-            await stack.enter_async_context(open_server(backend, transport, swarm_pass, book))
-        )
+        server = await stack.enter_async_context(open_server(backend, transport, swarm_pass, book))
+        door.open(server)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={address} blocks={facts.span}", flush=True)
-        await announcer.keep()
+        await first_failure(announcer.keep(), server.wait_broken())
 
 
 def _plan(settings: ServeSettings, model: OpenModel) -> tuple[BackendFacts, BackendConfig]:

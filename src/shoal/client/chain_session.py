@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from shoal.base.errors import SessionClosed
+from shoal.base.errors import BadInput, SessionClosed
 from shoal.base.ids import PeerId, SessionId
 from shoal.client.session import Payload, Recovery, SessionState, split_chunks
 from shoal.plan.view import Stage
@@ -134,6 +134,8 @@ class ChainSession:
         state = self._state
         state.check_open()
         length = state.length if length is None else length
+        if not 0 <= length <= state.length:
+            raise BadInput(f"can't fork {state.length} positions at {length}")
         parent = Fork(state.id, state.log.rev, length)
         return await self._client.open_session(
             state.encoding, state.span, parent=parent, seed=state

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from shoal.base.errors import (
@@ -58,6 +59,15 @@ logger = logging.getLogger(__name__)
 
 WINDOW_BYTES: Final = 64 << 20
 """What a last hop may send the client unacknowledged: the client always takes rows."""
+
+RESYNC_S_MAX: Final = 16.0
+"""A session that stands still asks everybody what they have at least this often."""
+
+STANDSTILLS_MAX: Final = 2
+"""Standstills without a row before a hop is suspected: 2 + 4 + 8 s of asking in vain."""
+
+FIRST_ITERATION_S_MAX: Final = 60.0
+"""A server that has no experience yet may take this long: first calls on slow processors."""
 
 TERMINAL_CODES: Final = frozenset({"too_long", "bad_input"})
 """Failures that no other server would change, unless another server is to blame."""
@@ -212,6 +222,7 @@ class Client:
             if index + 1 == len(chain) or chain[index + 1].peer == self.me
         )
         followed = await send_route(route, [self.link(p) for p in servers], receive_from)
+        state.held = followed.held
         if state.failure is not None:  # closed meanwhile: nobody may keep it
             self.dismiss(state, servers)
         elif state.epoch == epoch:
@@ -228,7 +239,7 @@ class Client:
             async with asyncio.timeout(ALIVE_MISSED_MAX * ALIVE_PERIOD_S):
                 await link.request(Ping)
         except (ShoalError, TimeoutError):
-            link.drop()
+            self._drop(link)
             return False
         return True
 
@@ -263,7 +274,8 @@ class Client:
     def _offer_have(self, state: SessionState) -> None:
         """Tell the senders whose receiver we are what we hold, without being asked."""
         for inbound in [state.inbound, *(relay.inbound for relay in state.relays.values())]:
-            self.link(inbound.predecessor).post(inbound.have_message(WINDOW_BYTES))
+            have = inbound.have_message(WINDOW_BYTES, inbound.have)
+            self.link(inbound.predecessor).post(have)
 
     def sessions_at(self, peer: PeerId) -> list[bytes]:
         """Our sessions that run over this server now."""
@@ -279,14 +291,17 @@ class Client:
             return Stale(message.session, message.border, 0 if state is None else state.epoch)
         if not inbound.is_from_predecessor(peer, message.epoch):
             return inbound.stale_message()
-        return inbound.have_message(WINDOW_BYTES)
+        return inbound.have_message(WINDOW_BYTES, inbound.have)
 
     def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Answer | None:
         """Rows came back."""
         state = self._sessions.get(SessionId(entry.session))
         if state is None:
             return Stale(entry.session, entry.border, 0)
-        is_final = entry.border == state.span.end
+        inbound = state.receiver_at(entry.border, peer)
+        if inbound is None or not inbound.is_from_predecessor(peer, entry.epoch):
+            return Stale(entry.session, entry.border, state.epoch)
+        is_final = inbound.is_final
         num_rows = rows_of(entry.want, entry.count) if is_final else entry.count
         if entry.payload_bytes != num_rows * state.row_bytes or entry.encoding != state.encoding:
             self._blame(state, peer, PeerMisbehaved("rows of a wrong size or encoding"))
@@ -297,21 +312,25 @@ class Client:
         for relay in state.relays.values():
             self._senders.wake(relay.outbound)
         if state.received_length > before:
-            state.progressed_s = now_s
-            state.resync_after_s = STALL_MIN_S
-            state.finish_recovery(now_s)
+            state.advanced(now_s)
+            if self.experience.has_failures:
+                for server in state.servers:
+                    self.experience.served(server)
         return answer
 
     def on_broken(self, peer: PeerId, message: Broken) -> None:
         """A server can't reach its successor."""
         state = self._sessions.get(SessionId(message.session))
-        if state is not None and message.epoch == state.epoch:
-            self._report(state, Trouble(links={(peer, PeerId(message.peer))}))
+        if state is None or message.epoch != state.epoch:
+            return
+        for stage, successor in pairwise(state.chain):
+            if (stage.peer, successor.peer) == (peer, message.peer):
+                self._report(state, Trouble(links={(peer, successor.peer)}))
 
     def on_failed(self, peer: PeerId, message: Failed) -> None:
         """A server can't go on with a session."""
         state = self._sessions.get(SessionId(message.session))
-        if state is None or message.epoch != state.epoch:
+        if state is None or message.epoch != state.epoch or peer not in state.servers:
             return
         error = error_from_code(message.code, message.detail, message.retry_after_s)
         if message.code in TERMINAL_CODES:
@@ -319,13 +338,15 @@ class Client:
         elif message.code in ("lost", "closed"):
             self._report(state, Trouble(is_out_of_step=True))
         else:
-            self._blame(state, PeerId(message.blame) if message.blame else peer, error)
+            before = state.predecessor(peer, message.start)
+            is_before = message.blame == before and before != self.me
+            self._blame(state, before if is_before and before else peer, error)
 
     def on_server_lost(self, peer: PeerId, error: ShoalError) -> None:
         """The streams from a server are gone."""
         logger.info("server lost peer=%s reason=%s", short(peer), error)
         for state in self._sessions.values():
-            if peer in state.servers:
+            if peer in state.servers and not state.is_mending:
                 self._report(state, Trouble(lost={peer}))
 
     # --- rows out: PoolEvents ----------------------------------------------------------
@@ -354,17 +375,36 @@ class Client:
             waiting = [s for s in self._sessions.values() if s.is_waiting and not s.is_mending]
             for peer in sorted({peer for state in waiting for peer in state.servers}):
                 link = self.link(peer)
-                if _is_silent(link, now_s) or _is_stuck(link.alive):
-                    link.drop()
-                    self.on_server_lost(peer, PeerUnreachable("silent or stuck"))
-                elif link.is_up:
+                if not link.is_up or _is_silent(link, now_s) or _is_stuck(link.alive):
+                    self._drop(link)
+                else:
                     link.ping(now_s)
             for state in waiting:
                 if now_s - state.progressed_s > state.resync_after_s and not state.trouble:
-                    state.resync_after_s *= 2
-                    state.progressed_s = now_s
-                    self.link(state.inbound.predecessor).redial_rows()
-                    self._report(state, Trouble(is_out_of_step=True))
+                    self._stands_still(state, now_s)
+
+    def _stands_still(self, state: SessionState, now_s: float) -> None:
+        """Everybody answers and no row comes: open all links anew; later, name a suspect."""
+        self.link(state.inbound.predecessor).redial_rows(state.resync_after_s)
+        state.standstills += 1
+        state.resync_after_s = min(RESYNC_S_MAX, 2 * state.resync_after_s)
+        state.progressed_s = now_s
+        trouble = Trouble(is_out_of_step=True)
+        suspect = state.suspect() if state.standstills > STANDSTILLS_MAX else None
+        if suspect is not None and not self._is_computing(suspect):
+            logger.warning("peer delivers nothing peer=%s session=%s",
+                           short(suspect), short(state.id))  # fmt: skip
+            trouble.lost.add(suspect)
+        self._report(state, trouble)
+
+    def _is_computing(self, peer: PeerId) -> bool:
+        alive = self.link(peer).alive
+        return alive is not None and alive.iteration_s > 0
+
+    def _drop(self, link: ServerLink) -> None:
+        """The server doesn't answer as it should: everybody who uses it must know."""
+        link.drop()
+        self.on_server_lost(link.peer, PeerUnreachable("silent or stuck"))
 
     async def _keep(self) -> None:
         """List our sessions to every server from time to time."""
@@ -390,6 +430,8 @@ def _is_stuck(alive: Alive | None) -> bool:
     """The running iteration lasts far longer than the server itself expected."""
     if alive is None:
         return False
+    if not alive.iteration_estimate_s:
+        return alive.iteration_s > FIRST_ITERATION_S_MAX
     limit_s = max(STALL_MIN_S, STALL_FACTOR * alive.iteration_estimate_s)
     return alive.iteration_s > limit_s
 

@@ -39,11 +39,17 @@ class ExperienceBook:
 
     def served(self, peer: PeerId) -> None:
         """The peer did its work: what it did before is forgiven."""
-        self._failures.pop(peer, None)
+        if self._failures.pop(peer, None):
+            self._avoid_until_s.pop(peer, None)
 
     def pair_failed(self, sender: PeerId, receiver: PeerId, now_s: float) -> None:
         """Both answer us, but not each other."""
         self._pairs_until_s[(sender, receiver)] = now_s + PAIR_S
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether anybody's failures are remembered."""
+        return bool(self._failures)
 
     def round_trip(self, peer: PeerId, rtt_s: float) -> None:
         """A measured round trip; the lowest of recent ones counts."""

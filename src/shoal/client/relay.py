@@ -10,7 +10,7 @@ from shoal.link.inbound import Inbound, Verdict
 from shoal.link.log import Log
 from shoal.link.outbound import Outbound
 from shoal.wire.frames import Buffer
-from shoal.wire.messages import Ack, Entry, Gap
+from shoal.wire.messages import Ack, Entry, Gap, Stale
 
 
 class Relay:
@@ -27,12 +27,14 @@ class Relay:
         self.inbound.reroute(before, epoch)
         self.outbound.reroute(after, epoch)
 
-    def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Gap | Ack | None:
+    def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Gap | Ack | Stale:
         """Take rows over into the log."""
         admission = self.inbound.admit(peer, entry, payload)
         if admission.cuts:
             self.log.cut(entry.rev, admission.cuts)
             self.outbound.on_cut()
+        if admission.verdict is Verdict.STALE:
+            return self.inbound.stale_message()
         if admission.verdict is Verdict.GAP:
             return self.inbound.gap_message()
         if admission.verdict is Verdict.ACCEPTED and admission.entry is not None:

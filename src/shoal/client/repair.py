@@ -15,7 +15,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
-from shoal.base.errors import NoRouteError, PeerBusy, PeerError, ShoalError
+from shoal.base.errors import (
+    InternalError,
+    NoRouteError,
+    PeerBusy,
+    PeerError,
+    PeerTimeout,
+    ShoalError,
+)
 from shoal.base.ids import PeerId, short
 from shoal.client.experience import ExperienceBook
 from shoal.client.routing import Followed, RouteFacts
@@ -57,6 +64,9 @@ class Swarm(Protocol):
     async def answers(self, peer: PeerId) -> bool:
         """Whether the peer answers now, dialling it if need be."""
 
+    def end(self, state: SessionState, error: ShoalError) -> None:
+        """The session can't go on: forget it here and at its servers."""
+
     def dismiss(self, state: SessionState, peers: Iterable[PeerId]) -> None:
         """Tell servers that are no longer in the chain to forget the session."""
 
@@ -81,9 +91,15 @@ class Supervisor:
             try:
                 await self.mend()
             except ShoalError as error:
-                logger.warning("session failed session=%s reason=%s",
-                               short(self._state.id), error)  # fmt: skip
-                self._state.fail(error)
+                self._give_up(error)
+            except Exception as error:
+                logger.exception("repair broke session=%s", short(self._state.id))
+                self._give_up(InternalError(repr(error)))
+
+    def _give_up(self, error: ShoalError) -> None:
+        logger.warning("session failed session=%s reason=%s",
+                       short(self._state.id), error)  # fmt: skip
+        self._swarm.end(self._state, error)
 
     async def mend(self) -> None:
         """Open the chain, or repair it.
@@ -100,13 +116,11 @@ class Supervisor:
     async def _mend(self) -> None:
         state, swarm = self._state, self._swarm
         loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        since_s = state.trouble.since_s if state.trouble else started_s
-        deadline_s = started_s + swarm.patience_s
+        since_s = state.trouble.since_s if state.trouble else loop.time()
+        deadline_s = await self._begin() + swarm.patience_s
         before = [stage for stage in state.chain if len(stage.span)]
         position = state.received_length
         lost: set[PeerId] = set()
-        backoff_s = BACKOFF_S
         while True:
             state.check_open()
             lost |= await self._find_lost(state.take_trouble(), lost)
@@ -120,16 +134,37 @@ class Supervisor:
                 error = next(iter(followed.refused.values()), NoRouteError("servers keep failing"))
             except NoRouteError as failure:
                 error = failure
-            if loop.time() + backoff_s > deadline_s:
+            if loop.time() + state.backoff_s > deadline_s:
                 raise error
-            if backoff_s > BACKOFF_S:  # the first attempt is repeated at once
-                await swarm.wait_for_news(backoff_s)
-            backoff_s = min(BACKOFF_S_MAX, 2 * backoff_s)
+            await self._back_off()
         after = [stage for stage in chain if len(stage.span)]
         self._dismiss_replaced(before, after)
         self._judge_numerics(before, after)
         if before and lost:
             self._record(since_s, position, before, after, followed)
+
+    async def _begin(self) -> float:
+        """When the repairs since the last row began; waits if there were some."""
+        state = self._state
+        now_s = asyncio.get_running_loop().time()
+        since_s = state.stuck_since_s
+        if since_s is None or not state.is_waiting:
+            state.stuck_since_s, state.backoff_s = now_s, 0.0
+            return now_s
+        if now_s - since_s > self._swarm.patience_s:
+            raise PeerTimeout(
+                f"repairs for {now_s - since_s:.0f} s brought no row "
+                f"behind position {state.received_length}"
+            )
+        await self._back_off()
+        return since_s
+
+    async def _back_off(self) -> None:
+        """The second attempt comes at once, later ones after longer and longer pauses."""
+        state = self._state
+        if state.backoff_s:
+            await self._swarm.wait_for_news(state.backoff_s)
+        state.backoff_s = min(BACKOFF_S_MAX, max(BACKOFF_S, 2 * state.backoff_s))
 
     async def _find_lost(self, trouble: Trouble, known: set[PeerId]) -> set[PeerId]:
         """Who must be replaced; keeps the client's own link out of it."""

@@ -14,12 +14,12 @@ from typing import Protocol
 from shoal.base.errors import (
     PeerTimeout,
     PeerUnreachable,
-    ProtocolError,
     ShoalError,
     error_from_code,
 )
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import CALL_TIMEOUT_S
+from shoal.link.pool import HEALTHY_S
 from shoal.link.receiver import Answer, ReceiverEvents, RowReceiver
 from shoal.net.channel import PURPOSE_CONTROL, PURPOSE_ROWS_IN, Channel
 from shoal.net.tasks import TaskSet
@@ -152,9 +152,10 @@ class ServerLink:
         if self._receiver is not None:
             self._receiver.post(answer)
 
-    def redial_rows(self) -> None:
-        """Rows don't come though they should: maybe their stream is dead. Dial a new one."""
-        if self._receiver is not None:
+    def redial_rows(self, silent_s: float) -> None:
+        """Rows don't come though they should: a stream this long silent is dialled anew."""
+        now_s = asyncio.get_running_loop().time()
+        if self._receiver is not None and now_s - self._receiver.heard_s >= silent_s:
             self._receiver.close()
 
     def drop(self) -> None:
@@ -193,10 +194,10 @@ class ServerLink:
             error = failure
         finally:
             channel.close()
-        if self._control is channel:
-            self._control = None
-            self._fail_calls(error)
-            self._events.on_server_lost(self.peer, error)
+            if self._control is channel:
+                self._control = None
+                self._fail_calls(error)
+                self._events.on_server_lost(self.peer, error)
 
     def _on_control(self, message: object) -> None:
         self.pinged_s = None
@@ -224,21 +225,25 @@ class ServerLink:
                 future.set_exception(PeerUnreachable(error.detail))
 
     async def _receive_rows(self, channel: Channel) -> None:
-        """Receive rows until the stream breaks twice in a row without a control stream."""
-        error: ShoalError
-        while True:
-            self._receiver = RowReceiver(channel, self._events)
-            try:
-                await self._receiver.run()
-            except (PeerUnreachable, ProtocolError) as failure:
-                error = failure
-            self._receiver = None
-            try:
-                if self._control is None:
-                    break
+        """Receive rows; a stream that breaks is dialled again unless it breaks too often."""
+        now = asyncio.get_running_loop().time
+        error: ShoalError = PeerUnreachable(f"peer {short(self.peer)} sends no rows")
+        broke_at = -HEALTHY_S
+        try:
+            while True:
+                self._receiver = RowReceiver(channel, self._events)
+                try:
+                    await self._receiver.run()
+                except ShoalError as failure:
+                    error = failure
+                self._receiver = None
+                if self._control is None or now() - broke_at < HEALTHY_S:
+                    return
+                broke_at = now()
                 channel = await self._dial(self.peer, PURPOSE_ROWS_IN)
-            except ShoalError as failure:
-                error = failure
-                break
-        self._wants_rows = False
-        self._events.on_server_lost(self.peer, error)
+        except ShoalError as failure:
+            error = failure
+        finally:
+            self._receiver = None
+            self._wants_rows = False
+            self._events.on_server_lost(self.peer, error)

@@ -94,6 +94,13 @@ class SessionState:
         """Without progress for this long, ask everybody what they have; doubles each time."""
         self.classes: dict[PeerId, str] = {}
         """Numerics class of each hop's server, as its record said when it was chosen."""
+        self.held: dict[tuple[PeerId, int], int] = {}
+        """What the hops held when the route was last made, by (peer, start block)."""
+        self.standstills = 0
+        """Routes made anew since the last row, only because nothing came."""
+        self.stuck_since_s: float | None = None
+        """Loop time of the first repair since the last row."""
+        self.backoff_s = 0.0
         self.pending_recovery: Recovery | None = None
         self.recovering_since_s = 0.0
         self.is_mending = False
@@ -208,6 +215,25 @@ class SessionState:
         self.troubled.clear()
         return trouble
 
+    def predecessor(self, peer: PeerId, start: int) -> PeerId | None:
+        """Who sends to the hop of `peer` that begins at block `start`."""
+        before: PeerId | None = None
+        for stage in self.chain:
+            if (stage.peer, stage.span.start) == (peer, start):
+                return before
+            before = stage.peer
+        return None
+
+    def suspect(self) -> PeerId | None:
+        """The hop behind which rows stop: it holds more than the one after it."""
+        stages = [stage for stage in self.chain if len(stage.span)]
+        lengths = [self.held.get((stage.peer, stage.span.start), 0) for stage in stages]
+        lengths.append(self.received_length)
+        for stage, have, passed_on in zip(stages, lengths, lengths[1:], strict=False):
+            if have > passed_on:
+                return stage.peer
+        return None
+
     def start_as_fork(self, parent: SessionState, rev: int, length: int) -> None:
         """Begin with the parent's first `length` positions, here and in the relays."""
         self.chain = parent.chain
@@ -220,6 +246,15 @@ class SessionState:
             for border, relay in parent.relays.items()
             if relay.log.rev >= rev
         }
+
+    def advanced(self, now_s: float) -> None:
+        """Rows were received: whatever was wrong is over."""
+        self.progressed_s = now_s
+        self.resync_after_s = STALL_MIN_S
+        self.standstills = 0
+        self.stuck_since_s = None
+        self.backoff_s = 0.0
+        self.finish_recovery(now_s)
 
     def finish_recovery(self, now_s: float | None = None) -> None:
         """A row came, or another repair began: the last repair's pause is over."""
@@ -245,9 +280,9 @@ class SessionState:
 
     def take_rows(self, start: int, end: int) -> bytes:
         """The received rows of positions [start, end), as wanted; they are forgotten here."""
-        parts = [entry.data() for entry in self.received if start <= entry.position < end]
+        mine = [entry for entry in self.received if start < entry.end and entry.position < end]
         self.received = [entry for entry in self.received if entry.position >= end]
-        return b"".join(parts)
+        return b"".join(entry.tail(start).head(end).data() for entry in mine)
 
     def _receiver(self, border: int, peer: PeerId) -> Relay | Inbound | None:
         relay = self.relays.get(border)

@@ -23,8 +23,8 @@ from shoal.lab.invariants import check_contents, check_end, check_step
 from shoal.lab.network import LinkConditions, SimulatedNetwork
 from shoal.lab.script import Act, Reference, ScriptRunner, draw_script
 from shoal.lab.swarm import ServerSpec, SimulatedServer, SimulatedSwarm
+from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
-from shoal.server.server import ServerConfig
 
 FaultKind = Literal[
     "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole", "partition",

@@ -23,7 +23,8 @@ from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import SCHEME, MemoryNetwork
 from shoal.server.announcing import StoreBook
-from shoal.server.server import Server, ServerConfig, open_server
+from shoal.server.config import ServerConfig
+from shoal.server.server import Server, open_server
 
 SWARM = "lab"
 RECORD_TTL_S = 600.0
@@ -41,6 +42,8 @@ class ServerSpec:
     token_s: float = 0.0005
     """How much longer each of its rows makes it."""
     coarse_truncate: int = 1
+    is_late: bool = False
+    """Does not start with the swarm; `SimulatedServer.start` starts it."""
 
 
 class SimulatedServer:
@@ -158,7 +161,8 @@ class SimulatedSwarm:
 
     async def __aenter__(self) -> SimulatedSwarm:
         for server in self.servers:
-            await server.start()
+            if not server.spec.is_late:
+                await server.start()
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -95,9 +95,11 @@ class Inbound:
         self.have = entry.end
         return Admission(Verdict.ACCEPTED, entry.tail(have), cuts)
 
-    def have_message(self, window_bytes: int) -> Have:
-        """The answer to Open."""
-        return Have(self.session, self.border, self.epoch, self.rev, self.have, window_bytes)
+    def have_message(self, window_bytes: int, worked_off: int) -> Have:
+        """The answer to Open; `worked_off` of the rows held are done with."""
+        return Have(
+            self.session, self.border, self.epoch, self.rev, self.have, window_bytes, worked_off
+        )
 
     def gap_message(self) -> Gap:
         """The answer to rows that leave a gap."""

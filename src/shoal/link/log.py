@@ -129,7 +129,7 @@ class Log:
 
     def cuts_after(self, rev: int) -> list[tuple[int, int]]:
         """What a receiver at `rev` must be told; at most CUTS_MAX, older ones merged."""
-        later = [cut for cut in self.cuts if cut[0] > rev]
+        later = self.cuts[self._first_cut_after(rev) :]
         if len(later) > CUTS_MAX:
             lowest = later[0][1]
             later = later[-CUTS_MAX:]
@@ -138,7 +138,12 @@ class Log:
 
     def valid_length(self, rev: int, length: int) -> int:
         """How much of a receiver's `length` positions at `rev` our revision still shares."""
-        return min([length, *(position for cut_rev, position in self.cuts if cut_rev > rev)])
+        first = self._first_cut_after(rev)
+        return min(length, self.cuts[first][1]) if first < len(self.cuts) else length
+
+    def _first_cut_after(self, rev: int) -> int:
+        """Index of it; positions rise with revisions, so it is also the lowest one."""
+        return bisect_right(self.cuts, rev, key=lambda cut: cut[0])
 
     def entry_at(self, position: int) -> LogEntry | None:
         """The entry that holds `position`, or None when it is not in `[start, end)`."""

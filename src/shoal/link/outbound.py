@@ -7,10 +7,18 @@ never race with new rows. Nothing but the cursor sends.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from shoal.base.ids import PeerId, SessionId
+from shoal.base.limits import CUTS_MAX, PAYLOAD_BYTES_MAX
 from shoal.link.log import Log, LogEntry
 from shoal.wire.messages import Cut, Entry
+
+ENTRY_BYTES: Final = 160
+"""An entry's fields in a header, with the largest numbers and names in use."""
+
+CUT_BYTES: Final = 20
+"""One cut in a header: two numbers of up to 9 bytes, and the array around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +58,29 @@ class Outbound:
         self.is_open = False
         self.is_stale = False
 
-    def on_have(self, epoch: int, rev: int, length: int, window_bytes: int) -> bool:
+    def on_have(
+        self, epoch: int, rev: int, length: int, window_bytes: int, worked_off: int
+    ) -> bool:
         """The receiver holds `length` positions at `rev`; returns False if out of date."""
         if epoch != self.epoch or self.is_stale:
             return False
         self.is_open = True
-        self.receiver_rev = rev
         self.window_bytes = window_bytes
-        self.cursor = self.acked = self.log.valid_length(rev, length)
-        self.in_flight_bytes = 0
+        self._go_to(rev, length, worked_off)
         return True
+
+    def _go_to(self, rev: int, length: int, worked_off: int) -> None:
+        self.receiver_rev = rev
+        self.cursor = self.log.valid_length(rev, length)
+        self.acked = min(worked_off, self.cursor)
+        self.in_flight_bytes = self.log.bytes_between(self.acked, self.cursor)
 
     def on_gap(self, epoch: int, rev: int, length: int) -> bool:
         """The receiver lost something: back to what it holds."""
-        return self.is_open and self.on_have(epoch, rev, length, self.window_bytes)
+        if epoch != self.epoch or not self.is_open:
+            return False
+        self._go_to(rev, length, self.acked)
+        return True
 
     def on_ack(self, epoch: int, rev: int, length: int) -> bool:
         """The receiver worked off its first `length` positions."""
@@ -115,6 +132,14 @@ class Outbound:
         """How far the log is ahead of the cursor."""
         return self.log.bytes_between(self.cursor, self.log.end)
 
+    def next_size(self) -> tuple[int, int]:
+        """Payload and (at most) header bytes of the next entry; zeros when there is none."""
+        entry = self.log.entry_at(self.cursor) if self.has_entry else None
+        if entry is None:
+            return 0, 0
+        num_cuts = min(CUTS_MAX, len(self.log.cuts)) if self.receiver_rev < self.log.rev else 0
+        return min(entry.payload_bytes, PAYLOAD_BYTES_MAX), ENTRY_BYTES + CUT_BYTES * num_cuts
+
     def next_entry(self) -> Sendable | None:
         """The next entry to send, or None; moves the cursor behind it."""
         if not self.has_entry:
@@ -123,6 +148,9 @@ class Outbound:
         if entry is None:
             return None
         entry = entry.tail(self.cursor)
+        if entry.payload_bytes > PAYLOAD_BYTES_MAX:
+            rows = PAYLOAD_BYTES_MAX // (entry.payload_bytes // entry.num_rows)
+            entry = entry.head(entry.position + max(1, rows))
         base_rev, rev = self.receiver_rev, self.log.rev
         cuts = [Cut(cut_rev, at) for cut_rev, at in self.log.cuts_after(base_rev)]
         self.receiver_rev = rev

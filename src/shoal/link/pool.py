@@ -7,7 +7,8 @@ that fails the owner is told and the sender rests until a new route attaches a s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from shoal.base.errors import PeerError, ProtocolError, ShoalError
@@ -19,6 +20,10 @@ from shoal.net.tasks import TaskSet
 
 HEALTHY_S = 5.0
 """A stream that breaks again sooner is not dialled a third time."""
+
+
+IDLE_LINK_S = 30.0
+"""A stream that carries no session is kept this long for the next one."""
 
 
 class PoolEvents(SenderEvents, Protocol):
@@ -35,20 +40,22 @@ class SenderPool:
         self._dial = dial
         self._events = events
         self._senders: dict[PeerId, RowSender] = {}
+        self._by_outbound: dict[Outbound, RowSender] = {}
+        self._busy: dict[PeerId, int] = {}
+        """Tasks that dial or serve a stream, by peer."""
         self._dialling: set[PeerId] = set()
         self._tasks = TaskSet("senders")
 
     @property
     def num_links(self) -> int:
         """Links that are attached now."""
-        return sum(len(sender.outbounds) for sender in self._senders.values())
+        return len(self._by_outbound)
 
     def attach(self, outbound: Outbound, *, dial: bool) -> None:
         """Route this link to its receiver; `dial` unless the receiver dials us."""
-        for sender in self._senders.values():
-            if sender.peer != outbound.receiver:
-                sender.detach(outbound)
+        self.detach(outbound)
         sender = self._sender(outbound.receiver)
+        self._by_outbound[outbound] = sender
         sender.attach(outbound)
         if dial and not sender.is_connected and outbound.receiver not in self._dialling:
             self._dialling.add(outbound.receiver)
@@ -56,18 +63,22 @@ class SenderPool:
 
     def detach(self, outbound: Outbound) -> None:
         """Forget this link."""
-        for sender in self._senders.values():
+        sender = self._by_outbound.pop(outbound, None)
+        if sender is not None:
             sender.detach(outbound)
+            self._forget_if_unused(sender)
 
     def wake(self, outbound: Outbound) -> None:
         """The link's log grew or was cut."""
-        sender = self._senders.get(outbound.receiver)
+        sender = self._by_outbound.get(outbound)
         if sender is not None:
             sender.wake(outbound)
 
     async def adopt(self, channel: Channel) -> None:
         """Serve a stream that the receiver dialled, until it breaks."""
-        await self._sender(channel.peer).run(channel)
+        sender = self._sender(channel.peer)
+        async with self._in_use(sender):
+            await sender.run(channel)
 
     async def close(self) -> None:
         """End all streams."""
@@ -78,23 +89,41 @@ class SenderPool:
             self._senders[peer] = RowSender(peer, self._events)
         return self._senders[peer]
 
-    async def _keep_dialled(self, sender: RowSender) -> None:
-        now = asyncio.get_running_loop().time
-        error: ShoalError
-        broke_at = -HEALTHY_S
+    def _forget_if_unused(self, sender: RowSender) -> None:
+        if not sender.outbounds and not self._busy.get(sender.peer):
+            self._senders.pop(sender.peer, None)
+
+    @asynccontextmanager
+    async def _in_use(self, sender: RowSender) -> AsyncIterator[None]:
+        self._busy[sender.peer] = self._busy.get(sender.peer, 0) + 1
         try:
-            while True:
-                if not sender.outbounds:
-                    return
-                channel = await self._dial(sender.peer)
-                try:
-                    await sender.run(channel)
-                except (PeerError, ProtocolError):
-                    if now() - broke_at < HEALTHY_S:
-                        raise
-                    broke_at = now()
-        except ShoalError as failure:
-            error = failure
+            yield
         finally:
-            self._dialling.discard(sender.peer)
-        self._events.on_link_broken(sender.peer, error, sender.outbounds)
+            self._busy[sender.peer] -= 1
+            if not self._busy[sender.peer]:
+                del self._busy[sender.peer]
+            self._forget_if_unused(sender)
+
+    async def _keep_dialled(self, sender: RowSender) -> None:
+        async with self._in_use(sender):
+            try:
+                await self._dial_until_broken(sender)
+                return
+            except ShoalError as failure:
+                error = failure
+            finally:
+                self._dialling.discard(sender.peer)
+            self._events.on_link_broken(sender.peer, error, sender.outbounds)
+
+    async def _dial_until_broken(self, sender: RowSender) -> None:
+        """Returns when no session uses the link any more."""
+        now = asyncio.get_running_loop().time
+        broke_at = -HEALTHY_S
+        while sender.outbounds:
+            channel = await self._dial(sender.peer)
+            try:
+                await sender.run(channel, idle_s=IDLE_LINK_S)
+            except (PeerError, ProtocolError):
+                if sender.outbounds and now() - broke_at < HEALTHY_S:
+                    raise
+                broke_at = now()

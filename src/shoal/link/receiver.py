@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from msgspec import structs
+
 from shoal.base.errors import ProtocolError, error_from_code
 from shoal.base.ids import PeerId
 from shoal.net.channel import Channel
@@ -46,6 +48,8 @@ class RowReceiver:
         self._events = events
         self._answers: dict[tuple[bytes, int, type], Answer] = {}
         self._wake = asyncio.Event()
+        self.heard_s = asyncio.get_running_loop().time()
+        """Loop time of the last message."""
 
     def post(self, answer: Answer) -> None:
         """Send this answer soon; it replaces an older one of its kind."""
@@ -53,7 +57,7 @@ class RowReceiver:
         key = (answer.session, answer.border, kind)
         pending = self._answers.pop(key, None)
         if isinstance(answer, Gap) and isinstance(pending, Have) and pending.epoch == answer.epoch:
-            answer = Have(*key[:2], answer.epoch, answer.rev, answer.length, pending.window_bytes)
+            answer = structs.replace(pending, rev=answer.rev, length=answer.length)
         self._answers[key] = answer
         if len(self._answers) > PENDING_ANSWERS_MAX:
             del self._answers[next(iter(self._answers))]
@@ -77,6 +81,7 @@ class RowReceiver:
     async def _read(self) -> None:
         while True:
             message, payload = await self._channel.receive()
+            self.heard_s = asyncio.get_running_loop().time()
             match message:
                 case Rows():
                     for entry, part in split_rows(message, payload):

@@ -8,11 +8,17 @@ into one frame, round-robin over sessions.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Protocol
 
-from shoal.base.errors import PeerTimeout, ProtocolError, error_from_code
+from shoal.base.errors import PeerTimeout, PeerUnreachable, ProtocolError, error_from_code
 from shoal.base.ids import PeerId, SessionId, short
-from shoal.base.limits import CALL_TIMEOUT_S, ENTRIES_PER_FRAME_MAX
+from shoal.base.limits import (
+    CALL_TIMEOUT_S,
+    ENTRIES_PER_FRAME_MAX,
+    HEADER_BYTES_MAX,
+    PAYLOAD_BYTES_MAX,
+)
 from shoal.link.outbound import Outbound, Sendable
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
@@ -78,8 +84,8 @@ class RowSender:
             self._ready[key] = None
             self._wake.set()
 
-    async def run(self, channel: Channel) -> None:
-        """Serve one stream until it breaks.
+    async def run(self, channel: Channel, *, idle_s: float = math.inf) -> None:
+        """Serve one stream until it breaks, or carried no session for `idle_s`.
 
         Raises:
             PeerError, ProtocolError: why it ended.
@@ -95,7 +101,7 @@ class RowSender:
             self._asked_s = None
             self.is_connected = True
             try:
-                await first_failure(self._write(channel), self._read(channel), self._watch())
+                await first_failure(self._write(channel), self._read(channel), self._watch(idle_s))
             finally:
                 self.is_connected = False
                 for outbound in self._outbounds.values():
@@ -122,11 +128,15 @@ class RowSender:
 
     def _collect(self) -> list[Sendable]:
         batch: list[Sendable] = []
-        size = 0
+        size = header_size = 0
         while self._ready and size < FRAME_BYTES_TARGET and len(batch) < ENTRIES_PER_FRAME_MAX:
             key = next(iter(self._ready))
-            del self._ready[key]
             outbound = self._outbounds[key]
+            next_size, next_header_size = outbound.next_size()
+            header_size += next_header_size
+            if batch and (size + next_size > PAYLOAD_BYTES_MAX or header_size > HEADER_BYTES_MAX):
+                break
+            del self._ready[key]
             item = outbound.next_entry()
             if item is None:
                 continue
@@ -149,14 +159,17 @@ class RowSender:
                 case _:
                     raise ProtocolError(f"{type(message).__name__} is no answer on a data link")
 
-    async def _watch(self) -> None:
+    async def _watch(self, idle_s: float) -> None:
         """Every Open is answered at once; a path that swallows answers is given up."""
+        used_s = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(CALL_TIMEOUT_S / 4)
-            asked_s = self._asked_s
-            if asked_s is None:
-                continue
-            if asyncio.get_running_loop().time() - asked_s > CALL_TIMEOUT_S:
+            now_s = asyncio.get_running_loop().time()
+            if self._outbounds:
+                used_s = now_s
+            elif now_s - used_s > idle_s:
+                raise PeerUnreachable("no session uses this link")
+            if self._asked_s is not None and now_s - self._asked_s > CALL_TIMEOUT_S:
                 raise PeerTimeout(f"peer {short(self.peer)} does not answer on its data link")
 
     def _on_answer(self, message: Have | Gap | Ack | Stale) -> None:
@@ -165,7 +178,13 @@ class RowSender:
             return
         match message:
             case Have():
-                outbound.on_have(message.epoch, message.rev, message.length, message.window_bytes)
+                outbound.on_have(
+                    message.epoch,
+                    message.rev,
+                    message.length,
+                    message.window_bytes,
+                    message.worked_off,
+                )
             case Gap():
                 outbound.on_gap(message.epoch, message.rev, message.length)
             case Ack():

@@ -48,7 +48,10 @@ OUTBOX_MAX: Final = 4096
 SILENCE_MAX_S: Final = 3 * KEEP_PERIOD_S
 """A client that doesn't even list its sessions for this long is gone without a farewell."""
 
-ROUTES_WAITING_MAX: Final = 1024
+RECORDS_WAITING_MAX: Final = 16
+"""Answers waiting beyond which no more records are handed out: each may fill a header."""
+
+ROUTES_WAITING_MAX: Final = 256
 """Routes and closings that wait for the engine, per client."""
 
 
@@ -94,6 +97,10 @@ class ControlLink:
         self._outbox.append(message)
         self._has_mail.set()
 
+    def close(self) -> None:
+        """End the stream."""
+        self._channel.close()
+
     async def run(self) -> None:
         """Serve the stream until it breaks.
 
@@ -109,6 +116,9 @@ class ControlLink:
         while True:
             message = await self._next()
             match message:
+                case GetRecords() if len(self._outbox) >= RECORDS_WAITING_MAX:
+                    busy = PeerBusy("read the answers that wait first", retry_after_s=1.0)
+                    self.post(error_message(busy, message.call))
                 case Route() | Close() | Keep():
                     self._enqueue(message)
                 case Ping():
@@ -135,6 +145,8 @@ class ControlLink:
         elif isinstance(message, Route):
             busy = PeerBusy("too many routes at once", retry_after_s=1.0)
             self.post(error_message(busy, message.call))
+        else:
+            raise ProtocolError("routes and closings come faster than they can be followed")
 
     async def _write(self) -> None:
         while True:

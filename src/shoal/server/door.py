@@ -11,13 +11,14 @@ from collections.abc import Collection
 from typing import Final
 
 from shoal.base.backend import BackendFacts
-from shoal.base.errors import PeerBusy, PeerUnreachable, ProtocolError
+from shoal.base.errors import PeerBusy, PeerTimeout, PeerUnreachable, ProtocolError
 from shoal.base.ids import PeerId, SessionId, short
 from shoal.net.channel import PURPOSE_CONTROL, Channel, accept_channel
 from shoal.net.membership import SwarmPass
 from shoal.net.transport import Stream
+from shoal.server.config import AddressBook
 from shoal.server.control import ControlLink
-from shoal.server.server import AddressBook, Server
+from shoal.server.server import Server
 from shoal.wire.messages import Alive, ControlMessage, GetRecords, Load, Publish, Route, Routed
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Door:
         self._waiting.add(channel)
         try:
             await ControlLink(channel, self).run()
-        except PeerUnreachable:
+        except (PeerUnreachable, PeerTimeout):
             logger.debug("stream ended peer=%s", short(channel.peer))
         except ProtocolError as error:
             await channel.refuse(error)

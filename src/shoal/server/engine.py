@@ -93,7 +93,7 @@ class Engine:
         self._limits = limits
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._arrivals = itertools.count()
+        self._arrivals = itertools.count(1)
         self._since: dict[int, int] = {}
 
     def wake(self) -> None:
@@ -104,6 +104,7 @@ class Engine:
     async def exclusive(self) -> AsyncIterator[None]:
         """A moment between iterations, to open or fork sessions."""
         async with self._lock:
+            self._settle()
             yield
         self._wake.set()
 
@@ -113,7 +114,12 @@ class Engine:
         return sum(hop.waiting_tokens for hop in self._sessions)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled.
+
+        Raises:
+            Exception: a bug of ours or the backend's between iterations; the server
+                can't go on.
+        """
         while True:
             await self._wait()
             self._wake.clear()
@@ -132,6 +138,7 @@ class Engine:
     async def _iterate(self) -> bool:
         async with self._lock:
             self._settle()
+            self._let_return()
             batch = self._next_batch()
             self._settle()
             if not batch:
@@ -153,6 +160,9 @@ class Engine:
     def _settle(self) -> None:
         for hop in self._sessions.settle():
             self._events.on_held_changed(hop)
+
+    def _let_return(self) -> None:
+        """Parked sessions come back where there is room, the oldest first."""
         now_s = asyncio.get_running_loop().time()
         for hop in self._sessions.returning():
             length = hop.parked_length + RETURN_MARGIN_TOKENS
@@ -162,20 +172,22 @@ class Engine:
             if parked is None:
                 break  # the oldest goes first: younger ones don't slip past it
             hop.is_parked = hop.wants_return = False
+            hop.parked_length = 0
+            hop.used_s = now_s
             for other in [hop, *parked]:
                 self._events.on_held_changed(other)
 
     def _next_batch(self) -> list[HopSession]:
         waiting = []
         by_key = {}
+        before, self._since = self._since, {}
         for hop in self._sessions:
             if not hop.queue or hop.is_parked:
-                self._since.pop(hop.sequence, None)
                 continue
+            since = self._since[hop.sequence] = before.get(hop.sequence) or next(self._arrivals)
             if hop.outbound.backlog_bytes > self._limits.run_ahead_bytes:
                 continue
             head = hop.queue[0]
-            since = self._since.setdefault(hop.sequence, next(self._arrivals))
             by_key[hop.key] = hop
             waiting.append(
                 Waiting(
@@ -194,7 +206,7 @@ class Engine:
                 self._since.pop(hop.sequence, None)
                 hop.used_s = now_s
                 batch.append(hop)
-        return [hop for hop in batch if not hop.is_parked]
+        return [hop for hop in batch if hop.queue]
 
     def _fits(self, hop: HopSession, keep: list[SessionKey], now_s: float) -> bool:
         if hop.is_parked or not hop.queue:

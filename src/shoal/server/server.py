@@ -10,12 +10,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from shoal.base.backend import BlockBackend
 from shoal.base.errors import (
     BadInput,
+    InternalError,
     PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
@@ -24,12 +23,15 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.ids import PeerId, SessionId, short
-from shoal.base.limits import DETAIL_CHARS_MAX, IDLE_SESSION_S, ORPHAN_GRACE_S, WINDOW_BYTES
+from shoal.base.limits import (
+    DETAIL_CHARS_MAX,
+    PAYLOAD_BYTES_MAX,
+    SESSION_TOKENS_MAX,
+)
 from shoal.link.inbound import Verdict
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
 from shoal.link.receiver import Answer, RowReceiver
-from shoal.net.address import Address
 from shoal.net.channel import (
     PURPOSE_CONTROL,
     PURPOSE_ROWS_OUT,
@@ -40,8 +42,9 @@ from shoal.net.channel import (
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Stream, Transport
+from shoal.server.config import AddressBook, ServerConfig
 from shoal.server.control import ControlLink
-from shoal.server.engine import Engine, EngineLimits
+from shoal.server.engine import Engine
 from shoal.server.routes import read_route
 from shoal.server.session import HopPlan, HopSession
 from shoal.server.sessions import SessionTable
@@ -63,36 +66,9 @@ from shoal.wire.messages import (
     Routed,
     Stale,
 )
-from shoal.wire.tensors import check_payload
+from shoal.wire.tensors import check_payload, row_bytes
 
 logger = logging.getLogger(__name__)
-
-
-class AddressBook(Protocol):
-    """What a server asks of its directory."""
-
-    def learn(self, record: bytes) -> None:
-        """Take a signed record over if it is valid and news.
-
-        Raises:
-            ShoalError: it is not valid.
-        """
-
-    def addresses(self, peer: PeerId) -> tuple[Address, ...]:
-        """Where a peer with a valid record of this swarm can be dialled."""
-
-    def answer(self, message: GetRecords | Publish) -> ControlMessage:
-        """The answer to somebody else's question."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """Bounds and times of one server."""
-
-    engine: EngineLimits = field(default_factory=EngineLimits)
-    window_bytes: int = WINDOW_BYTES
-    orphan_grace_s: float = ORPHAN_GRACE_S
-    idle_session_s: float = IDLE_SESSION_S
 
 
 class Server:
@@ -120,12 +96,25 @@ class Server:
         self._senders = SenderPool(self._dial, self)
         self._receivers: dict[PeerId, RowReceiver] = {}
         self._controls: dict[PeerId, ControlLink] = {}
+        self._left: dict[PeerId, int] = {}
+        """How often each owner's control stream ended while it had sessions here."""
+        self._broken = asyncio.Event()
+        self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
 
     def start(self) -> None:
         """Start the engine and the watch over idle sessions."""
-        self._tasks.spawn(self.engine.run(), "engine")
+        self._tasks.spawn(self._run_engine(), "engine")
         self._tasks.spawn(self._close_idle(), "idle")
+
+    async def wait_broken(self) -> None:
+        """Wait until the server can't go on.
+
+        Raises:
+            InternalError: always; what broke the engine.
+        """
+        await self._broken.wait()
+        raise InternalError(f"the engine broke: {self._broken_by!r}")
 
     async def stop(self) -> None:
         """Stop all tasks and close all streams of ours."""
@@ -149,6 +138,8 @@ class Server:
 
     async def serve_stream(self, stream: Stream) -> None:
         """Serve one incoming stream (the handler for Transport.listen)."""
+        if self._broken_by is not None:
+            return  # closes it: everybody must see that nothing works here any more
         try:
             channel, purpose = await accept_channel(stream, self._swarm_pass)
         except ShoalError as error:
@@ -177,8 +168,9 @@ class Server:
         finally:
             if self._controls.get(channel.peer) is control:
                 del self._controls[channel.peer]
-            if not self._tasks.is_closed:
-                self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
+                if self.sessions.of_owner(channel.peer) and not self._tasks.is_closed:
+                    self._left[channel.peer] = self._left.get(channel.peer, 0) + 1
+                    self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
 
     async def _serve_rows(self, channel: Channel) -> None:
         receiver = self._receivers[channel.peer] = RowReceiver(channel, self)
@@ -208,21 +200,31 @@ class Server:
             self._book.learn(record)
         held: list[Held] = []
         epoch = plan.epoch
+        starts = {hop_plan.span.start for hop_plan in plan.hops}
+        for old in self.sessions.of_session(plan.session):
+            if old.plan.span.start not in starts and old.plan.epoch < plan.epoch:
+                self._forget(old)
         for hop_plan in plan.hops:
-            hop = self.sessions.find((plan.session, hop_plan.span.start))
-            if hop is None or not _is_same_work(hop.plan, hop_plan):
-                hop = await self._open_hop(hop_plan, plan.parent)
-            elif hop_plan.epoch > hop.plan.epoch:
-                hop.follow(hop_plan)
-            self._follow(hop, plan.epoch)
+            hop = await self._hop_for(hop_plan, plan.parent)
             held.append(Held(hop.plan.span.start, hop.inbound.rev, hop.inbound.have))
             epoch = max(epoch, hop.plan.epoch)
         return Routed(message.call, plan.session, epoch, held)
 
+    async def _hop_for(self, plan: HopPlan, parent: Fork | None) -> HopSession:
+        hop = self.sessions.find((plan.session, plan.span.start))
+        if hop is None or (plan.epoch > hop.plan.epoch and not _is_same_work(hop.plan, plan)):
+            hop = await self._open_hop(plan, parent)
+        elif plan.epoch > hop.plan.epoch:
+            hop.follow(plan)
+        self._follow(hop, plan.epoch)
+        return hop
+
     async def _open_hop(self, plan: HopPlan, parent: Fork | None) -> HopSession:
         now_s = asyncio.get_running_loop().time()
-        old = self.sessions.find((plan.session, plan.span.start))
         async with self.engine.exclusive():
+            old = self.sessions.find((plan.session, plan.span.start))
+            if old is not None and old.plan.epoch >= plan.epoch:
+                return old
             if old is not None:
                 self._forget(old)
             hop = self.sessions.open(plan, parent, now_s)
@@ -301,12 +303,14 @@ class Server:
             hop.wants_return = True
             self.engine.wake()
             return None
-        if hop.queue_bytes > 4 * max(self._config.window_bytes, entry.payload_bytes):
-            return hop.inbound.gap_message()  # beyond its window: dropped, to be sent again
+        if hop.queue_bytes > 4 * self._config.window_bytes + PAYLOAD_BYTES_MAX:
+            hop.is_overrun = True
+        if hop.is_overrun:
+            return None  # dropped; `on_worked_off` asks for them again
         try:
-            self._check_entry(entry)
+            self._check_entry(entry, hop.plan.encoding)
         except ShoalError as error:
-            self._fail(hop, error, blame=peer)
+            self._fail(hop, error, blame=peer if isinstance(error, BadInput) else None)
             return None
         admission = hop.admit(peer, entry, payload)
         if admission.cuts:
@@ -320,13 +324,15 @@ class Server:
             case _:
                 return None
 
-    def _check_entry(self, entry: Entry) -> None:
+    def _check_entry(self, entry: Entry, output_encoding: str) -> None:
         facts = self._backend.facts
+        if entry.count * row_bytes(output_encoding, facts.hidden_size) > PAYLOAD_BYTES_MAX:
+            raise SessionTooLong(f"{entry.count} rows at once are too many for one frame")
         check_payload(entry.encoding, facts.hidden_size, entry.count, entry.payload_bytes)
         if entry.encoding not in facts.encodings:
             raise BadInput(f"encoding {entry.encoding!r} is not served here")
         end = entry.position + entry.count
-        if end > facts.session_tokens_max:
+        if end > min(facts.session_tokens_max, SESSION_TOKENS_MAX):
             raise SessionTooLong(
                 f"position {end} is beyond the model's context of {facts.session_tokens_max}"
             )
@@ -371,6 +377,9 @@ class Server:
     def on_worked_off(self, hop: HopSession) -> None:
         """Queued rows were worked off."""
         length = hop.take_ack()
+        if hop.is_overrun and hop.queue_bytes < self._config.window_bytes:
+            hop.is_overrun = False
+            self.on_held_changed(hop)
         if length is not None:
             self._answer(hop, hop.inbound.ack_message(length))
 
@@ -420,8 +429,23 @@ class Server:
         hop = self.sessions.sending(outbound.session, outbound.border)
         return hop if hop is not None and hop.outbound is outbound else None
 
+    async def _run_engine(self) -> None:
+        """A server whose engine broke must not look alive: it closes all streams."""
+        try:
+            await self.engine.run()
+        except Exception as error:
+            logger.exception("engine broke sessions=%d", len(self.sessions))
+            self._broken_by = error
+            for control in self._controls.values():
+                control.close()
+            self._broken.set()
+
     async def _close_orphans(self, owner: PeerId) -> None:
+        times = self._left[owner]
         await asyncio.sleep(self._config.orphan_grace_s)
+        if self._left.get(owner) != times:
+            return  # came back and left again: the later grace period counts
+        del self._left[owner]
         if owner not in self._controls:
             for hop in self.sessions.of_owner(owner):
                 self._forget(hop)
@@ -444,7 +468,7 @@ def _is_same_work(one: HopPlan, other: HopPlan) -> bool:
 def _have(hop: HopSession) -> Have:
     """What the predecessor may do: a hop that waits for room wants nothing yet."""
     is_waiting = hop.is_parked and hop.wants_return
-    return hop.inbound.have_message(0 if is_waiting else hop.window_bytes)
+    return hop.inbound.have_message(0 if is_waiting else hop.window_bytes, hop.settled_length)
 
 
 @asynccontextmanager

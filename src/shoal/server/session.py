@@ -65,6 +65,8 @@ class HopSession:
         """Cache given up under memory pressure: rows are dropped until it may return."""
         self.wants_return = False
         self.parked_length = 0
+        self.is_overrun = False
+        """The predecessor sent far beyond its window: rows are dropped until the queue is short."""
         self.used_s = 0.0
         """Loop time of the last sign of life."""
         self._valid_until: int | None = None

@@ -24,6 +24,12 @@ IDLE_VICTIM_S: Final = 30.0
 RETRY_AFTER_S: Final = 2.0
 """When to come back to a full server: the length of a short answer."""
 
+SESSIONS_MAX: Final = 4096
+"""Hops at one server: bounds what parked ones cost, which hold no cache."""
+
+SESSIONS_PER_OWNER_MAX: Final = 1024
+"""Hops of one client at one server: a quarter, so that no client can fill it alone."""
+
 RETURN_MARGIN_TOKENS: Final = 64
 """An evicted session returns only when this much more than its length fits."""
 
@@ -73,20 +79,36 @@ class SessionTable:
         """A new hop, empty or forked; replaces an old one. Only while no engine iteration runs.
 
         Raises:
-            PeerBusy: no cache page is free and nobody here is younger or idle.
+            PeerBusy: too many sessions, or no cache page is free and nobody here is
+                younger or idle.
         """
+        self._check_count(plan)
         hop = HopSession(plan, self._take_sequence(), window_bytes=self._window_bytes)
         hop.used_s = now_s
         if not self._fork_from(parent, hop):
             if self.make_room(hop, 1, now_s) is None:
                 raise PeerBusy("all KV cache is in use", retry_after_s=RETRY_AFTER_S)
-            self._backend.open(hop.sequence, plan.span)
+            self.settle()
+            try:
+                self._backend.open(hop.sequence, plan.span)
+            except BaseException:
+                self.ledger.release(hop.sequence)
+                raise
         old = self._hops.get(hop.key)
         if old is not None:
             self.close(old)
         self._hops[hop.key] = hop
         self._by_border[(plan.session, plan.span.end)] = hop
         return hop
+
+    def _check_count(self, plan: HopPlan) -> None:
+        if len(self._hops) >= SESSIONS_MAX:
+            raise PeerBusy(f"{SESSIONS_MAX} sessions are open", retry_after_s=RETRY_AFTER_S)
+        if len(self.of_owner(plan.owner)) >= SESSIONS_PER_OWNER_MAX:
+            raise PeerBusy(
+                f"you have {SESSIONS_PER_OWNER_MAX} sessions open here",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     def close(self, hop: HopSession) -> None:
         """Forget the hop; its cache is freed before the next iteration."""

@@ -251,7 +251,10 @@ class Open(_Message, tag=20, frozen=True):
 
 
 class Have(_Message, tag=21, frozen=True):
-    """Receiver to sender: start your cursor here; `window_bytes` may be unacknowledged."""
+    """Receiver to sender: start your cursor at `length`.
+
+    `worked_off` of it is acknowledged; `window_bytes` may be unacknowledged.
+    """
 
     session: Session
     border: Block
@@ -259,6 +262,7 @@ class Have(_Message, tag=21, frozen=True):
     rev: Count
     length: Position
     window_bytes: Count
+    worked_off: Position = 0
 
 
 class Gap(_Message, tag=22, frozen=True):

@@ -1,0 +1,39 @@
+"""What a server is handed: its address book and its bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal.base.ids import PeerId
+from shoal.base.limits import IDLE_SESSION_S, ORPHAN_GRACE_S, WINDOW_BYTES
+from shoal.net.address import Address
+from shoal.server.engine import EngineLimits
+from shoal.wire.messages import ControlMessage, GetRecords, Publish
+
+
+class AddressBook(Protocol):
+    """What a server asks of its directory."""
+
+    def learn(self, record: bytes) -> None:
+        """Take a signed record over if it is valid and news.
+
+        Raises:
+            ShoalError: it is not valid.
+        """
+
+    def addresses(self, peer: PeerId) -> tuple[Address, ...]:
+        """Where a peer with a valid record of this swarm can be dialled."""
+
+    def answer(self, message: GetRecords | Publish) -> ControlMessage:
+        """The answer to somebody else's question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Bounds and times of one server."""
+
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    window_bytes: int = WINDOW_BYTES
+    orphan_grace_s: float = ORPHAN_GRACE_S
+    idle_session_s: float = IDLE_SESSION_S

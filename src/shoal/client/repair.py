@@ -38,6 +38,9 @@ BACKOFF_S: Final = 0.1
 
 BACKOFF_S_MAX: Final = 2.0
 
+CALM_S: Final = 30.0
+"""An idle session that was mended this long ago has got over it."""
+
 PROBES_MAX: Final = 4
 """Other servers asked whether they answer, before the client blames its own link."""
 
@@ -112,6 +115,7 @@ class Supervisor:
             await self._mend()
         finally:
             self._state.is_mending = False
+            self._state.mended_s = asyncio.get_running_loop().time()
 
     async def _mend(self) -> None:
         state, swarm = self._state, self._swarm
@@ -148,8 +152,11 @@ class Supervisor:
         state = self._state
         now_s = asyncio.get_running_loop().time()
         since_s = state.stuck_since_s
-        if since_s is None or not state.is_waiting:
+        if since_s is None or (not state.is_waiting and now_s - state.mended_s > CALM_S):
             state.stuck_since_s, state.backoff_s = now_s, 0.0
+            return now_s
+        if not state.is_waiting:
+            await self._back_off()
             return now_s
         if now_s - since_s > self._swarm.patience_s:
             raise PeerTimeout(

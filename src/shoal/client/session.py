@@ -101,6 +101,8 @@ class SessionState:
         self.stuck_since_s: float | None = None
         """Loop time of the first repair since the last row."""
         self.backoff_s = 0.0
+        self.mended_s = 0.0
+        """Loop time at which the last repair ended."""
         self.pending_recovery: Recovery | None = None
         self.recovering_since_s = 0.0
         self.is_mending = False

@@ -111,9 +111,10 @@ class ScriptRunner:
         """
         self.session = await self._client.open_session(ENCODING)
         for act in self._script:
-            await self._play(act)
+            await self.play(act)
 
-    async def _play(self, act: Act) -> None:
+    async def play(self, act: Act) -> None:
+        """Do one act and compare what comes back; raises as `run`."""
         await asyncio.sleep(act.pause_s)
         session = self._session()
         length = session.length
@@ -126,16 +127,17 @@ class ScriptRunner:
                     await self._send([self._next_token])
             case "verify":
                 await self._send([self._next_token, *range(act.count)], all_rows=True)
-                self._truncate(length + 1)
+                self.truncate(length + 1)
             case "cut":
-                self._truncate(keep)
+                self.truncate(keep)
             case "fork":
                 fork = await session.fork(keep)
                 session.close()
                 self.session = fork
                 self.reference.truncate(keep)
 
-    def _truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
+        """Forget positions >= `length`, in the session and in the reference."""
         self._session().truncate(length)
         self.reference.truncate(length)
 

@@ -24,9 +24,9 @@ from shoal.lab.toy_blocks import (
 )
 from shoal.wire.tensors import check_payload, row_bytes
 
-ToyFault = Literal["raise", "bad_row", "wrong", "hang"]
+ToyFault = Literal["raise", "bad_row", "wrong", "poison", "hang"]
 """raise: the whole run fails, with some calls done. bad_row: this call alone fails.
-wrong: this call's output is altered. hang: the run never ends."""
+wrong: this call's output is altered. poison: it is NaN. hang: the run never ends."""
 
 Pace = Callable[[Sequence[Call]], Awaitable[None]]
 """Awaited before each run: how long it takes, or when it may go on."""
@@ -162,6 +162,8 @@ class ToyBackend:
             return error
         if fault == "wrong" and output:
             return bytes([output[0] ^ 1]) + output[1:]
+        if fault == "poison":
+            return b"\xff" * len(output)
         return output
 
     def _run_call(self, call: Call) -> bytes:

@@ -1,0 +1,219 @@
+"""Servers are lost: who replaces them, what is replayed, and who is left alone."""
+
+import asyncio
+
+import pytest
+
+from shoal.base.errors import NoRouteError
+from shoal.lab.network import LinkConditions
+from tests.simulation.scene import Scene, now_s, run_virtual, scene, until
+
+CHAIN = "a 0:2, b 2:4, c 4:6, spare-a 0:2, spare-b 2:4, spare-c 4:6"
+
+
+@pytest.mark.parametrize("lost", ["a", "b", "c"])
+def test_one_hop_is_lost(lost):
+    """It alone is replaced and filled; the others keep their caches."""
+
+    @scene(CHAIN)
+    async def story(it):
+        reader = await it.read(40)
+        others = [name for name in "abc" if name != lost]
+        before = {name: it.hop(name, reader).sequence for name in others}
+        await it[lost].crash()
+        await reader.decode(3)
+        assert reader.chain == [f"spare-{n}" if n == lost else n for n in "abc"]
+        assert reader.repairs == [([lost], [f"spare-{lost}"])]
+        assert reader.session.recoveries[0].replayed_tokens == 40
+        assert {name: it.hop(name, reader).sequence for name in others} == before
+
+    story()
+
+
+@pytest.mark.parametrize(("first", "second"), ["ab", "bc", "ac"])
+def test_two_hops_are_lost(first, second):
+    @scene(CHAIN)
+    async def story(it):
+        reader = await it.read(40)
+        await it[first].crash()
+        await it[second].crash()
+        await reader.decode(3)
+        lost = {first, second}
+        assert reader.chain == [f"spare-{n}" if n in lost else n for n in "abc"]
+
+    story()
+
+
+@scene("a 0:2, b 2:4, c 4:6")
+async def test_all_are_lost_and_come_back(it):
+    """Everything is replayed from the client's own log."""
+    reader = await it.read(40)
+    for name in "abc":
+        await it[name].crash()
+    step = asyncio.ensure_future(reader.decode(3))
+    await asyncio.sleep(3.0)
+    for name in "abc":
+        await it[name].start()
+    await step
+    assert reader.chain == ["a", "b", "c"]
+    assert it.hop("c", reader).inbound.have == 43
+
+
+@scene(CHAIN)
+async def test_a_lost_server_that_comes_back_at_once_is_filled_again(it):
+    reader = await it.read(40)
+    for name in ("spare-b", "b"):
+        await it[name].crash()
+    await it["b"].start()
+    await reader.decode(3)
+    assert reader.chain == ["a", "b", "c"]
+
+
+@scene("a 0:2, b 2:4, c 4:6, spare-1 2:4, spare-2 2:4, spare-3 2:4")
+async def test_the_replacement_dies_during_the_replay_and_so_does_the_next(it):
+    reader = await it.read(320)
+    sequences = [it.hop(name, reader).sequence for name in "ac"]
+    await it["b"].crash()
+    step = asyncio.ensure_future(reader.decode(1))
+    died = ["b"]
+    for _ in range(2):
+        await until(lambda: 0 < replayed(it, reader) < 200)
+        (name,) = [name for name in reader.chain if name.startswith("spare")]
+        await it[name].crash()
+        died.append(name)
+    await step
+    assert len(set(died)) == 3
+    assert reader.chain[0::2] == ["a", "c"]
+    assert reader.chain[1] not in died
+    assert [it.hop(name, reader).sequence for name in "ac"] == sequences
+    assert [it.name(peer) for one in reader.session.recoveries for peer in one.lost] == died
+
+
+def replayed(it, reader):
+    hops = [it.hop(name, reader) for name in it.servers if name.startswith("spare")]
+    return max((hop.settled_length for hop in hops if hop is not None), default=0)
+
+
+@scene("a 0:2, b 2:4, c 4:6, spare-b 2:4", iteration_s=0.2)
+async def test_a_zombie_pushes_in_vain(it):
+    """Stopped while it computes, replaced, and thawed: its rows are refused as stale."""
+    reader = await it.read(10)
+    step = asyncio.ensure_future(reader.decode(1))
+    await until(lambda: it.hop("b", reader).running is not None)
+    it.network.freeze(it["b"].peer)
+    await step
+    assert reader.chain == ["a", "spare-b", "c"]
+    zombie = it.hop("b", reader)
+    assert zombie.log.end == 11
+    assert not zombie.outbound.is_stale
+    it.network.thaw(it["b"].peer)
+    await until(lambda: zombie.outbound.is_stale, within_s=1.0)
+    assert zombie.outbound.epoch < reader.session.epoch
+    await reader.decode(5)
+    assert reader.repairs == [(["b"], ["spare-b"])]
+    freed_s = await until(lambda: not it.hops("b"))
+    assert freed_s < 6.0
+
+
+@pytest.mark.parametrize("detect_after_s", [0.0, None])
+def test_a_server_is_lost_while_nobody_asks(detect_after_s):
+    """With notice or without (no power): the next step works."""
+
+    @scene(CHAIN)
+    async def story(it):
+        reader = await it.read(40)
+        await asyncio.sleep(60)
+        await it["b"].crash(detect_after_s)
+        await asyncio.sleep(60)
+        await reader.decode(2)
+        assert reader.chain == ["a", "spare-b", "c"]
+        assert reader.repairs == [(["b"], ["spare-b"])]
+
+    story()
+
+
+@scene("a 0:2, b 2:4, c 4:6, spare-b 2:4, spare-c 4:6")
+async def test_our_own_link_is_cut(it):
+    """Nobody is blamed or replaced, nothing is replayed; the session goes on."""
+    reader = await it.read(40)
+    await reader.decode(2)
+    sequences = [it.hop(name, reader).sequence for name in "abc"]
+    it.network.partition({it.client.me})
+    step = asyncio.ensure_future(reader.decode(3))
+    await asyncio.sleep(8.0)
+    assert not step.done()
+    it.network.partition()
+    await step
+    assert it.client.experience.snapshot(now_s()).avoid == frozenset()
+    assert reader.chain == ["a", "b", "c"]
+    assert reader.repairs == []
+    assert [it.hop(name, reader).sequence for name in "abc"] == sequences
+    assert not it.hops("spare-b")
+    assert not it.hops("spare-c")
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["before", "meanwhile"])
+def test_two_servers_cannot_reach_each_other(is_open):
+    """Both reach the client: the rows go through it."""
+
+    @scene("a 0:2, b 2:4")
+    async def story(it):
+        a, b = it["a"].peer, it["b"].peer
+        reader = await it.read(20) if is_open else None
+        it.network.isolate(a, [b])
+        reader = reader or await it.read()
+        await reader.decode(3)
+        assert reader.chain == ["a", "b"]
+        assert (a, b) in it.client.experience.snapshot(now_s()).unreachable_pairs
+        assert it.client.experience.snapshot(now_s()).avoid == frozenset()
+        relayed = it.network.traffic[it.client.me, b].frames
+        await reader.decode(5)
+        assert it.network.traffic[it.client.me, b].frames >= relayed + 5
+        assert reader.repairs == []
+
+    story()
+
+
+def test_nobody_has_the_blocks():
+    """After its patience the client names them."""
+
+    async def story():
+        async with Scene("a 0:2, late-b 2:5, c 5:6", patience_s=10.0) as it:
+            with pytest.raises(NoRouteError, match=r"\[2,5\)") as caught:
+                await it.read()
+            assert caught.value.missing == ((2, 5),)
+            assert 5.0 < now_s() <= 10.0
+
+    run_virtual(story)
+
+
+@scene("a 0:2, late-b 2:5, c 5:6")
+async def test_the_missing_server_joins_within_the_patience(it):
+    opening = asyncio.ensure_future(it.read(10))
+    await asyncio.sleep(7.0)
+    await it["late-b"].start()
+    reader = await opening
+    await reader.decode(3)
+    assert reader.chain == ["a", "late-b", "c"]
+    assert now_s() < 9.0
+
+
+@scene("a 0:2, b 2:4, late-b 2:4, c 4:6")
+async def test_a_lost_server_is_replaced_by_one_that_joins_later(it):
+    reader = await it.read(10)
+    await it["b"].crash()
+    step = asyncio.ensure_future(reader.decode(3))
+    await asyncio.sleep(7.0)
+    await it["late-b"].start()
+    await step
+    assert reader.chain == ["a", "late-b", "c"]
+
+
+@scene(CHAIN, link=LinkConditions(delay_s=0.03, jitter_s=0.03, loss=0.02))
+async def test_everybody_is_lost_one_after_the_other(it):
+    reader = await it.read(40)
+    for name in ("b", "a", "c"):
+        await reader.decode(3)
+        await it[name].crash()
+    await reader.decode(3)
+    assert reader.chain == ["spare-a", "spare-b", "spare-c"]

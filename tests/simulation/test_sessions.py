@@ -94,6 +94,24 @@ async def test_a_server_sends_nan(it):
     assert it["c"].peer not in it.client.experience.snapshot(now_s()).avoid
 
 
+@scene("a 0:2, b 2:4, spare-b 2:4")
+async def test_the_last_server_sends_nan(it):
+    """The client is the next receiver: it refuses the rows and replaces the server."""
+    reader = await it.read(10)
+    it["b"].fault = lambda call: "poison"
+    await reader.decode(3)
+    assert reader.chain == ["a", "spare-b"]
+
+
+@scene("a 0:2, b 2:4")
+async def test_a_wish_that_does_not_exist(it):
+    """It is refused before it is logged: no server would take the frame, ever."""
+    reader = await it.read(10)
+    with pytest.raises(BadInput):
+        reader.session.append(toy_embedding(1), 1, want=7)
+    await reader.decode(1)
+
+
 # --- forks and truncations ---------------------------------------------------------------
 
 

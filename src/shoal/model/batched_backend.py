@@ -1,0 +1,265 @@
+"""Blocks on torch, the rows of all sequences in as few passes as possible.
+
+A run becomes passes. *Packed*: one pass for everything. *Exact*: a call that computes many
+rows (a prefill chunk) is a pass of its own, in the shape that first computed it; all other
+rows share passes whose row counts are stable tiles (`exact.py`) and attend by position. A
+row's bits then depend on its call's shape alone, never on company, and replaying the same
+calls gives the same bits.
+Shapes: T rows of a pass, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import torch
+
+from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
+from shoal.base.errors import BadInput, InternalError, SessionTooLong, ShoalError
+from shoal.base.spans import Span
+from shoal.model.device_thread import DeviceThread
+from shoal.model.exact import RowTiles
+from shoal.model.packed_attention import Piece
+from shoal.model.packed_cache import PackedCache
+from shoal.model.packed_model import PackedModel
+from shoal.model.rows import all_finite, rows_from_bytes, rows_to_bytes
+
+_log = logging.getLogger(__name__)
+
+SMALL_CALL_ROWS: Final = 8
+"""Calls of up to this many rows (decode, drafts to verify) share tiles in exact mode. One
+attention call per row costs more than one per call, but far less than a pass of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A checked call, ready to run."""
+
+    index: int
+    """Which call it is."""
+    call: Call
+    piece: Piece
+    rows: torch.Tensor
+    """(T, D), padding included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """Parts that go through the blocks together."""
+
+    parts: tuple[_Part, ...]
+    is_tiled: bool
+    """Whether each block gets a stable number of rows."""
+
+
+class BatchedBackend:
+    """`shoal.base.backend.BlockBackend` over packed rows. Made by `load_backend`."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        facts: BackendFacts,
+        tiles: RowTiles | None,
+        device: str,
+        thread: DeviceThread,
+    ) -> None:
+        self._model = model
+        self._facts = facts
+        self._tiles = tiles
+        self._device = device
+        self._thread = thread
+        self._sequences: dict[SequenceId, PackedCache] = {}
+
+    @property
+    def facts(self) -> BackendFacts:
+        """What this backend is."""
+        return self._facts
+
+    @property
+    def tiles(self) -> RowTiles | None:
+        """The row counts of exact mode; None when packed."""
+        return self._tiles
+
+    def open(self, sequence: SequenceId, span: Span) -> None:
+        """Start an empty sequence over `span`."""
+        if sequence in self._sequences:
+            raise InternalError(f"sequence {sequence} is open already")
+        if not len(span) or not self._facts.span.covers(span):
+            raise BadInput(f"blocks {span} are not all among {self._facts.span}")
+        self._sequences[sequence] = PackedCache(span)
+
+    def close(self, sequence: SequenceId) -> None:
+        """Free the sequence's cache."""
+        self._sequences.pop(sequence, None)
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        """Forget positions >= `length`; returns the length that is left."""
+        return self._cache(sequence).truncate(length)
+
+    def fork(self, parent: SequenceId, child: SequenceId, length: int) -> int:
+        """Open `child` as a copy of the parent's first `length` positions."""
+        if child in self._sequences:
+            raise InternalError(f"sequence {child} is open already")
+        with torch.inference_mode():
+            copy = self._cache(parent).forked(length)
+        self._sequences[child] = copy
+        return copy.length
+
+    async def run(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Run all calls; one outcome each."""
+        if len({call.sequence for call in calls}) != len(calls):
+            raise InternalError("two calls of one sequence in one run")
+        return await self._thread.run(lambda: self._run(calls))
+
+    async def aclose(self) -> None:
+        """Stop the device thread and free the memory."""
+        await self._thread.aclose()
+        self._sequences.clear()
+        del self._model
+
+    def _cache(self, sequence: SequenceId) -> PackedCache:
+        cache = self._sequences.get(sequence)
+        if cache is None:
+            raise InternalError(f"sequence {sequence} is not open")
+        return cache
+
+    def _run(self, calls: Sequence[Call]) -> list[Outcome]:
+        outcomes: list[Outcome] = [InternalError("not run")] * len(calls)
+        parts: list[_Part] = []
+        for index, call in enumerate(calls):
+            try:
+                parts.append(self._prepared(index, call))
+            except ShoalError as error:
+                outcomes[index] = error
+        for one_pass in self._passes(parts):
+            for part, outcome in zip(one_pass.parts, self._outcomes(one_pass), strict=True):
+                outcomes[part.index] = outcome
+        return outcomes
+
+    def _prepared(self, index: int, call: Call) -> _Part:
+        """Check a call before anything runs.
+
+        Raises:
+            ShoalError: what is wrong with it.
+        """
+        cache = self._cache(call.sequence)
+        self._check(call, cache)
+        payload = rows_from_bytes(call.payload, call.encoding, call.count, self._facts.hidden_size)
+        rows = payload.to(device=self._device, dtype=self._model.dtype)
+        if not all_finite(rows):
+            raise BadInput(f"rows {call.position} to {_last(call)} hold values that are not finite")
+        by_position = False
+        if self._tiles is not None:
+            by_position = call.call_count <= SMALL_CALL_ROWS
+            if not by_position and call.call_count > call.count:
+                padding = rows.new_zeros((call.call_count - call.count, rows.shape[1]))
+                rows = torch.cat([rows, padding])
+        piece = Piece(
+            cache=cache, start=call.position, count=rows.shape[0], by_position=by_position
+        )
+        return _Part(index=index, call=call, piece=piece, rows=rows)
+
+    def _check(self, call: Call, cache: PackedCache) -> None:
+        if call.span != cache.span:
+            raise BadInput(f"blocks {call.span} of a sequence that was opened over {cache.span}")
+        if call.position != cache.length:
+            raise BadInput(f"position {call.position} after {cache.length} cached rows")
+        if not 0 <= call.rows_wanted <= call.count <= call.call_count:
+            raise BadInput(
+                f"{call.rows_wanted} rows wanted of {call.count}, once {call.call_count}"
+            )
+        if call.output_encoding not in self._facts.encodings:
+            raise BadInput(f"unknown encoding {call.output_encoding!r}")
+        limit = self._facts.session_tokens_max
+        if call.position + call.count > limit:
+            raise SessionTooLong(f"the model ends at {limit} positions")
+
+    def _passes(self, parts: Sequence[_Part]) -> list[_Pass]:
+        if self._tiles is None:
+            return [_Pass(parts=tuple(parts), is_tiled=False)] if parts else []
+        passes: list[_Pass] = []
+        tile: list[_Part] = []
+        num_rows = 0
+        for part in parts:
+            if not part.piece.by_position:
+                passes.append(_Pass(parts=(part,), is_tiled=False))
+                continue
+            if num_rows + part.piece.count > self._tiles.rows_max:
+                passes.append(_Pass(parts=tuple(tile), is_tiled=True))
+                tile, num_rows = [], 0
+            tile.append(part)
+            num_rows += part.piece.count
+        if tile:
+            passes.append(_Pass(parts=tuple(tile), is_tiled=True))
+        return passes
+
+    def _outcomes(self, one_pass: _Pass) -> list[Outcome]:
+        """Run one pass; where it fails as a whole, its calls one by one."""
+        try:
+            outputs = self._forward(one_pass)
+        except Exception as error:  # noqa: BLE001  # one call's failure must not hurt the others
+            if len(one_pass.parts) > 1:
+                _log.warning("pass failed calls=%d; one by one", len(one_pass.parts), exc_info=True)
+                alone = [
+                    _Pass(parts=(part,), is_tiled=one_pass.is_tiled) for part in one_pass.parts
+                ]
+                return [self._outcomes(single)[0] for single in alone]
+            span = one_pass.parts[0].call.span
+            _log.error("call failed: span=%s", span, exc_info=True)
+            return [InternalError(f"blocks {span}: {type(error).__name__}: {error}")]
+        return [
+            self._finished(part, output)
+            for part, output in zip(one_pass.parts, outputs, strict=True)
+        ]
+
+    def _forward(self, one_pass: _Pass) -> list[torch.Tensor]:
+        """Each part's rows behind its blocks; each block runs just for who wants it."""
+        hidden = [part.rows for part in one_pass.parts]
+        for segment in _segments(part.call.span for part in one_pass.parts):
+            chosen = [
+                index for index, part in enumerate(one_pass.parts) if part.call.span.covers(segment)
+            ]
+            sizes = [hidden[index].shape[0] for index in chosen]
+            num_rows = 0
+            if one_pass.is_tiled and self._tiles is not None:
+                num_rows = self._tiles.padded(sum(sizes))
+            output = self._model.run(
+                [one_pass.parts[index].piece for index in chosen],
+                torch.cat([hidden[index] for index in chosen]),
+                segment,
+                num_rows,
+            )
+            for index, rows in zip(chosen, torch.split(output, sizes), strict=True):
+                hidden[index] = rows
+        return hidden
+
+    def _finished(self, part: _Part, output: torch.Tensor) -> Outcome:
+        """The answer to a call; only a success commits its rows to the cache."""
+        call = part.call
+        rows = output[: call.count]
+        if not all_finite(rows):
+            return BadInput(
+                f"blocks {call.span} gave values that are not finite from rows {call.position} "
+                f"to {_last(call)} (too large for {self._facts.encodings[0]}?)"
+            )
+        result = b""
+        if call.rows_wanted:
+            result = rows_to_bytes(rows[call.count - call.rows_wanted :], call.output_encoding)
+        part.piece.cache.commit(call.position + call.count)
+        return result
+
+
+def _segments(spans: Iterable[Span]) -> list[Span]:
+    """The runs of blocks between the borders of `spans` that some span covers, in order."""
+    chosen = set(spans)
+    borders = sorted({border for span in chosen for border in (span.start, span.end)})
+    segments = [Span(start, end) for start, end in pairwise(borders)]
+    return [segment for segment in segments if any(span.covers(segment) for span in chosen)]
+
+
+def _last(call: Call) -> int:
+    return call.position + call.count - 1

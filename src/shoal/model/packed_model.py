@@ -1,0 +1,76 @@
+"""A span model that runs rows of many sequences in one pass.
+
+Shapes: T rows of a pass, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from shoal.base.spans import Span
+from shoal.model.packed_attention import PackedStep, Piece, use_packed_attention
+from shoal.model.span_model import SpanModel
+
+
+class PackedModel:
+    """The blocks of a span behind packed attention. Takes the span model over."""
+
+    def __init__(self, model: SpanModel) -> None:
+        use_packed_attention(model.base.config)
+        self.span = model.span
+        self.windows = model.windows
+        self.dtype = model.dtype
+        self.config = model.config
+        self.hidden_size = int(model.config.hidden_size)
+        self._model = model
+
+    def run(
+        self, pieces: Sequence[Piece], hidden: torch.Tensor, span: Span, num_rows: int = 0
+    ) -> torch.Tensor:
+        """(T, D) hidden states of the pieces, one after the other, behind the blocks of `span`.
+
+        The pass has at least `num_rows` rows: zeros are added, their results dropped. Keys
+        and values are written to the pieces' caches, nothing is committed.
+        """
+        count = hidden.shape[0]
+        padding = max(num_rows - count, 0)
+        positions = [
+            position
+            for piece in pieces
+            for position in range(piece.start, piece.start + piece.count)
+        ] + [0] * padding
+        step = PackedStep(self.windows, pieces)
+        with step.running():
+            output = self._model.forward_at(
+                functional.pad(hidden, (0, 0, 0, padding)) if padding else hidden,
+                torch.tensor(positions, device=hidden.device),
+                step,
+                span,
+            )
+        return output[:count]
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The weights that are held."""
+        return self._model.parameters()
+
+    def block_kinds(self) -> list[int]:
+        """The first block of each kind: equal parameter shapes and windows are one kind."""
+        kinds: dict[object, int] = {}
+        for index in range(self.span.start, self.span.end):
+            shapes = tuple(
+                (name, tuple(weight.shape))
+                for name, weight in self._model.block(index).named_parameters()
+            )
+            kinds.setdefault((shapes, self.windows[index]), index)
+        return list(kinds.values())
+
+    def has_experts(self) -> bool:
+        """Whether rows choose among experts: which rows share a product depends on them."""
+        return any(
+            name.rsplit(".", 1)[-1] == "experts"
+            for index in range(self.span.start, self.span.end)
+            for name, _ in self._model.block(index).named_modules()
+        )

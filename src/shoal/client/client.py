@@ -54,6 +54,7 @@ from shoal.plan.routing import Wanted
 from shoal.plan.view import Stage, SwarmView
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import Alive, Broken, Close, Entry, Failed, Fork, Open, Ping, Stale
+from shoal.wire.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -306,6 +307,9 @@ class Client:
         if entry.payload_bytes != num_rows * state.row_bytes or entry.encoding != state.encoding:
             self._blame(state, peer, PeerMisbehaved("rows of a wrong size or encoding"))
             return None
+        if is_final and not is_finite(entry.encoding, payload):
+            self._blame(state, peer, PeerMisbehaved("rows with NaN or infinite values"))
+            return None
         now_s = asyncio.get_running_loop().time()
         before = state.received_length
         answer = state.on_entry(peer, entry, payload)
@@ -416,6 +420,7 @@ class Client:
     def _blame(self, state: SessionState, peer: PeerId, error: ShoalError) -> None:
         logger.warning("peer at fault peer=%s session=%s reason=%s",
                        short(peer), short(state.id), error)  # fmt: skip
+        state.last_error = error
         self._report(state, Trouble(lost={peer}))
 
     def _report(self, state: SessionState, trouble: Trouble) -> None:

@@ -162,6 +162,7 @@ class Supervisor:
             raise PeerTimeout(
                 f"repairs for {now_s - since_s:.0f} s brought no row "
                 f"behind position {state.received_length}"
+                + (f"; last: {state.last_error}" if state.last_error else "")
             )
         await self._back_off()
         return since_s

@@ -23,6 +23,7 @@ from shoal.plan.view import Stage
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import (
     WANT_ALL,
+    WANT_LAST,
     WANT_NONE,
     Ack,
     Entry,
@@ -86,6 +87,8 @@ class SessionState:
         self.parent: Fork | None = None
         self.trouble = Trouble()
         self.failure: ShoalError | None = None
+        self.last_error: ShoalError | None = None
+        """What a peer was last blamed for."""
         self.recoveries: list[Recovery] = []
         self.numerics = "exact"
         self.progressed_s = 0.0
@@ -136,6 +139,8 @@ class SessionState:
         Raises:
             BadInput: a wrong size, or too many rows at once or in all.
         """
+        if want not in (WANT_NONE, WANT_LAST, WANT_ALL):
+            raise BadInput(f"want is WANT_NONE, WANT_LAST or WANT_ALL (0, 1, 2), not {want!r}")
         if not 1 <= count <= ENTRY_TOKENS_MAX:
             raise BadInput(f"{count} rows at once (1 to {ENTRY_TOKENS_MAX})")
         if self.log.end + count > SESSION_TOKENS_MAX:

@@ -91,7 +91,7 @@ def test_a_part_of_a_model_is_refused(saved: Path, tmp_path: Path, name: str) ->
 def test_another_architecture_is_refused_with_the_supported_ones(
     saved: Path, tmp_path: Path
 ) -> None:
-    edit_json(saved / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    edit_json(saved / "config.json", model_type="t5", architectures=["T5Model"])
     detail = refused(saved, ModelUnsupported, tmp_path)
     for family in SUPPORTED:
         assert family in detail

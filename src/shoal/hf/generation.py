@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class TokenHead(Protocol):
     """What generation needs of a model's head: see `shoal.hf.head.Head`."""
 
-    def embed(self, token_ids: Sequence[int], encoding: str) -> bytes:
-        """The rows of these tokens as bytes."""
+    def embed(self, token_ids: Sequence[int], encoding: str, position: int = 0) -> bytes:
+        """The rows of these tokens as bytes; the first is at `position`."""
 
     def logits(self, rows: bytes, encoding: str) -> torch.Tensor:
         """Logits of each row, shape (rows, vocabulary)."""
@@ -90,7 +90,7 @@ class _TokenLog:
     def rows(self, position: int, count: int) -> bytes:
         """The rows of positions [position, position + count)."""
         start = position - self._first_position
-        return self._head.embed(self._ids[start : start + count], self._encoding)
+        return self._head.embed(self._ids[start : start + count], self._encoding, position)
 
 
 async def generate(

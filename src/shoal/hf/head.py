@@ -1,5 +1,8 @@
 """What a client runs itself: the embedding before block 0, norm and head after the last.
 
+What families add there belongs here too: learned positions, norms and factors on
+embeddings, factors and soft caps on scores. `load_head` proves on start that the pieces
+give the scores of transformers' own model with its blocks passed through.
 Shapes: S rows, D hidden size, V vocabulary.
 """
 
@@ -10,33 +13,42 @@ from typing import Any
 
 import torch
 
-from shoal.base.errors import BadInput
-from shoal.model.families import family_of
+from shoal.base.errors import BadInput, ModelUnsupported
+from shoal.model.checkpoint import Checkpoint
+from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
 from shoal.model.rows import rows_from_bytes, rows_to_bytes, torch_dtype
 from shoal.model.source import ModelSource
-from shoal.model.span_model import fill, meta_model
+
+_PROBE_TOKENS = 3
 
 
 class Head:
     """Embedding, final norm and language-model head of one model. Made by `load_head`."""
 
-    def __init__(
-        self, embedding: torch.nn.Module, norm: torch.nn.Module, head: torch.nn.Module, device: str
-    ) -> None:
-        self._embedding = embedding
-        self._norm = norm
-        self._head = head
+    def __init__(self, parts: Parts, device: str) -> None:
+        self._embedding = parts.embedding
+        self._embedding_norm = parts.embedding_norm
+        self._positions = parts.positions
+        self._norm = parts.norm
+        self._head = parts.head
         self._device = device
-        weight: Any = embedding.weight
-        self.vocab_size, self.hidden_size = (int(size) for size in weight.shape)
-        self._dtype: torch.dtype = weight.dtype
+        family, config = parts.family, parts.whole.config
+        self._embedding_factor: float | None = None
+        if family.embedding_multiplier:
+            self._embedding_factor = getattr(parts.core, family.embedding_multiplier)
+        self._factor = _option(config, family.logit_factor)
+        self._divisor = _option(config, family.logit_divisor)
+        self._softcap = _option(config, family.logit_softcap)
+        self.vocab_size, self.hidden_size = (int(size) for size in parts.embedding.weight.shape)
+        self._dtype: torch.dtype = parts.embedding.weight.dtype
 
     @torch.inference_mode()
-    def embed(self, token_ids: Sequence[int], encoding: str) -> bytes:
-        """The tokens' rows for block 0, in `encoding`.
+    def embed(self, token_ids: Sequence[int], encoding: str, position: int = 0) -> bytes:
+        """The tokens' rows for block 0, in `encoding`; the first token is at `position`.
 
         Raises:
-            BadInput: no tokens, a token outside the vocabulary, an unknown encoding.
+            BadInput: no tokens, a token outside the vocabulary, a position beyond the
+                learned ones, an unknown encoding.
         """
         if not token_ids:
             raise BadInput("no tokens to embed")
@@ -44,7 +56,14 @@ class Head:
             if not 0 <= token < self.vocab_size:
                 raise BadInput(f"token {token} is outside the vocabulary of {self.vocab_size}")
         ids = torch.tensor(list(token_ids), dtype=torch.long, device=self._device)
-        return rows_to_bytes(self._embedding(ids), encoding)
+        rows = self._embedding(ids)
+        if self._embedding_factor is not None:
+            rows = rows * self._embedding_factor
+        if self._positions is not None:
+            rows = rows + self._learned_positions(position, len(token_ids))
+        if self._embedding_norm is not None:
+            rows = self._embedding_norm(rows)
+        return rows_to_bytes(rows, encoding)
 
     @torch.inference_mode()
     def logits(self, rows: bytes | bytearray | memoryview, encoding: str) -> torch.Tensor:
@@ -58,9 +77,23 @@ class Head:
         row_bytes = self.hidden_size * _item_bytes(encoding)
         count = max(1, memoryview(rows).nbytes // row_bytes)
         hidden = rows_from_bytes(rows, encoding, count, self.hidden_size)
-        normed = self._norm(hidden.to(device=self._device, dtype=self._dtype))
-        scores: torch.Tensor = self._head(normed)
+        hidden = hidden.to(device=self._device, dtype=self._dtype)
+        scores: torch.Tensor = self._head(hidden if self._norm is None else self._norm(hidden))
+        if self._factor is not None:
+            scores = scores * self._factor
+        if self._divisor is not None:
+            scores = scores / self._divisor
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
         return scores.to(device="cpu", dtype=torch.float32)
+
+    def _learned_positions(self, position: int, count: int) -> torch.Tensor:
+        # OPT's table starts with two rows for padding.
+        first = position + int(getattr(self._positions, "offset", 0))
+        table: torch.Tensor = self._positions.weight
+        if first + count > table.shape[0]:
+            raise BadInput(f"the model has no position {position + count - 1}")
+        return table[first : first + count]
 
 
 def load_head(source: ModelSource, *, dtype: str = "float32", device: str = "cpu") -> Head:
@@ -69,21 +102,62 @@ def load_head(source: ModelSource, *, dtype: str = "float32", device: str = "cpu
     Raises:
         ConfigError: unknown dtype.
         ModelCorrupt: a tensor is missing or has a wrong shape.
+        ModelUnsupported: an architecture that does more there than we know of.
     """
-    kind = torch_dtype(dtype)
-    whole = meta_model(source.config, kind)
-    family = family_of(source.config)
-    prefix = f"{whole.base_model_prefix}."
-    embedding = getattr(whole.base_model, family.embedding)
-    norm = getattr(whole.base_model, family.norm)
-    head = whole.get_output_embeddings()
-    fill(embedding, source, f"{prefix}{family.embedding}.", kind, device)
-    fill(norm, source, f"{prefix}{family.norm}.", kind, device)
+    whole = meta_model(source.config, torch_dtype(dtype))
+    parts = Parts(whole)
+    checkpoint = Checkpoint(whole, source)
+    family = parts.family
+    for part, path in (
+        (parts.embedding, family.embedding),
+        (parts.norm, family.norm),
+        (parts.embedding_norm, family.embedding_norm),
+        (parts.positions, family.positions),
+    ):
+        if part is not None:
+            checkpoint.fill(part, f"{parts.name_of(path)}.", device)
+    head_name = parts.head_name()
     if getattr(source.config, "tie_word_embeddings", False):
-        head.weight = embedding.weight
+        parts.head.weight = parts.embedding.weight
+        if getattr(parts.head, "bias", None) is not None:
+            raise ModelUnsupported("tied embeddings with a bias on the head")
     else:
-        fill(head, source, "lm_head.", kind, device)
-    return Head(embedding, norm, head, device)
+        checkpoint.fill(parts.head, f"{head_name}.", device)
+    delattr(parts.core, family.blocks)  # modules can't be replaced by anything else
+    setattr(parts.core, family.blocks, tuple(parts.pass_through(set()).values()))
+    fill_tables(whole, whole, device)
+    check_nothing_on_meta(whole)
+    head = Head(parts, device)
+    _probe(head, whole, device)
+    return head
+
+
+def _probe(head: Head, whole: Any, device: str) -> None:
+    """Compare with transformers' model on a few tokens, blocks passed through.
+
+    Raises:
+        ModelUnsupported: the scores differ.
+    """
+    tokens = [(7 * index + 1) % head.vocab_size for index in range(_PROBE_TOKENS)]
+    try:
+        with torch.inference_mode():
+            expected = whole(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+    except (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise ModelUnsupported(
+            f"architecture {whole.config.model_type!r} does not run without its blocks: {error}"
+        ) from error
+    # float32, the widest encoding, carries rows of every dtype unchanged.
+    scores = head.logits(head.embed(tokens, "float32"), "float32")
+    if not torch.equal(scores, expected.logits[0].to(device="cpu", dtype=torch.float32)):
+        raise ModelUnsupported(
+            f"architecture {whole.config.model_type!r} does more to embeddings or scores than "
+            "the client's head knows of"
+        )
+
+
+def _option(config: Any, name: str) -> float | None:
+    value = getattr(config, name) if name else None
+    return None if value is None else float(value)
 
 
 def _item_bytes(encoding: str) -> int:

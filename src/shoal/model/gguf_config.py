@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from shoal.base.errors import ModelCorrupt, ModelUnsupported
@@ -65,7 +66,10 @@ class _Builder:
             "eos_token_id": self._token("eos_token_id"),
             "pad_token_id": None,
         }
-        return self._of_family(values, head_dim)
+        try:
+            return self._of_family(values, head_dim)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise self._unsupported(f"values that transformers rejects: {error}") from error
 
     def _of_family(self, values: dict[str, Any], head_dim: int) -> Any:
         window = self._optional_int("attention.sliding_window")

@@ -4,8 +4,9 @@ It stands in for transformers' own `Cache`: blocks call `update`, masks ask for 
 Rows become part of the sequence only by `commit`; a call that fails leaves them beyond the
 committed length, where the next call overwrites them. That makes rollback and truncation
 free. Sliding blocks keep their whole past too (so any truncation is possible) and show
-attention only the window. Shapes: K KV heads, T cached + new tokens, S new tokens, H head
-size; keys and values are (1, K, T, H).
+attention only the window. Recurrent blocks keep one state of fixed size instead: it can be
+put back to before the last call, but not cut to an earlier position. Shapes: K KV heads, T
+cached + new tokens, S new tokens, H head size; keys and values are (1, K, T, H).
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 
 from shoal.base.errors import ModelUnsupported
 from shoal.base.spans import Span
+from shoal.model.families import RECURRENT_KINDS
 
 PAGE_TOKENS: Final = 32
 """Buffers are whole pages: the unit that servers account in."""
@@ -26,7 +33,7 @@ _SPARE_SHARE: Final = 4
 
 
 def block_windows(config: Any) -> tuple[int | None, ...]:
-    """Each block's sliding window in tokens, None where it sees everything.
+    """Each block's sliding window in tokens, None where it sees everything or is recurrent.
 
     Raises:
         ModelUnsupported: a block with another kind of state.
@@ -34,7 +41,7 @@ def block_windows(config: Any) -> tuple[int | None, ...]:
     kinds, options = get_layer_types_and_kwargs(config)
     windows: list[int | None] = []
     for kind, option in zip(kinds, options, strict=True):
-        if kind == "full_attention":
+        if kind == "full_attention" or kind in RECURRENT_KINDS:
             windows.append(None)
         elif kind == "sliding_attention":
             windows.append(int(option["sliding_window"]))
@@ -123,32 +130,115 @@ class _BlockCache(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         return buffer
 
 
+class _RecurrentState(LinearAttentionLayer):  # type: ignore[misc]  # transformers is untyped
+    """The state of one recurrent block. Calls change it in place, so a copy is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: tuple[dict[int, Any], dict[int, Any], dict[int, bool]] | None = None
+
+    def begin(self) -> None:
+        """A call starts: what an earlier call left without a commit is undone."""
+        if self._before is not None:
+            self._restore(self._before)
+        self._before = self._copied()
+
+    def commit(self) -> None:
+        """Keep what the last call made of the state."""
+        self._before = None
+
+    def copy_from(self, other: _RecurrentState) -> None:
+        """Take over a copy of the other's committed state."""
+        self._restore(other._before or other._copied())
+        self._restore(self._copied())
+
+    def _copied(self) -> tuple[dict[int, Any], dict[int, Any], dict[int, bool]]:
+        return (
+            {i: None if s is None else s.clone() for i, s in self.conv_states.items()},
+            {i: None if s is None else s.clone() for i, s in self.recurrent_states.items()},
+            dict(self.has_previous_state),
+        )
+
+    def _restore(self, state: tuple[dict[int, Any], dict[int, Any], dict[int, bool]]) -> None:
+        self.conv_states, self.recurrent_states, self.has_previous_state = (
+            dict(state[0]),
+            dict(state[1]),
+            dict(state[2]),
+        )
+        for index, conv in self.conv_states.items():
+            self.is_conv_states_initialized[index] = conv is not None
+            if conv is not None:
+                self.conv_kernel_size[index] = conv.shape[-1]
+                self.dtype, self.device = conv.dtype, conv.device
+        for index, recurrent in self.recurrent_states.items():
+            self.is_recurrent_states_initialized[index] = recurrent is not None
+
+
 class SequenceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """The cache of one sequence over `span`; other blocks only answer with lengths."""
 
-    def __init__(self, windows: tuple[int | None, ...], span: Span, length: int = 0) -> None:
+    def __init__(
+        self,
+        windows: tuple[int | None, ...],
+        span: Span,
+        length: int = 0,
+        recurrent: frozenset[int] = frozenset(),
+    ) -> None:
         self._length = _Length(length)
         self._windows = windows
+        self._recurrent = recurrent
         self.span = span
-        super().__init__(layers=[_BlockCache(self._length, window) for window in windows])
+        super().__init__(
+            layers=[
+                _RecurrentState() if index in recurrent else _BlockCache(self._length, window)
+                for index, window in enumerate(windows)
+            ]
+        )
+        self._states = [self.layers[i] for i in sorted(recurrent) if i in span]
 
     @property
     def length(self) -> int:
         """Committed positions."""
         return self._length.value
 
+    @property
+    def can_truncate(self) -> bool:
+        """Whether `truncate` reaches any length; else only 0 and the present one."""
+        return not self._states
+
+    def begin(self) -> None:
+        """A call starts; what an earlier one left without a commit is forgotten."""
+        for state in self._states:
+            state.begin()
+
     def commit(self, count: int) -> None:
         """Make `count` rows, written since the last commit, part of the sequence."""
         self._length.value += count
+        for state in self._states:
+            state.commit()
 
     def truncate(self, length: int) -> int:
-        """Forget positions >= `length`; returns the length that is left."""
-        self._length.value = min(self._length.value, max(length, 0))
-        return self._length.value
+        """Forget positions >= `length`; returns the length that is left.
+
+        That is 0 when a recurrent block of the span would have to go back.
+        """
+        kept = self._reachable(length)
+        if kept < self.length and self._states:
+            for index in sorted(self._recurrent):
+                self.layers[index] = _RecurrentState()
+            self._states = [self.layers[i] for i in sorted(self._recurrent) if i in self.span]
+        self._length.value = kept
+        return kept
 
     def forked(self, length: int) -> SequenceCache:
-        """A copy of the first `length` positions (fewer if there are fewer)."""
-        child = SequenceCache(self._windows, self.span, min(max(length, 0), self.length))
-        for ours, theirs in zip(child.layers, self.layers, strict=True):
-            ours.copy_from(theirs)
+        """A copy of the first `length` positions: fewer if there are fewer, or see `truncate`."""
+        kept = self._reachable(length)
+        child = SequenceCache(self._windows, self.span, kept, self._recurrent)
+        if kept:
+            for ours, theirs in zip(child.layers, self.layers, strict=True):
+                ours.copy_from(theirs)
         return child
+
+    def _reachable(self, length: int) -> int:
+        wanted = min(self.length, max(length, 0))
+        return wanted if wanted == self.length or self.can_truncate else 0

@@ -53,9 +53,11 @@ def _probe(config: Any, dtype: torch.dtype, device: str, rows: int) -> list[torc
         return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
     hidden = min(int(config.hidden_size), _WIDTH_MAX)
-    inner = min(int(config.intermediate_size), _WIDTH_MAX)
-    heads = int(config.num_attention_heads)
+    inner = min(int(getattr(config, "intermediate_size", None) or 4 * hidden), _WIDTH_MAX)
+    heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    if heads % kv_heads:
+        kv_heads = heads
     head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     x = random(rows, hidden)
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)

@@ -11,46 +11,59 @@ Shapes: S new tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from shoal.base.errors import ConfigError, ModelCorrupt, ModelUnsupported
+from shoal.base.errors import ConfigError, ModelUnsupported
 from shoal.base.spans import Span
-from shoal.model.families import family_of
+from shoal.model.checkpoint import Checkpoint
+from shoal.model.families import num_blocks, recurrent_blocks
 from shoal.model.known import Progress
 from shoal.model.kv_cache import SequenceCache, block_windows
+from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
 from shoal.model.rows import torch_dtype
 from shoal.model.source import ModelSource
 
-
-def num_blocks(config: Any) -> int:
-    """Blocks of the whole model."""
-    return int(config.num_hidden_layers)
+__all__ = ["SpanModel", "bytes_per_block", "load_span", "meta_model", "num_blocks"]
 
 
 class SpanModel:
     """The blocks [start, end) of a model, ready to run. Use from one thread."""
 
-    def __init__(self, model: Any, blocks: Mapping[int, torch.nn.Module], span: Span) -> None:
-        self.config = model.config
+    def __init__(self, parts: Parts, blocks: Mapping[int, torch.nn.Module], span: Span) -> None:
+        self.config = parts.whole.config
         self.span = span
-        self.windows = block_windows(model.config)
-        self.dtype: torch.dtype = model.dtype
-        self.base = model
+        self.windows = block_windows(self.config)
+        self.recurrent = recurrent_blocks(self.config)
+        self.dtype: torch.dtype = parts.whole.dtype
+        self.base = parts.core
         self._blocks = dict(blocks)
-        self._stacks: dict[Span, tuple[Callable[..., torch.Tensor], ...]] = {}
-        self._blocks_attribute = family_of(model.config).blocks
+        self._outside = parts.pass_through(set())
+        self._stacks: dict[Span, tuple[Callable[..., Any], ...]] = {}
+        self._blocks_attribute = parts.family.blocks
+        names = inspect.signature(self.base.forward).parameters
+        self._cache_argument = (
+            "past_key_values" if "past_key_values" in names else "cache_params"
+        )
         # A tuple in place of the ModuleList: transformers slices it on every call, and
         # slicing a ModuleList rebuilds it.
-        delattr(model, self._blocks_attribute)
+        delattr(self.base, self._blocks_attribute)
+
+    def new_cache(self, span: Span) -> SequenceCache:
+        """An empty cache for a sequence over `span`."""
+        return SequenceCache(self.windows, span, recurrent=self.recurrent)
 
     def parameters(self) -> list[torch.Tensor]:
         """The weights that are held."""
         return [weight for block in self._blocks.values() for weight in block.parameters()]
+
+    def block(self, index: int) -> torch.nn.Module:
+        """One of the span's blocks."""
+        return self._blocks[index]
 
     def forward(
         self, hidden: torch.Tensor, position: int, cache: SequenceCache, span: Span
@@ -59,6 +72,7 @@ class SpanModel:
 
         Nothing is committed to the cache.
         """
+        cache.begin()
         positions = torch.arange(position, position + hidden.shape[0], device=hidden.device)
         return self.forward_at(hidden, positions, cache, span)
 
@@ -70,17 +84,17 @@ class SpanModel:
         output = self.base(
             inputs_embeds=hidden.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         rows: torch.Tensor = output.last_hidden_state[0]
         return rows
 
-    def _stack(self, span: Span) -> tuple[Callable[..., torch.Tensor], ...]:
+    def _stack(self, span: Span) -> tuple[Callable[..., Any], ...]:
         stack = self._stacks.get(span)
         if stack is None:
             stack = tuple(
-                self._blocks[index] if index in span else _pass_through
+                self._blocks[index] if index in span else self._outside[index]
                 for index in range(num_blocks(self.config))
             )
             self._stacks[span] = stack
@@ -102,69 +116,57 @@ def load_span(
         ModelCorrupt: a tensor is missing or has a wrong shape.
         ModelUnsupported: an architecture that can't be cut.
     """
-    config = source.config
-    if not len(span) or span.end > num_blocks(config):
-        raise ConfigError(f"blocks {span} of a model with blocks [0,{num_blocks(config)})")
-    whole = meta_model(config, torch_dtype(dtype))
-    base = whole.base_model
-    prefix = f"{whole.base_model_prefix}."
-    family = family_of(config)
-    all_blocks = getattr(base, family.blocks)
+    _check_span(source, span)
+    whole = meta_model(source.config, torch_dtype(dtype))
+    parts = Parts(whole)
+    checkpoint = Checkpoint(whole, source)
     blocks: dict[int, torch.nn.Module] = {}
     for done, index in enumerate(range(span.start, span.end)):
-        block = all_blocks[index]
-        fill(block, source, f"{prefix}{family.blocks}.{index}.", torch_dtype(dtype), device)
+        block = parts.blocks[index]
+        checkpoint.fill(block, f"{parts.blocks_name}.{index}.", device)
+        fill_tables(whole, block, device)
+        check_nothing_on_meta(block)
         blocks[index] = block
         if progress is not None:
             progress("loading blocks", done + 1, len(span))
-    setattr(base, family.norm, torch.nn.Identity())
-    setattr(base, family.embedding, torch.nn.Identity())
-    _rebuild_tables(base, config, device)
-    model = SpanModel(base, blocks, span)
-    _check_nothing_on_meta(base, blocks.values())
+    parts.neutralise_ends()
+    model = SpanModel(parts, blocks, span)
+    fill_tables(whole, model.base, device)
+    check_nothing_on_meta(model.base)
     probe_pass_through(model, device)
     return model
 
 
-def meta_model(config: Any, dtype: torch.dtype) -> Any:
-    """transformers' causal language model for `config`, without memory, in eval mode."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
-
-
-def fill(
-    module: torch.nn.Module, source: ModelSource, prefix: str, dtype: torch.dtype, device: str
-) -> None:
-    """Give a meta module its weights: the tensors of `source` called `prefix` + own name.
+def span_tensor_names(source: ModelSource, span: Span) -> list[str]:
+    """The source's tensors that a server of `span` reads, and so the ones it must hash.
 
     Raises:
-        ModelCorrupt: a tensor is missing or has a wrong shape.
+        ConfigError: a span that the model doesn't have.
+        ModelUnsupported: an architecture that can't be cut.
     """
-    known = set(source.tensor_names())
-    tensors: dict[str, torch.Tensor] = {}
-    for name, expected in module.state_dict().items():
-        full_name = prefix + name
-        if full_name not in known:
-            raise ModelCorrupt(f"the model's files lack the tensor {full_name}")
-        tensor = source.read(full_name)
-        if tensor.shape != expected.shape:
-            raise ModelCorrupt(
-                f"{full_name} has shape {tuple(tensor.shape)}, the config says "
-                f"{tuple(expected.shape)}"
-            )
-        # A copy of our own: mapped files may change or vanish under us, and are unaligned.
-        tensors[name] = tensor.detach().to(device=device, dtype=dtype, copy=True)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    module.requires_grad_(False)
+    _check_span(source, span)
+    whole = meta_model(source.config, torch.float32)
+    prefix = Parts(whole).blocks_name
+    checkpoint = Checkpoint(whole, source)
+    return [
+        name
+        for index in range(span.start, span.end)
+        for name in checkpoint.stored_names(f"{prefix}.{index}.")
+    ]
 
 
 def bytes_per_block(source: ModelSource, dtype: str) -> int:
     """Memory of the weights of the largest block in `dtype`."""
-    whole = meta_model(source.config, torch_dtype(dtype))
-    blocks = getattr(whole.base_model, family_of(source.config).blocks)
-    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-    return int(max(sizes))
+    return max(block_bytes(source.config, dtype))
+
+
+def block_bytes(config: Any, dtype: str) -> list[int]:
+    """Memory of the weights of each block in `dtype`."""
+    blocks = Parts(meta_model(config, torch_dtype(dtype))).blocks
+    return [
+        sum(tensor.numel() * tensor.element_size() for tensor in block.state_dict().values())
+        for block in blocks
+    ]
 
 
 def probe_pass_through(model: SpanModel, device: str) -> None:
@@ -177,9 +179,13 @@ def probe_pass_through(model: SpanModel, device: str) -> None:
     rows = torch.randn(3, model.config.hidden_size, generator=generator)
     rows = rows.to(device=device, dtype=model.dtype)
     empty = Span(model.span.start, model.span.start)
-    with torch.inference_mode():
-        cache = SequenceCache(model.windows, empty)
-        output = model.forward(rows, 0, cache, empty)
+    try:
+        with torch.inference_mode():
+            output = model.forward(rows, 0, model.new_cache(empty), empty)
+    except (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise ModelUnsupported(
+            f"architecture {model.config.model_type!r} does not run from hidden states: {error}"
+        ) from error
     if not torch.equal(output, rows):
         raise ModelUnsupported(
             f"architecture {model.config.model_type!r} changes hidden states outside its "
@@ -187,28 +193,7 @@ def probe_pass_through(model: SpanModel, device: str) -> None:
         )
 
 
-def _pass_through(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-    return hidden_states
-
-
-def _rebuild_tables(base: Any, config: Any, device: str) -> None:
-    """Compute tables that are not weights (rotary frequencies), which meta left empty."""
-    for name, child in list(base.named_children()):
-        buffers = list(child.named_buffers())
-        if buffers and all(buffer.is_meta for _, buffer in buffers) and not _has_parameters(child):
-            try:
-                rebuilt = type(child)(config=config)
-            except TypeError as error:
-                raise ModelUnsupported(f"cannot rebuild the table {name!r}: {error}") from error
-            setattr(base, name, rebuilt.to(device).eval())
-
-
-def _has_parameters(module: torch.nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _check_nothing_on_meta(base: torch.nn.Module, blocks: Iterable[torch.nn.Module]) -> None:
-    for module in (base, *blocks):
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.is_meta:
-                raise ModelUnsupported(f"{name} was left without values after loading")
+def _check_span(source: ModelSource, span: Span) -> None:
+    count = num_blocks(source.config)
+    if not len(span) or span.end > count:
+        raise ConfigError(f"blocks {span} of a model with blocks [0,{count})")

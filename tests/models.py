@@ -12,12 +12,13 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from shoal.base.spans import Span
+from shoal.model.batched_backend import BatchedBackend
 from shoal.model.gguf_config import llama3_rope_factors
 from shoal.model.memory_source import MemorySource
-from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
+from shoal.model.torch_backend import BackendConfig, ExactChoice, TorchBackend, load_backend
 
 VOCABULARY = 96
 NUM_BLOCKS = 7
@@ -46,7 +47,7 @@ _ALTERNATING = [
     "full_attention" if index % 2 else "sliding_attention" for index in range(NUM_BLOCKS)
 ]
 
-FAMILIES = (
+PLAIN_FAMILIES = (
     "llama",
     "llama_tied",
     "llama3_rope",
@@ -57,8 +58,156 @@ FAMILIES = (
 )
 
 
+_SMALL: dict[str, Any] = _SIZES | {
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_HEAD: dict[str, Any] = {"head_dim": 8}
+_SLIDING: dict[str, Any] = {
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_GPT: dict[str, Any] = {
+    key: _SMALL[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_DEEPSEEK: dict[str, Any] = _EXPERTS | {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", _SMALL | _HEAD),
+    "qwen3_moe": ("qwen3_moe", _SMALL | _HEAD | _EXPERTS | {"num_experts": 4}),
+    "qwen3_next": (
+        "qwen3_next",
+        _SMALL | _HEAD | _EXPERTS
+        | {
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 24,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+    "gemma": ("gemma", _SMALL | _HEAD),
+    "gemma2": (
+        "gemma2",
+        _SMALL | _HEAD | _SLIDING | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        _SMALL | _HEAD | _SLIDING | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    ),
+    "mixtral": ("mixtral", _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("phi3", _SMALL),
+    "phi3_sliding": ("phi3", _SMALL | {"sliding_window": 9}),
+    "gpt_oss": (
+        "gpt_oss",
+        _SMALL | _HEAD | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        _SMALL | _DEEPSEEK
+        | {
+            "q_lora_rank": 16,
+            "kv_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+        },
+    ),
+    "olmo3": ("olmo3", _SMALL | _SLIDING),
+    "smollm3": ("smollm3", _SMALL | {"no_rope_layers": [1, 1, 1, 0]}),
+    "glm4_moe": ("glm4_moe", _SMALL | _HEAD | _DEEPSEEK | {"use_qk_norm": True}),
+    "granite": (
+        "granite",
+        _SMALL
+        | {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "cohere2": ("cohere2", _SMALL | _SLIDING | {"logit_scale": 0.25}),
+    "stablelm": ("stablelm", _SMALL),
+    "starcoder2": ("starcoder2", _SMALL | {"sliding_window": 9}),
+    "bloom": ("bloom", _GPT | {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
+    "falcon": (
+        "falcon",
+        _GPT | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
+    "falcon_new": (
+        "falcon",
+        _GPT
+        | {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "falcon_alibi": (
+        "falcon",
+        _GPT
+        | {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+    ),
+    "gpt2": ("gpt2", _GPT | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512}),
+    "opt": (
+        "opt",
+        _GPT
+        | {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        _GPT
+        | {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+        },
+    ),
+}
+OTHER_FAMILIES = tuple(_CONFIGS)
+FAMILIES = (*PLAIN_FAMILIES, *OTHER_FAMILIES)
+"""Names for `tiny_config`; several may be variants of one architecture."""
+
+
 def tiny_config(family: str = "llama") -> Any:
     """A config of one of `FAMILIES`, or `wide`."""
+    if family in _CONFIGS:
+        model_type, values = _CONFIGS[family]
+        return AutoConfig.for_model(model_type, **values)
     match family:
         case "llama":
             return LlamaConfig(**_SIZES, tie_word_embeddings=False)
@@ -111,9 +260,27 @@ def tiny_torch_backend(
     dtype: str = "float32",
     cache_tokens: int = 4096,
 ) -> TorchBackend:
-    """A torch backend over `span` (default: all blocks) of a tiny model, one thread."""
-    config = BackendConfig(model="tiny-" + family, dtype=dtype, cache_tokens=cache_tokens)
-    return load_backend(tiny_source(family), span or Span(0, NUM_BLOCKS), config)
+    """A per-session backend over `span` (default: all blocks) of a tiny model, one thread."""
+    config = BackendConfig(
+        model="tiny-" + family, dtype=dtype, cache_tokens=cache_tokens, engine="per-session"
+    )
+    backend = load_backend(tiny_source(family), span or Span(0, NUM_BLOCKS), config)
+    assert isinstance(backend, TorchBackend)
+    return backend
+
+
+def tiny_batched_backend(
+    span: Span | None = None,
+    *,
+    family: str = "llama",
+    dtype: str = "float32",
+    exact: ExactChoice = "never",
+) -> BatchedBackend:
+    """A batched backend over `span` (default: all blocks) of a tiny model, one thread."""
+    config = BackendConfig(model="tiny-" + family, dtype=dtype, engine="batched", exact=exact)
+    backend = load_backend(tiny_source(family), span or Span(0, NUM_BLOCKS), config)
+    assert isinstance(backend, BatchedBackend)
+    return backend
 
 
 def save_safetensors(directory: Path, family: str = "llama", *, sharded: bool = False) -> Any:

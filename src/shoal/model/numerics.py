@@ -16,10 +16,14 @@ import torch
 import transformers
 from torch.nn import functional
 
+from shoal.model.quantize import Quantization, quantized_linear
 from shoal.model.rows import torch_dtype
 
 _ROW_COUNTS: Final = (1, 5, 40)
 """Decode, a small chunk, a larger chunk: kernels are chosen by the number of rows."""
+
+_QUANTIZED_ROW_COUNTS: Final = (1, 5, 40, 100)
+"""Quantised layers have two ways to multiply; 100 rows take the other one with int4 too."""
 
 _WIDTH_MAX: Final = 2048
 """Wider matrices are cut to this in the probe: 34 MB, some 10 ms."""
@@ -27,8 +31,11 @@ _WIDTH_MAX: Final = 2048
 _KV_TOKENS: Final = 70
 
 
-def numerics_class(config: Any, dtype: str, device: str) -> str:
-    """For example `bfloat16-5f0c1a2b3c4d5e6f`. Call it on the thread that runs the blocks."""
+def numerics_class(config: Any, dtype: str, device: str, quantize: Quantization = "none") -> str:
+    """For example `bfloat16-5f0c1a2b3c4d5e6f`, or `bfloat16+int8-...` with quantised weights.
+
+    Call it on the thread that runs the blocks.
+    """
     facts = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -41,7 +48,29 @@ def numerics_class(config: Any, dtype: str, device: str) -> str:
     for rows in _ROW_COUNTS:
         for result in _probe(config, torch_dtype(dtype), device, rows):
             digest.update(result.to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return f"{dtype}-{digest.hexdigest()}"
+    if quantize == "none":
+        return f"{dtype}-{digest.hexdigest()}"
+    digest.update(quantize.encode())
+    for result in _probe_quantized(config, torch_dtype(dtype), device, quantize):
+        digest.update(result.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return f"{dtype}+{quantize}-{digest.hexdigest()}"
+
+
+@torch.inference_mode()
+def _probe_quantized(
+    config: Any, dtype: torch.dtype, device: str, quantize: Quantization
+) -> list[torch.Tensor]:
+    """A quantised layer as wide as the hidden states, with few rows and with many."""
+    generator = torch.Generator().manual_seed(20_27)
+    hidden = min(int(config.hidden_size), _WIDTH_MAX)
+    layer = torch.nn.Linear(hidden, hidden, bias=False)
+    layer.weight = torch.nn.Parameter(
+        torch.randn(hidden, hidden, generator=generator).to(device=device, dtype=dtype),
+        requires_grad=False,
+    )
+    quantized = quantized_linear(layer, quantize, device)
+    inputs = (torch.randn(rows, hidden, generator=generator) for rows in _QUANTIZED_ROW_COUNTS)
+    return [quantized(rows.to(device=device, dtype=dtype)) for rows in inputs]
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ from shoal.model.families import num_blocks, recurrent_blocks
 from shoal.model.known import Progress
 from shoal.model.kv_cache import SequenceCache, block_windows
 from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
+from shoal.model.quantize import Quantization, quantize_block, quantized_bytes
 from shoal.model.rows import torch_dtype
 from shoal.model.source import ModelSource
 
@@ -46,9 +47,7 @@ class SpanModel:
         self._stacks: dict[Span, tuple[Callable[..., Any], ...]] = {}
         self._blocks_attribute = parts.family.blocks
         names = inspect.signature(self.base.forward).parameters
-        self._cache_argument = (
-            "past_key_values" if "past_key_values" in names else "cache_params"
-        )
+        self._cache_argument = "past_key_values" if "past_key_values" in names else "cache_params"
         # A tuple in place of the ModuleList: transformers slices it on every call, and
         # slicing a ModuleList rebuilds it.
         delattr(self.base, self._blocks_attribute)
@@ -107,6 +106,7 @@ def load_span(
     *,
     dtype: str,
     device: str = "cpu",
+    quantize: Quantization = "none",
     progress: Progress | None = None,
 ) -> SpanModel:
     """Build `span` of `source`, reading only the span's tensors.
@@ -126,6 +126,7 @@ def load_span(
         checkpoint.fill(block, f"{parts.blocks_name}.{index}.", device)
         fill_tables(whole, block, device)
         check_nothing_on_meta(block)
+        quantize_block(block, quantize, device)
         blocks[index] = block
         if progress is not None:
             progress("loading blocks", done + 1, len(span))
@@ -155,18 +156,15 @@ def span_tensor_names(source: ModelSource, span: Span) -> list[str]:
     ]
 
 
-def bytes_per_block(source: ModelSource, dtype: str) -> int:
-    """Memory of the weights of the largest block in `dtype`."""
-    return max(block_bytes(source.config, dtype))
+def bytes_per_block(source: ModelSource, dtype: str, quantize: Quantization = "none") -> int:
+    """Memory of the weights of the largest block in `dtype`, quantised or not."""
+    return max(block_bytes(source.config, dtype, quantize))
 
 
-def block_bytes(config: Any, dtype: str) -> list[int]:
-    """Memory of the weights of each block in `dtype`."""
+def block_bytes(config: Any, dtype: str, quantize: Quantization = "none") -> list[int]:
+    """Memory of the weights of each block in `dtype`, quantised or not."""
     blocks = Parts(meta_model(config, torch_dtype(dtype))).blocks
-    return [
-        sum(tensor.numel() * tensor.element_size() for tensor in block.state_dict().values())
-        for block in blocks
-    ]
+    return [quantized_bytes(block, quantize) for block in blocks]
 
 
 def probe_pass_through(model: SpanModel, device: str) -> None:

@@ -1,0 +1,105 @@
+"""Smaller weights for a block: which of its layers, how, and what they then weigh.
+
+A block is quantised right after it was read, so that loading a span needs the memory of
+the quantised span and one block more. Embedding and head are the client's and stay as
+they are. On CUDA devices bitsandbytes does the work (`quantized_cuda.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Literal, get_args
+
+import torch
+
+from shoal.base.errors import ConfigError, ModelUnsupported
+from shoal.model.quantized_cuda import cuda_linear, require_bitsandbytes
+from shoal.model.quantized_linear import Int4Linear, Int8Linear, int4_bytes, int8_bytes
+
+Quantization = Literal["none", "int8", "int4"]
+"""Of the weights. int8: a scale per output; a third of bfloat16's time for one row. int4:
+groups of 64 inputs share scale and offset; a quarter of bfloat16's memory."""
+
+SHARE_MIN: Final = 0.5
+"""A block with less of its weights in plain linear layers is refused: it would hardly
+become smaller (experts kept in one tensor, convolutions)."""
+
+
+def check_quantize(quantize: str, device: str) -> None:
+    """Refuse what can't be before anything is loaded.
+
+    Raises:
+        ConfigError: an unknown kind, or a CUDA device without bitsandbytes.
+    """
+    if quantize not in get_args(Quantization):
+        raise ConfigError(f"quantize {quantize!r}: write {', '.join(get_args(Quantization))}")
+    if quantize != "none" and device.startswith("cuda"):
+        require_bitsandbytes()
+
+
+def quantize_block(block: torch.nn.Module, quantize: Quantization, device: str) -> None:
+    """Replace the block's linear layers by quantised ones, one after the other.
+
+    Raises:
+        ModelUnsupported: most weights are not in linear layers, or shapes that don't fit.
+    """
+    if quantize == "none":
+        return
+    _check_share(block)
+    for parent, name in [(parent, name) for parent, name, _ in _linears(block)]:
+        setattr(parent, name, quantized_linear(getattr(parent, name), quantize, device))
+
+
+def quantized_linear(
+    linear: torch.nn.Linear, quantize: Quantization, device: str
+) -> torch.nn.Module:
+    """The layer with smaller weights, on its device.
+
+    Raises:
+        ModelUnsupported: a shape that doesn't fit.
+    """
+    if quantize == "none":
+        return linear
+    if device.startswith("cuda"):
+        return cuda_linear(linear, quantize, device)
+    return Int8Linear(linear) if quantize == "int8" else Int4Linear(linear)
+
+
+def quantized_bytes(block: torch.nn.Module, quantize: Quantization) -> int:
+    """Memory of a block's weights once quantised on the CPU; meta tensors will do.
+
+    Raises:
+        ModelUnsupported: as `quantize_block`.
+    """
+    total = sum(_bytes_of(tensor) for tensor in block.state_dict().values())
+    if quantize == "none":
+        return total
+    _check_share(block)
+    size_of = int8_bytes if quantize == "int8" else int4_bytes
+    for _, _, linear in _linears(block):
+        total -= _bytes_of(linear.weight)
+        total += size_of(linear.in_features, linear.out_features)
+    return total
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _linears(block: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Linear]]:
+    """(parent, name, layer) of all plain linear layers of a block."""
+    for parent in block.modules():
+        for name, child in parent.named_children():
+            # Not subclasses: some choose experts or mean something else by their weight.
+            if type(child) is torch.nn.Linear:
+                yield parent, name, child
+
+
+def _check_share(block: torch.nn.Module) -> None:
+    total = sum(weight.numel() for weight in block.parameters())
+    covered = sum(linear.weight.numel() for _, _, linear in _linears(block))
+    if covered < SHARE_MIN * total:
+        raise ModelUnsupported(
+            f"only {covered / max(1, total):.0%} of a block's weights are in linear layers that "
+            "can be quantised (experts and convolutions can't yet): leave --quantize out"
+        )

@@ -88,7 +88,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", _SMALL | _HEAD | _EXPERTS | {"num_experts": 4}),
     "qwen3_next": (
         "qwen3_next",
-        _SMALL | _HEAD | _EXPERTS
+        _SMALL
+        | _HEAD
+        | _EXPERTS
         | {
             "num_experts": 4,
             "shared_expert_intermediate_size": 24,
@@ -118,7 +120,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
     "deepseek_v3": (
         "deepseek_v3",
-        _SMALL | _DEEPSEEK
+        _SMALL
+        | _DEEPSEEK
         | {
             "q_lora_rank": 16,
             "kv_lora_rank": 12,
@@ -241,7 +244,8 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
             for name, weight in model.named_parameters():
                 # Wider than the default: near-ties between tokens would hide errors.
                 scale = 0.15 if weight.dim() > 1 else 0.1
-                weight.normal_(1.0 if "norm" in name else 0.0, scale)
+                is_norm = "norm" in name or ".ln_" in name
+                weight.normal_(1.0 if is_norm else 0.0, scale)
                 # Not model.to(dtype): that would round the rotary tables as well.
                 weight.data = weight.data.to(dtype)
     return model.eval()
@@ -283,9 +287,15 @@ def tiny_batched_backend(
     return backend
 
 
-def save_safetensors(directory: Path, family: str = "llama", *, sharded: bool = False) -> Any:
+def save_safetensors(
+    directory: Path,
+    family: str = "llama",
+    *,
+    sharded: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """Save the tiny model as transformers does; returns the model."""
-    model = tiny_model(family)
+    model = tiny_model(family, dtype)
     model.save_pretrained(directory, max_shard_size="60KB" if sharded else "1GB")
     return model
 

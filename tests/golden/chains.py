@@ -9,12 +9,12 @@ from typing import TypeVar
 
 import torch
 
-from shoal.base.backend import Call, SequenceId
+from shoal.base.backend import BlockBackend, Call, SequenceId
 from shoal.base.spans import Span
 from shoal.hf.head import Head
 from shoal.model.rows import rows_from_bytes
 from shoal.model.source import ModelSource
-from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
+from shoal.model.torch_backend import BackendConfig, load_backend
 
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ class Chain:
     def __init__(self, source: ModelSource, borders: Sequence[int], dtype: str = "float32") -> None:
         self.encoding = dtype
         self.hidden_size = int(source.config.hidden_size)
-        config = BackendConfig(model="test", dtype=dtype)
+        config = BackendConfig(model="test", dtype=dtype, engine="per-session")
         spans = [Span(a, b) for a, b in pairwise(borders)]
-        self.backends: list[TorchBackend] = [load_backend(source, span, config) for span in spans]
+        self.backends: list[BlockBackend] = [load_backend(source, span, config) for span in spans]
         self.length = 0
 
     async def __aenter__(self) -> Chain:
@@ -73,13 +73,13 @@ class Chain:
 
 async def greedy(chain: Chain, head: Head, prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens after `prompt`."""
-    rows = await chain.step(head.embed(prompt, chain.encoding))
+    rows = await chain.step(head.embed(prompt, chain.encoding, chain.length))
     tokens: list[int] = []
     while True:
         tokens.append(int(head.logits(rows, chain.encoding)[-1].argmax()))
         if len(tokens) == count:
             return tokens
-        rows = await chain.step(head.embed(tokens[-1:], chain.encoding))
+        rows = await chain.step(head.embed(tokens[-1:], chain.encoding, chain.length))
 
 
 def with_chain(chain: Chain, work: Callable[[Chain], Awaitable[T]]) -> T:

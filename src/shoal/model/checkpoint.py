@@ -151,8 +151,7 @@ class Checkpoint:
                 converter.add_tensor(target, name, pattern, self._source.read(name))
         made = converter.convert(target, model=self._whole, config=self._config)
         return {
-            name: tensor[0] if isinstance(tensor, list) else tensor
-            for name, tensor in made.items()
+            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
         }
 
 

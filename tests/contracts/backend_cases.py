@@ -47,12 +47,25 @@ def _torch() -> BlockBackend:
     return backend
 
 
+def _batched(exact: str) -> BlockBackend:
+    from tests.models import tiny_batched_backend
+
+    backend: BlockBackend = tiny_batched_backend(span=SPAN, exact=exact)
+    return backend
+
+
 SUBJECTS = [
     Subject(name="toy", make=_toy, is_bit_exact=True, num_examples=60),
     Subject(name="toy-coarse", make=lambda: _toy(4), is_bit_exact=True, num_examples=60),
 ]
 if importlib.util.find_spec("tests.models") is not None:
-    SUBJECTS.append(Subject(name="torch", make=_torch, is_bit_exact=False, num_examples=12))
+    SUBJECTS += [
+        Subject(name="torch", make=_torch, is_bit_exact=False, num_examples=12),
+        Subject(
+            name="batched", make=lambda: _batched("never"), is_bit_exact=False, num_examples=12
+        ),
+        Subject(name="exact", make=lambda: _batched("always"), is_bit_exact=False, num_examples=12),
+    ]
 
 
 def random_rows(rng: random.Random, hidden_size: int, count: int) -> list[bytes]:

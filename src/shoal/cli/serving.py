@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import shoal
-from shoal.base.backend import BackendFacts
+from shoal.base.backend import BackendFacts, BlockBackend
 from shoal.base.errors import ConfigError, ShoalError
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
@@ -23,7 +23,7 @@ from shoal.cli.models import OpenModel
 from shoal.discovery.joined import JoinConfig, JoinedDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.rows import encodings_for, torch_dtype
-from shoal.model.torch_backend import BackendConfig, TorchBackend, load_backend
+from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen
 from shoal.net.identity import Identity
 from shoal.net.tasks import first_failure
@@ -148,7 +148,7 @@ class _LoadStopped(ShoalError):
     """Nobody waits for the model any more."""
 
 
-async def _load(model: OpenModel, span: Span, config: BackendConfig) -> TorchBackend:
+async def _load(model: OpenModel, span: Span, config: BackendConfig) -> BlockBackend:
     """Load in a thread, so that the server can be asked and stopped meanwhile."""
     is_stopped = False
     with progress_bar() as show:
@@ -164,7 +164,7 @@ async def _load(model: OpenModel, span: Span, config: BackendConfig) -> TorchBac
             is_stopped = True
 
 
-async def _measured(announcement: Announcement, backend: TorchBackend) -> Announcement:
+async def _measured(announcement: Announcement, backend: BlockBackend) -> Announcement:
     times = await measure_block_times(backend)
     return replace(
         announcement,

@@ -67,6 +67,10 @@ class PackedModel:
             kinds.setdefault((shapes, self.windows[index]), index)
         return list(kinds.values())
 
+    def modules(self, block: int) -> list[torch.nn.Module]:
+        """All modules of one block."""
+        return list(self._model.block(block).modules())
+
     def has_experts(self) -> bool:
         """Whether rows choose among experts: which rows share a product depends on them."""
         return any(

@@ -1,19 +1,21 @@
-"""Blocks on torch, one sequence at a time: correct for every family, no batching yet.
+"""Blocks on torch, one sequence at a time: correct for every family, without batching.
 
-`run` takes the calls one after the other, each in its own forward pass with its own KV
-cache, so company can't change a result. One thread owns the device; the event loop only
-waits for it.
+`load_backend` chooses between this engine and the batched one. Here, `run` takes the calls
+one after the other, each in its own forward pass with its own KV cache, so company can't
+change a result. One thread owns the device; the event loop only waits for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 
-from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
+from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import (
     BadInput,
     ConfigError,
@@ -22,16 +24,30 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.spans import Span
+from shoal.model.batched_backend import BatchedBackend
 from shoal.model.device_thread import DeviceThread
+from shoal.model.exact import RowTiles, find_tiles
+from shoal.model.families import family_of, session_tokens_max
 from shoal.model.known import Progress
 from shoal.model.kv_cache import PAGE_TOKENS, SequenceCache
 from shoal.model.numerics import numerics_class
+from shoal.model.packed_model import PackedModel
+from shoal.model.quantize import Quantization, check_quantize
 from shoal.model.rows import DTYPES, all_finite, encodings_for, rows_from_bytes, rows_to_bytes
 from shoal.model.source import ModelSource
 from shoal.model.span_model import SpanModel, load_span, num_blocks
 
 _log = logging.getLogger(__name__)
 
+EngineChoice = Literal["auto", "batched", "per-session"]
+"""How sequences share passes. auto: batched where the architecture is known to pack."""
+
+ExactChoice = Literal["auto", "always", "never"]
+"""Whether batched rows run in tiles that keep their bits free of company.
+
+auto: where every row count is a tile, so that it costs nothing (bfloat16, as a rule).
+always: also where tiles cost padding. Where there are no tiles the backend is not exact.
+"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendConfig:
@@ -46,10 +62,19 @@ class BackendConfig:
     """Compute threads; one per core that is really free."""
     cache_tokens: int = 8192
     """Positions that fit into the KV cache, over all sequences."""
+    quantize: Quantization = "none"
+    """Smaller weights; dtype is then that of the rest."""
+    engine: EngineChoice = "auto"
+    exact: ExactChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.engine not in get_args(EngineChoice):
+            raise ConfigError(f"engine {self.engine!r}: write {_choices(EngineChoice)}")
+        if self.exact not in get_args(ExactChoice):
+            raise ConfigError(f"exact {self.exact!r}: write {_choices(ExactChoice)}")
+        check_quantize(self.quantize, self.device)
         if self.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
         if self.cache_tokens < PAGE_TOKENS:
@@ -58,7 +83,7 @@ class BackendConfig:
 
 def load_backend(
     source: ModelSource, span: Span, config: BackendConfig, progress: Progress | None = None
-) -> TorchBackend:
+) -> BlockBackend:
     """Read the span's weights and start the device thread. Blocks; takes seconds.
 
     Raises:
@@ -70,18 +95,82 @@ def load_backend(
     try:
         model = thread.call(
             lambda: load_span(
-                source, span, dtype=config.dtype, device=config.device, progress=progress
+                source,
+                span,
+                dtype=config.dtype,
+                device=config.device,
+                quantize=config.quantize,
+                progress=progress,
             )
         )
-        numerics = thread.call(lambda: numerics_class(source.config, config.dtype, config.device))
+        numerics = thread.call(
+            lambda: numerics_class(source.config, config.dtype, config.device, config.quantize)
+        )
+        if not _packs(config.engine, source.config):
+            return TorchBackend(model, config, numerics, thread)
+        packed = PackedModel(model)
+        tiles = thread.call(lambda: _choose_tiles(packed, config))
     except BaseException:
         thread.stop()
         raise
-    return TorchBackend(model, config, numerics, thread)
+    numerics = _batched_numerics(numerics, tiles)
+    facts = _facts(model, config, numerics, is_exact=tiles is not None)
+    return BatchedBackend(packed, facts, tiles, config.device, thread)
+
+
+def _packs(engine: EngineChoice, model_config: Any) -> bool:
+    """Whether to batch.
+
+    Raises:
+        ConfigError: batching was asked of an architecture that can't.
+    """
+    if engine == "batched" and not family_of(model_config).packs:
+        raise ConfigError(
+            f"architecture {model_config.model_type!r} cannot be batched: leave engine on auto"
+        )
+    return engine != "per-session" and family_of(model_config).packs
+
+
+def _choose_tiles(model: PackedModel, config: BackendConfig) -> RowTiles | None:
+    if config.exact == "never":
+        return None
+    tiles = find_tiles(model, config.device)
+    if tiles is None or (config.exact == "auto" and not tiles.is_free):
+        return None
+    return tiles
+
+
+def _batched_numerics(numerics: str, tiles: RowTiles | None) -> str:
+    """The class of the batched engine: its tiles are part of what gives equal bits."""
+    dtype = numerics.partition("-")[0]
+    said = f"{numerics} batched {(tiles.counts, tiles.probe) if tiles else 'packed'}"
+    digest = hashlib.blake2b(said.encode(), digest_size=8, person=b"shoal-numerics")
+    return f"{dtype}-{digest.hexdigest()}"
+
+
+def _facts(
+    model: SpanModel, config: BackendConfig, numerics: str, *, is_exact: bool
+) -> BackendFacts:
+    return BackendFacts(
+        model=config.model,
+        span=model.span,
+        num_blocks=num_blocks(model.config),
+        hidden_size=int(model.config.hidden_size),
+        encodings=encodings_for(config.dtype),
+        numerics=numerics,
+        is_exact=is_exact,
+        cache_tokens=config.cache_tokens,
+        page_tokens=PAGE_TOKENS,
+        session_tokens_max=session_tokens_max(model.config),
+    )
+
+
+def _choices(kind: Any) -> str:
+    return ", ".join(get_args(kind))
 
 
 class TorchBackend:
-    """`shoal.base.backend.BlockBackend` over transformers' blocks. Made by `load_backend`."""
+    """`shoal.base.backend.BlockBackend` over transformers' own cache. Made by `load_backend`."""
 
     def __init__(
         self, model: SpanModel, config: BackendConfig, numerics: str, thread: DeviceThread
@@ -90,18 +179,7 @@ class TorchBackend:
         self._device = config.device
         self._thread = thread
         self._sequences: dict[SequenceId, SequenceCache] = {}
-        self._facts = BackendFacts(
-            model=config.model,
-            span=model.span,
-            num_blocks=num_blocks(model.config),
-            hidden_size=int(model.config.hidden_size),
-            encodings=encodings_for(config.dtype),
-            numerics=numerics,
-            is_exact=False,
-            cache_tokens=config.cache_tokens,
-            page_tokens=PAGE_TOKENS,
-            session_tokens_max=int(model.config.max_position_embeddings),
-        )
+        self._facts = _facts(model, config, numerics, is_exact=False)
 
     @property
     def facts(self) -> BackendFacts:
@@ -114,14 +192,14 @@ class TorchBackend:
             raise InternalError(f"sequence {sequence} is open already")
         if not len(span) or not self._facts.span.covers(span):
             raise BadInput(f"blocks {span} are not a part of {self._facts.span}")
-        self._sequences[sequence] = SequenceCache(self._model.windows, span)
+        self._sequences[sequence] = self._model.new_cache(span)
 
     def close(self, sequence: SequenceId) -> None:
         """Free the sequence's cache."""
         self._sequences.pop(sequence, None)
 
     def truncate(self, sequence: SequenceId, length: int) -> int:
-        """Forget positions >= `length`; any length can be reached."""
+        """Forget positions >= `length`; recurrent blocks can only go back to the start."""
         return self._cache(sequence).truncate(length)
 
     def fork(self, parent: SequenceId, child: SequenceId, length: int) -> int:

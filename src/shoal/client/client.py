@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Final
 
 from shoal.base.errors import (
+    BadInput,
     ConfigError,
     PeerMisbehaved,
     PeerUnreachable,
@@ -215,7 +216,7 @@ class Client:
         servers = sorted(state.servers)
         route = sign_route(
             self._identity, facts, epoch, chain,
-            [records[peer] for peer in servers if peer in records],
+            [records[peer] for peer in servers if peer in records], state.distrusted,
         )  # fmt: skip
         receive_from = frozenset(
             chain[index].peer
@@ -337,13 +338,15 @@ class Client:
         if state is None or message.epoch != state.epoch or peer not in state.servers:
             return
         error = error_from_code(message.code, message.detail, message.retry_after_s)
-        if message.code in TERMINAL_CODES:
+        before = state.predecessor(peer, message.start)
+        if message.code == BadInput.code and before is not None:
+            self._blame(state, before, error)  # we only relayed those rows
+        elif message.code in TERMINAL_CODES:
             self.end(state, error)
         elif message.code in ("lost", "closed"):
             self._report(state, Trouble(is_out_of_step=True))
         else:
-            before = state.predecessor(peer, message.start)
-            is_before = message.blame == before and before != self.me
+            is_before = before is not None and message.blame in (before, self.me)
             self._blame(state, before if is_before and before else peer, error)
 
     def on_server_lost(self, peer: PeerId, error: ShoalError) -> None:
@@ -398,7 +401,7 @@ class Client:
         if suspect is not None and not self._is_computing(suspect):
             logger.warning("peer delivers nothing peer=%s session=%s",
                            short(suspect), short(state.id))  # fmt: skip
-            trouble.lost.add(suspect)
+            trouble.bad.add(suspect)
         self._report(state, trouble)
 
     def _is_computing(self, peer: PeerId) -> bool:
@@ -421,7 +424,7 @@ class Client:
         logger.warning("peer at fault peer=%s session=%s reason=%s",
                        short(peer), short(state.id), error)  # fmt: skip
         state.last_error = error
-        self._report(state, Trouble(lost={peer}))
+        self._report(state, Trouble(bad={peer}))
 
     def _report(self, state: SessionState, trouble: Trouble) -> None:
         state.report(trouble, asyncio.get_running_loop().time())

@@ -142,6 +142,7 @@ class Supervisor:
                 raise error
             await self._back_off()
         after = [stage for stage in chain if len(stage.span)]
+        state.distrusted.clear()
         self._dismiss_replaced(before, after)
         self._judge_numerics(before, after)
         if before and lost:
@@ -194,6 +195,8 @@ class Supervisor:
                 return set()
             known -= alive
             lost -= alive
+        lost |= trouble.bad
+        self._state.distrusted |= trouble.bad
         for peer in lost:
             swarm.experience.failed(peer, now_s)
         return lost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from shoal.base.errors import ShoalError
@@ -44,15 +44,19 @@ def sign_route(
     epoch: int,
     chain: Sequence[Stage],
     records: Iterable[bytes],
+    fresh: Collection[PeerId] = (),
 ) -> SignedRoute:
-    """The signed route over `chain`."""
+    """The signed route over `chain`; the `fresh` peers must forget what they hold."""
     body = RouteBody(
         owner=identity.peer,
         nonce=facts.nonce,
         epoch=epoch,
         model=facts.model,
         opened_ms=facts.opened_ms,
-        hops=[Hop(stage.peer, stage.span.start, stage.span.end, facts.encoding) for stage in chain],
+        hops=[
+            Hop(stage.peer, stage.span.start, stage.span.end, facts.encoding, stage.peer in fresh)
+            for stage in chain
+        ],
         parent=facts.parent,
     )
     data = encode(body)

@@ -58,6 +58,8 @@ class Trouble:
 
     lost: set[PeerId] = field(default_factory=set)
     """Peers that must be replaced."""
+    bad: set[PeerId] = field(default_factory=set)
+    """Peers that answer, but with nonsense: replaced, or at least made to start afresh."""
     links: set[tuple[PeerId, PeerId]] = field(default_factory=set)
     """(sender, receiver) pairs whose link broke though both may live."""
     is_out_of_step: bool = False
@@ -65,7 +67,7 @@ class Trouble:
     since_s: float = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.lost or self.links or self.is_out_of_step)
+        return bool(self.lost or self.bad or self.links or self.is_out_of_step)
 
 
 class SessionState:
@@ -97,6 +99,8 @@ class SessionState:
         """Without progress for this long, ask everybody what they have; doubles each time."""
         self.classes: dict[PeerId, str] = {}
         """Numerics class of each hop's server, as its record said when it was chosen."""
+        self.distrusted: set[PeerId] = set()
+        """Peers whose state of this session must not be used again."""
         self.held: dict[tuple[PeerId, int], int] = {}
         """What the hops held when the route was last made, by (peer, start block)."""
         self.standstills = 0
@@ -189,11 +193,14 @@ class SessionState:
         for index, stage in enumerate(chain):
             if stage.peer != me:
                 continue
-            border = stage.span.start
-            relay = self.relays.get(border) or Relay(self.id, border)
-            relay.reroute(chain[index - 1].peer, chain[index + 1].peer, epoch)
+            border, before = stage.span.start, chain[index - 1].peer
+            relay = self.relays.get(border)
+            if relay is None or before in self.distrusted:
+                relay = Relay(self.id, border)
+            relay.reroute(before, chain[index + 1].peer, epoch)
             relays[border] = relay
-        dropped = [relay for border, relay in self.relays.items() if border not in relays]
+        kept = list(relays.values())
+        dropped = [relay for relay in self.relays.values() if relay not in kept]
         self.relays = relays
         return [relay.outbound for relay in dropped]
 
@@ -212,6 +219,7 @@ class SessionState:
         if not self.trouble:
             self.trouble.since_s = now_s
         self.trouble.lost |= trouble.lost
+        self.trouble.bad |= trouble.bad
         self.trouble.links |= trouble.links
         self.trouble.is_out_of_step |= trouble.is_out_of_step
         self.troubled.set()
@@ -223,12 +231,16 @@ class SessionState:
         return trouble
 
     def predecessor(self, peer: PeerId, start: int) -> PeerId | None:
-        """Who sends to the hop of `peer` that begins at block `start`."""
+        """The server before the hop of `peer` that begins at block `start`, if there is one.
+
+        Where the client relays between the two, it is the server before the relay.
+        """
         before: PeerId | None = None
         for stage in self.chain:
-            if (stage.peer, stage.span.start) == (peer, start):
+            if (stage.peer, stage.span.start) == (peer, start) and len(stage.span):
                 return before
-            before = stage.peer
+            if len(stage.span):
+                before = stage.peer
         return None
 
     def suspect(self) -> PeerId | None:

@@ -28,7 +28,7 @@ from shoal.server.engine import EngineLimits
 
 FaultKind = Literal[
     "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole", "partition",
-    "client_offline", "no_dialing", "bad_batch", "evict",
+    "client_offline", "no_dialing", "bad_batch", "poison", "evict",
 ]  # fmt: skip
 
 HEAL_S: Final = 20.0
@@ -168,7 +168,7 @@ def _draw_link(rng: random.Random) -> LinkConditions:
 def _draw_fault(rng: random.Random, num_servers: int) -> Fault:
     kinds: tuple[FaultKind, ...] = (
         "crash", "crash", "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole",
-        "partition", "client_offline", "no_dialing", "bad_batch", "evict",
+        "partition", "client_offline", "no_dialing", "bad_batch", "poison", "evict",
     )  # fmt: skip
     at_s = rng.uniform(0, 6)
     return Fault(
@@ -302,6 +302,9 @@ class _Run:
                 end = _call(network.partition)
             case "bad_batch":
                 server.fault = lambda call: "raise" if self._rng.random() < 0.3 else None
+                end = _call(setattr, server, "fault", None)
+            case "poison":
+                server.fault = lambda call: "poison" if self._rng.random() < 0.3 else None
                 end = _call(setattr, server, "fault", None)
             case "evict":
                 self._evict(server)

@@ -90,4 +90,5 @@ def _hop_plan(body: RouteBody, index: int, session: SessionId, facts: BackendFac
         successor=after,
         is_last=index + 1 == len(body.hops),
         encoding=hop.encoding,
+        is_fresh=hop.is_fresh,
     )

@@ -461,8 +461,10 @@ class Server:
                     self._forget(hop)
 
 
-def _is_same_work(one: HopPlan, other: HopPlan) -> bool:
-    return (one.span, one.encoding, one.is_last) == (other.span, other.encoding, other.is_last)
+def _is_same_work(old: HopPlan, new: HopPlan) -> bool:
+    """Whether what was held for `old` serves `new`."""
+    same = (old.span, old.encoding, old.is_last) == (new.span, new.encoding, new.is_last)
+    return same and not new.is_fresh
 
 
 def _have(hop: HopSession) -> Have:

@@ -43,6 +43,8 @@ class HopPlan:
     is_last: bool
     """Whether this hop answers the owner, with the rows that are wanted."""
     encoding: str
+    is_fresh: bool = False
+    """Whether what is held from earlier epochs must be forgotten."""
 
 
 class HopSession:

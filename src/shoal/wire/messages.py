@@ -72,13 +72,15 @@ class Hop(_Message, frozen=True):
     """One stage of a chain: `peer` runs blocks [start, end) and sends in `encoding`.
 
     `start == end` is a pass-through: the client relaying over a border between two
-    servers that can't reach each other.
+    servers that can't reach each other. `is_fresh`: forget what you hold of the session
+    from earlier epochs, it is not to be trusted.
     """
 
     peer: Peer
     start: Block
     end: Block
     encoding: Name
+    is_fresh: bool = False
 
 
 class Fork(_Message, frozen=True):

@@ -16,6 +16,15 @@ ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _FLOAT16_EXPONENT: Final = bytes(byte & 0x7C for byte in range(256))
 
+INT8_BLOCK: Final = "int8-block"
+"""The compressed encoding: int8 values, then a float16 scale per block of values. Lossy,
+so a hop uses it only where the session's owner asks for it."""
+
+BLOCK_VALUES: Final = 64
+"""Values that share a scale in `INT8_BLOCK`; the last block of a row may be shorter."""
+
+_SCALE_BYTES: Final = 2
+
 
 def row_bytes(encoding: str, hidden_size: int) -> int:
     """Bytes of one row.
@@ -23,9 +32,12 @@ def row_bytes(encoding: str, hidden_size: int) -> int:
     Raises:
         BadInput: no such encoding.
     """
+    if encoding == INT8_BLOCK:
+        return hidden_size + _SCALE_BYTES * -(-hidden_size // BLOCK_VALUES)
     item = ITEM_BYTES.get(encoding)
     if item is None:
-        raise BadInput(f"unknown encoding {encoding!r} (known: {', '.join(ITEM_BYTES)})")
+        known = ", ".join((*ITEM_BYTES, INT8_BLOCK))
+        raise BadInput(f"unknown encoding {encoding!r} (known: {known})")
     return item * hidden_size
 
 

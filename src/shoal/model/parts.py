@@ -42,7 +42,7 @@ class Parts:
     def __init__(self, whole: Any) -> None:
         self.whole = whole
         self.family: Family = family_of(whole.config)
-        self._core_name = _joined(_base_name(whole), self.family.core)
+        self._core_name = _joined(_name_in(whole, whole.base_model), self.family.core)
         self.core: Any = self._module(self.family.core, whole.base_model)
         self.blocks: Any = self._of_core(self.family.blocks)
         self.embedding: Any = self._of_core(self.family.embedding)
@@ -64,7 +64,7 @@ class Parts:
 
     def head_name(self) -> str:
         """Prefix of the head's weights."""
-        return next(name for name, child in self.whole.named_modules() if child is self.head)
+        return _name_in(self.whole, self.head)
 
     def pass_through(self, kept: set[int]) -> dict[int, Any]:
         """A stand-in for each block that isn't in `kept`: returns its input."""
@@ -204,8 +204,9 @@ def check_nothing_on_meta(root: torch.nn.Module) -> None:
             raise ModelUnsupported(f"{name} was left without values after loading")
 
 
-def _base_name(whole: Any) -> str:
-    return next(name for name, child in whole.named_modules() if child is whole.base_model)
+def _name_in(whole: Any, part: torch.nn.Module) -> str:
+    modules: dict[str, torch.nn.Module] = dict(whole.named_modules())
+    return next(name for name, child in modules.items() if child is part)
 
 
 def _joined(first: str, second: str) -> str:

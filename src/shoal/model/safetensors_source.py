@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,9 +15,25 @@ from transformers import AutoConfig, AutoTokenizer
 from shoal.base.errors import ModelCorrupt, ModelUnknown, ModelUnsupported
 from shoal.model.families import family_of
 from shoal.model.rows import tensor_bytes
+from shoal.model.safetensors_header import TensorPlace, read_places
 from shoal.model.source import PICKLE_SUFFIXES, StoredTensor, pickle_refusal
 
 _INDEX = "model.safetensors.index.json"
+
+_PIECE_BYTES: Final = 16 << 20
+
+_TORCH_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 _NOT_IDENTITY = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
@@ -26,7 +42,11 @@ _NOT_IDENTITY = frozenset(
 
 
 class SafetensorsSource:
-    """Weights in one safetensors file or several, memory-mapped and read one by one.
+    """Weights in one safetensors file or several, read one by one.
+
+    Tensors are read into memory of their own, not mapped: mapped pages would count as this
+    process's memory beside the copies that a server keeps, and a file that is replaced
+    while we serve would change the weights.
 
     Raises:
         ModelUnknown: not a model directory.
@@ -40,6 +60,7 @@ class SafetensorsSource:
         self.config = _read_config(directory)
         family_of(self.config)
         self._open_files: dict[Path, Any] = {}
+        self._places: dict[Path, dict[str, TensorPlace]] = {}
         self._file_of = self._locate_tensors()
 
     @property
@@ -73,17 +94,32 @@ class SafetensorsSource:
         return StoredTensor(shape=tuple(part.get_shape()), dtype=str(part.get_dtype()))
 
     def stored_bytes(self, name: str) -> Iterator[memoryview]:
-        """The tensor's raw bytes in one piece (mapped, not copied)."""
-        yield tensor_bytes(self.read(name))
+        """The tensor's raw bytes, piece by piece."""
+        place, path = self._place(name), self._file_of[name]
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            left = place.num_bytes
+            while left:
+                piece = file.read(min(left, _PIECE_BYTES))
+                if not piece:
+                    raise _cut_short(path, name)
+                left -= len(piece)
+                yield memoryview(piece)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype."""
-        path = self._file_of[name]
+        """The tensor in its stored dtype, in memory of its own."""
+        place, path = self._place(name), self._file_of[name]
+        dtype = _TORCH_DTYPES.get(place.dtype)
+        if dtype is None:
+            raise ModelUnsupported(f"{path}: {name} is stored as {place.dtype}")
+        raw = torch.empty(place.num_bytes, dtype=torch.uint8)
         try:
-            tensor: torch.Tensor = self._opened(path).get_tensor(name)
-        except SafetensorError as error:
+            with path.open("rb", buffering=0) as file:
+                file.seek(place.offset)
+                _read_fully(file, tensor_bytes(raw), path, name)
+        except OSError as error:
             raise ModelCorrupt(f"{path}: cannot read {name}: {error}") from error
-        return tensor
+        return raw.view(dtype).view(place.shape)
 
     def tokenizer(self) -> Any:
         """The tokenizer that was saved beside the weights."""
@@ -91,6 +127,13 @@ class SafetensorsSource:
             return AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ModelUnsupported(f"{self._directory} has no usable tokenizer: {error}") from error
+
+    def _place(self, name: str) -> TensorPlace:
+        path = self._file_of[name]
+        if path not in self._places:
+            self._opened(path)
+            self._places[path] = read_places(path)
+        return self._places[path][name]
 
     def _opened(self, path: Path) -> Any:
         opened = self._open_files.get(path)
@@ -129,6 +172,19 @@ class SafetensorsSource:
             if name not in held[path]:
                 raise ModelCorrupt(f"{path} lacks {name}, which {_INDEX} says is in it")
         return located
+
+
+def _read_fully(file: Any, target: memoryview, path: Path, name: str) -> None:
+    done = 0
+    while done < target.nbytes:
+        count = file.readinto(target[done : done + _PIECE_BYTES])
+        if not count:
+            raise _cut_short(path, name)
+        done += count
+
+
+def _cut_short(path: Path, name: str) -> ModelCorrupt:
+    return ModelCorrupt(f"{path} is truncated in {name}: fetch the model again")
 
 
 def _names_in(opened: Any) -> list[str]:

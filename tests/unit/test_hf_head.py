@@ -27,7 +27,7 @@ def test_embedding_and_scores_are_those_of_transformers(family: str) -> None:
 def test_rows_travel_in_any_encoding() -> None:
     head = load_head(tiny_source())
     exact = head.logits(head.embed(TOKENS, "float32"), "float32")
-    for encoding in ("bfloat16", "float16"):
+    for encoding in ("bfloat16", "float16", "int8-block"):
         close = head.logits(head.embed(TOKENS, encoding), encoding)
         assert close.dtype == torch.float32
         assert (close - exact).abs().max() < 0.05 * exact.abs().max()

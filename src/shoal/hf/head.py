@@ -18,6 +18,7 @@ from shoal.model.checkpoint import Checkpoint
 from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
 from shoal.model.rows import rows_from_bytes, rows_to_bytes, torch_dtype
 from shoal.model.source import ModelSource
+from shoal.wire.tensors import row_bytes
 
 _PROBE_TOKENS = 3
 
@@ -74,8 +75,7 @@ class Head:
         Raises:
             BadInput: not whole rows, or an unknown encoding.
         """
-        row_bytes = self.hidden_size * _item_bytes(encoding)
-        count = max(1, memoryview(rows).nbytes // row_bytes)
+        count = max(1, memoryview(rows).nbytes // row_bytes(encoding, self.hidden_size))
         hidden = rows_from_bytes(rows, encoding, count, self.hidden_size)
         hidden = hidden.to(device=self._device, dtype=self._dtype)
         scores: torch.Tensor = self._head(hidden if self._norm is None else self._norm(hidden))
@@ -158,8 +158,3 @@ def _probe(head: Head, whole: Any, device: str) -> None:
 def _option(config: Any, name: str) -> float | None:
     value = getattr(config, name) if name else None
     return None if value is None else float(value)
-
-
-def _item_bytes(encoding: str) -> int:
-    # A wrong name gets its BadInput from rows_from_bytes.
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(encoding, 1)

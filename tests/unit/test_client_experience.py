@@ -1,0 +1,80 @@
+"""Trust that decays, and what is forgiven."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.base.ids import PeerId
+from shoal.client.experience import FAILED_S, FAILED_S_MAX, PAIR_S, ExperienceBook
+
+A, B = PeerId(b"a" * 32), PeerId(b"b" * 32)
+
+
+def avoided(book, now_s):
+    return book.snapshot(now_s).avoid
+
+
+@given(st.integers(1, 12))
+def test_each_failure_doubles_the_time_up_to_a_limit(times):
+    book = ExperienceBook()
+    for _ in range(times):
+        book.failed(A, 100.0)
+    period_s = min(FAILED_S_MAX, FAILED_S * 2 ** (times - 1))
+    assert avoided(book, 100.0 + period_s - 0.1) == {A}
+    assert avoided(book, 100.0 + period_s) == frozenset()
+
+
+def test_who_works_again_is_forgiven():
+    book = ExperienceBook()
+    for _ in range(3):
+        book.failed(A, 0.0)
+    assert book.has_failures
+    book.served(A)
+    assert not book.has_failures
+    assert avoided(book, 1.0) == frozenset()
+    book.failed(A, 0.0)
+    assert avoided(book, FAILED_S) == frozenset()
+
+
+def test_a_busy_server_that_still_serves_others_stays_busy():
+    """Rows of an older session say nothing about room for a new one."""
+    book = ExperienceBook()
+    book.busy(A, 0.0, 5.0)
+    assert not book.has_failures
+    book.served(A)
+    assert avoided(book, 4.9) == {A}
+    assert avoided(book, 5.0) == frozenset()
+
+
+def test_busy_never_shortens_what_a_failure_costs():
+    book = ExperienceBook()
+    book.failed(A, 0.0)
+    book.busy(A, 0.0, 1.0)
+    assert avoided(book, FAILED_S - 1) == {A}
+
+
+def test_a_pair_is_directed_and_is_tried_again():
+    book = ExperienceBook()
+    book.pair_failed(A, B, 10.0)
+    assert book.snapshot(10.0 + PAIR_S - 1).unreachable_pairs == {(A, B)}
+    assert book.snapshot(10.0 + PAIR_S).unreachable_pairs == frozenset()
+    assert avoided(book, 11.0) == frozenset()
+
+
+def test_the_lowest_round_trip_counts_but_slowly_fades():
+    book = ExperienceBook()
+    for rtt_s in (0.1, 0.02, 0.5):
+        book.round_trip(A, rtt_s)
+    assert book.snapshot(0.0).rtt_s[A] == pytest.approx(0.068)
+    for _ in range(200):
+        book.round_trip(A, 0.5)
+    assert book.snapshot(0.0).rtt_s[A] == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_snapshot_does_not_change():
+    book = ExperienceBook()
+    before = book.snapshot(0.0)
+    book.failed(A, 0.0)
+    book.round_trip(A, 1.0)
+    assert before.avoid == frozenset()
+    assert before.rtt_s == {}

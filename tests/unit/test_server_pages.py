@@ -1,0 +1,47 @@
+"""The page ledger against a plain sum."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.base.errors import InternalError
+from shoal.server.pages import PageLedger
+
+PAGE, TOTAL = 16, 20
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("hold"), st.integers(0, 5), st.integers(0, 200)),
+        st.tuples(st.just("release"), st.integers(0, 5), st.just(0)),
+    )
+)
+
+
+@given(operations)
+def test_nobody_gets_more_than_there_is(steps):
+    ledger = PageLedger(TOTAL * PAGE + PAGE - 1, PAGE)
+    held = {}
+    for kind, key, tokens in steps:
+        if kind == "release":
+            ledger.release(key)
+            held.pop(key, None)
+            continue
+        pages = (tokens + PAGE - 1) // PAGE
+        others = sum(held.values()) - held.get(key, 0)
+        assert ledger.lacking(key, tokens) == pages + others - TOTAL
+        if pages + others <= TOTAL:
+            ledger.hold(key, tokens)
+            held[key] = pages
+        else:
+            with pytest.raises(InternalError, match="overdrawn"):
+                ledger.hold(key, tokens)
+        held = {name: count for name, count in held.items() if count}
+        assert ledger.free == TOTAL - sum(held.values())
+        assert ledger.holders() == set(held)
+        assert all(ledger.held(name) == count for name, count in held.items())
+
+
+def test_a_begun_page_is_a_page():
+    ledger = PageLedger(TOTAL * PAGE, PAGE)
+    assert [ledger.pages(tokens) for tokens in (0, 1, PAGE, PAGE + 1)] == [0, 1, 1, 2]
+    assert ledger.held("nobody") == 0

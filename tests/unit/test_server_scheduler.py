@@ -1,0 +1,81 @@
+"""Which rows run next: properties of every batch."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.base.ids import PeerId, SessionId
+from shoal.server.scheduler import Waiting, choose_batch
+
+OWNERS = [PeerId(bytes([number]) * 32) for number in range(3)]
+
+
+def waiting_of(*items):
+    """(owner, tokens, is_replay) of each, in the order in which they came."""
+    return [
+        Waiting(
+            key=(SessionId(bytes([index]) * 16), 0), owner=OWNERS[owner], num_tokens=tokens,
+            is_replay=is_replay, since=index,
+        )
+        for index, (owner, tokens, is_replay) in enumerate(items)
+    ]  # fmt: skip
+
+
+def choose(items, budget_tokens):
+    """Indices of the chosen, in order."""
+    keys = choose_batch(waiting_of(*items), budget_tokens=budget_tokens)
+    return [session[0] for session, _ in keys]
+
+
+queues = st.lists(
+    st.tuples(st.integers(0, 2), st.one_of(st.just(1), st.integers(1, 40)), st.booleans()),
+    max_size=30,
+)
+budgets = st.integers(1, 60)
+
+
+@given(queues, budgets)
+def test_something_runs_when_something_waits_and_the_budget_holds(items, budget):
+    chosen = choose(items, budget)
+    assert bool(chosen) == bool(items)
+    assert len(set(chosen)) == len(chosen)
+    tokens = sum(items[index][1] for index in chosen)
+    assert tokens <= budget or len(chosen) == 1
+
+
+@given(queues, budgets)
+def test_decode_rows_go_first(items, budget):
+    chosen = choose(items, budget)
+    decodes = {i for i, (_, tokens, is_replay) in enumerate(items) if tokens == 1 and not is_replay}
+    if not decodes <= set(chosen):
+        assert set(chosen) < decodes
+        assert len(chosen) == budget
+    assert set(chosen[: len(decodes)]) <= decodes or not decodes
+
+
+@given(queues, budgets)
+def test_no_owner_gets_a_second_decode_row_before_the_others_first(items, budget):
+    decodes = [(owner, 1, False) for owner, _, _ in items]
+    chosen = choose(decodes, budget)
+    counts = {owner: 0 for owner, _, _ in decodes}
+    waiting = {owner: sum(1 for item in decodes if item[0] == owner) for owner in counts}
+    for index in chosen:
+        owner = decodes[index][0]
+        assert all(
+            counts[owner] <= counts[other] or counts[other] == waiting[other] for other in counts
+        )
+        counts[owner] += 1
+
+
+@given(queues)
+def test_the_oldest_chunk_is_never_passed_over_for_ever(items):
+    """It runs first once no decode row waits, however large it is."""
+    chunks = [(owner, max(2, tokens), is_replay) for owner, tokens, is_replay in items]
+    if chunks:
+        assert choose(chunks, 1)[0] == 0
+
+
+def test_a_batch_is_filled_with_what_fits():
+    items = [(0, 30, False), (0, 30, False), (1, 1, False), (2, 10, True)]
+    assert choose(items, 42) == [2, 0, 3]
+    assert choose([(0, 600, False), (1, 1, False)], 512) == [1]
+    assert choose([(0, 600, False)], 512) == [0]

@@ -138,8 +138,9 @@ class ChainSession:
             raise BadInput(f"can't fork {state.length} positions at {length}")
         parent = Fork(state.id, state.log.rev, length)
         return await self._client.open_session(
-            state.encoding, state.span, parent=parent, seed=state
-        )
+            state.encoding, state.span, inner_encoding=state.inner_encoding, parent=parent,
+            seed=state,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Free the session here and at its servers. Idempotent."""

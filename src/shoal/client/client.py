@@ -398,15 +398,20 @@ class Client:
         state.progressed_s = now_s
         trouble = Trouble(is_out_of_step=True)
         suspect = state.suspect() if state.standstills > STANDSTILLS_MAX else None
-        if suspect is not None and not self._is_computing(suspect):
+        if suspect is not None and not self._is_computing(state, suspect):
             logger.warning("peer delivers nothing peer=%s session=%s",
                            short(suspect), short(state.id))  # fmt: skip
             trouble.bad.add(suspect)
         self._report(state, trouble)
 
-    def _is_computing(self, peer: PeerId) -> bool:
+    def _is_computing(self, state: SessionState, peer: PeerId) -> bool:
+        """Whether an iteration runs at the peer, or one ended since we last asked this."""
         alive = self.link(peer).alive
-        return alive is not None and alive.iteration_s > 0
+        if alive is None:
+            return False
+        before = state.iterations.get(peer)
+        state.iterations[peer] = alive.iteration
+        return alive.iteration_s > 0 or alive.iteration != before
 
     def _drop(self, link: ServerLink) -> None:
         """The server doesn't answer as it should: everybody who uses it must know."""

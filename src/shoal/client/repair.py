@@ -153,6 +153,9 @@ class Supervisor:
         state = self._state
         now_s = asyncio.get_running_loop().time()
         since_s = state.stuck_since_s
+        trouble = state.trouble
+        if trouble.is_out_of_step and not (trouble.lost or trouble.bad or trouble.links):
+            return now_s  # only asks what everybody has: slow servers are no failure
         if since_s is None or (not state.is_waiting and now_s - state.mended_s > CALM_S):
             state.stuck_since_s, state.backoff_s = now_s, 0.0
             return now_s

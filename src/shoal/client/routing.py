@@ -22,6 +22,9 @@ class RouteFacts:
     model: str
     opened_ms: int
     encoding: str
+    """Of the last hop's answers; the client's own rows come in it too."""
+    inner_encoding: str
+    """Of the links between servers."""
     parent: Fork | None = None
 
 
@@ -54,8 +57,14 @@ def sign_route(
         model=facts.model,
         opened_ms=facts.opened_ms,
         hops=[
-            Hop(stage.peer, stage.span.start, stage.span.end, facts.encoding, stage.peer in fresh)
-            for stage in chain
+            Hop(
+                stage.peer,
+                stage.span.start,
+                stage.span.end,
+                facts.encoding if index + 1 == len(chain) else facts.inner_encoding,
+                stage.peer in fresh,
+            )
+            for index, stage in enumerate(chain)
         ],
         parent=facts.parent,
     )

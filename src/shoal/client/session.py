@@ -73,11 +73,21 @@ class Trouble:
 class SessionState:
     """What a session is, without I/O: logs, cursors, relays, received rows."""
 
-    def __init__(self, session: SessionId, span: Span, encoding: str, hidden_size: int) -> None:
+    def __init__(
+        self,
+        session: SessionId,
+        span: Span,
+        encoding: str,
+        hidden_size: int,
+        inner_encoding: str | None = None,
+    ) -> None:
         self.id = session
         self.span = span
         self.encoding = encoding
         self.row_bytes = row_bytes(encoding, hidden_size)
+        self.inner_encoding = inner_encoding or encoding
+        """Of the links between servers, which we may relay."""
+        self.inner_row_bytes = row_bytes(self.inner_encoding, hidden_size)
         self.epoch = 0
         self.chain: tuple[Stage, ...] = ()
         """Stages in order, the client's own pass-through hops included."""
@@ -105,6 +115,8 @@ class SessionState:
         """What the hops held when the route was last made, by (peer, start block)."""
         self.standstills = 0
         """Routes made anew since the last row, only because nothing came."""
+        self.iterations: dict[PeerId, int] = {}
+        """Engine iterations of suspects, as of the last standstill."""
         self.stuck_since_s: float | None = None
         """Loop time of the first repair since the last row."""
         self.backoff_s = 0.0
@@ -244,14 +256,19 @@ class SessionState:
         return None
 
     def suspect(self) -> PeerId | None:
-        """The hop behind which rows stop: it holds more than the one after it."""
+        """The last hop that holds more than the one after it: there the rows stop.
+
+        Hops before it may hold more still, but only because its window is full.
+        """
         stages = [stage for stage in self.chain if len(stage.span)]
         lengths = [self.held.get((stage.peer, stage.span.start), 0) for stage in stages]
         lengths.append(self.received_length)
-        for stage, have, passed_on in zip(stages, lengths, lengths[1:], strict=False):
-            if have > passed_on:
-                return stage.peer
-        return None
+        behind = [
+            stage.peer
+            for stage, have, passed_on in zip(stages, lengths, lengths[1:], strict=False)
+            if have > passed_on
+        ]
+        return behind[-1] if behind else None
 
     def start_as_fork(self, parent: SessionState, rev: int, length: int) -> None:
         """Begin with the parent's first `length` positions, here and in the relays."""

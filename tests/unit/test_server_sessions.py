@@ -1,0 +1,192 @@
+"""Who gives way when the cache is full, and what opening a session costs."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.base.errors import InternalError, PeerBusy, SessionTooLong
+from shoal.base.ids import PeerId, SessionId
+from shoal.base.spans import Span
+from shoal.lab.toy_backend import ToyBackend, ToyConfig
+from shoal.lab.toy_blocks import toy_embedding
+from shoal.server.session import HopPlan
+from shoal.server.sessions import IDLE_VICTIM_S, SESSIONS_PER_OWNER_MAX, SessionTable
+from shoal.wire.messages import WANT_ALL, Entry, Fork
+
+PAGE, TOTAL = 16, 12
+NOW_S = 1000.0
+
+
+def make_table(*, pages=TOTAL):
+    config = ToyConfig(span=Span(0, 4), num_blocks=4, cache_tokens=pages * PAGE, page_tokens=PAGE)
+    return SessionTable(ToyBackend(config), window_bytes=1 << 20)
+
+
+def make_plan(number, *, opened_ms=0, owner=b"o", span=(0, 4)):
+    peer = PeerId(owner * 32)
+    return HopPlan(
+        session=SessionId(number.to_bytes(16, "big")), owner=peer, opened_ms=opened_ms, epoch=1,
+        span=Span(*span), predecessor=peer, successor=peer, is_last=True, encoding="float32",
+    )  # fmt: skip
+
+
+def admit(hop, position, count):
+    """`count` rows wait at the hop."""
+    rows = b"".join(toy_embedding(position + i) for i in range(count))
+    header = Entry(
+        hop.plan.session, 0, 1, 0, 0, [], position, count, count, WANT_ALL, "float32", len(rows)
+    )
+    hop.admit(hop.plan.predecessor, header, rows)
+
+
+# --- make_room ---------------------------------------------------------------------------
+
+neighbours = st.lists(
+    st.tuples(st.integers(0, 9), st.sampled_from([1.0, 60.0]), st.integers(1, 3), st.booleans()),
+    max_size=6,
+)
+
+
+def populate(table, neighbours):
+    """One hop for each (opened_ms, idle for seconds, pages, has work)."""
+    for number, (opened_ms, idle_s, pages, has_work) in enumerate(neighbours, 1):
+        if table.ledger.free < pages:
+            break
+        hop = table.open(make_plan(number, opened_ms=opened_ms), None, NOW_S - idle_s)
+        table.ledger.hold(hop.sequence, pages * PAGE)
+        if has_work:
+            admit(hop, 0, 1)
+
+
+def is_idle(hop):
+    return not hop.has_work and NOW_S - hop.used_s > IDLE_VICTIM_S
+
+
+@given(neighbours, st.integers(0, 9), st.integers(1, TOTAL), st.sets(st.integers(1, 6)))
+def test_victims_are_idle_first_then_the_youngest_and_never_older(others, opened, pages, kept):
+    table = make_table()
+    populate(table, others)
+    everybody = list(table)
+    keep = [hop.key for hop in everybody if hop.plan.session[-1] in kept]
+    if not table.ledger.free:
+        return
+    asker = table.open(make_plan(99, opened_ms=opened), None, NOW_S)
+    held = {hop.key: table.ledger.held(hop.sequence) for hop in everybody}
+    may = [
+        hop for hop in everybody
+        if hop.key not in keep and (is_idle(hop) or hop.seniority > asker.seniority)
+    ]  # fmt: skip
+    free = table.ledger.free + 1
+    victims = table.make_room(asker, pages * PAGE, NOW_S, keep)
+    if free + sum(held[hop.key] for hop in may) < pages:
+        assert victims is None
+        assert not any(hop.is_parked for hop in everybody)
+        return
+    order = sorted(
+        may,
+        key=lambda hop: (0, hop.used_s) if is_idle(hop) else (1, -hop.plan.opened_ms),
+    )
+    ranks = [(0, 0) if is_idle(hop) else (1, -hop.plan.opened_ms) for hop in order]
+    assert [(0, 0) if is_idle(hop) else (1, -hop.plan.opened_ms) for hop in victims] == ranks[
+        : len(victims)
+    ]
+    freed = sum(held[hop.key] for hop in victims)
+    assert free + freed >= pages
+    assert not victims or free + freed - held[victims[-1].key] < pages, "one victim too many"
+    assert all(hop.is_parked == (hop in victims) for hop in everybody)
+    check_pages(table)
+
+
+def check_pages(table):
+    held = {hop.sequence: table.ledger.held(hop.sequence) for hop in table}
+    assert sum(held.values()) + table.ledger.free == table.ledger.total
+    assert table.ledger.holders() == {sequence for sequence, pages in held.items() if pages}
+    for hop in table:
+        hop.check_integrity()
+        assert not (hop.is_parked and held[hop.sequence])
+
+
+def test_what_never_fits_is_refused_at_once():
+    table = make_table()
+    hop = table.open(make_plan(1), None, NOW_S)
+    with pytest.raises(SessionTooLong, match="--cache-tokens"):
+        table.make_room(hop, TOTAL * PAGE + 1, NOW_S)
+    assert table.make_room(hop, TOTAL * PAGE, NOW_S) == []
+
+
+def test_a_parked_hop_returns_only_when_it_has_work():
+    table = make_table()
+    old = table.open(make_plan(1, opened_ms=1), None, NOW_S)
+    idle = table.open(make_plan(2, opened_ms=2), None, NOW_S)
+    busy = table.open(make_plan(3, opened_ms=3), None, NOW_S)
+    admit(busy, 0, 5)
+    assert set(table.make_room(old, TOTAL * PAGE, NOW_S)) == {idle, busy}
+    assert table.returning() == [busy]
+    assert (busy.parked_length, busy.inbound.have) == (5, 0)
+    idle.wants_return = True
+    assert table.returning() == [idle, busy]
+
+
+# --- open and close -----------------------------------------------------------------------
+
+
+def test_a_full_table_of_older_sessions_is_busy():
+    table = make_table(pages=2)
+    for number in (1, 2):
+        table.open(make_plan(number, opened_ms=number), None, NOW_S)
+    with pytest.raises(PeerBusy) as caught:
+        table.open(make_plan(3, opened_ms=3), None, NOW_S)
+    assert caught.value.retry_after_s
+    assert len(table) == 2
+    hop = table.open(make_plan(4, opened_ms=0), None, NOW_S)
+    assert [other.plan.opened_ms for other in table if other.is_parked] == [2]
+    assert table.ledger.held(hop.sequence) == 1
+    check_pages(table)
+
+
+def test_one_owner_cannot_take_all_places():
+    table = make_table(pages=SESSIONS_PER_OWNER_MAX + 2)
+    for number in range(SESSIONS_PER_OWNER_MAX):
+        table.open(make_plan(number), None, NOW_S)
+    with pytest.raises(PeerBusy, match="you have"):
+        table.open(make_plan(5000), None, NOW_S)
+    table.open(make_plan(5000, owner=b"p"), None, NOW_S)
+
+
+def test_closing_frees_pages_now_and_the_cache_before_the_next_iteration():
+    table = make_table()
+    hop = table.open(make_plan(1), None, NOW_S)
+    table.close(hop)
+    assert table.find(hop.key) is None
+    assert table.sending(hop.plan.session, 4) is None
+    assert table.ledger.free == TOTAL
+    table.settle()
+    table.close(hop)
+    assert table.settle() == []
+
+
+def test_a_backend_that_opens_nothing_costs_no_page():
+    table = make_table()
+    with pytest.raises(InternalError):
+        table.open(make_plan(1, span=(0, 5)), None, NOW_S)
+    assert table.ledger.free == TOTAL
+    assert len(table) == 0
+
+
+@pytest.mark.parametrize(
+    ("parent", "owner", "span", "held"),
+    [
+        (Fork(make_plan(1).session, 0, 0), b"o", (0, 4), 0),
+        (Fork(make_plan(2).session, 0, 8), b"o", (0, 4), 0),
+        (Fork(make_plan(1).session, 1, 8), b"o", (0, 4), 0),
+        (Fork(make_plan(1).session, 0, 8), b"x", (0, 4), 0),
+        (Fork(make_plan(1).session, 0, 8), b"o", (0, 3), 0),
+    ],
+    ids=["nothing", "unknown", "later revision", "somebody else's", "other blocks"],
+)
+def test_what_cannot_be_forked_starts_empty(parent, owner, span, held):
+    table = make_table()
+    table.open(make_plan(1), None, NOW_S)
+    child = table.open(make_plan(7, owner=owner, span=span), parent, NOW_S)
+    assert child.inbound.have == held
+    check_pages(table)

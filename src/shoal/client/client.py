@@ -41,7 +41,6 @@ from shoal.client.routing import Followed, RouteFacts, send_route, sign_route
 from shoal.client.server_link import ServerLink
 from shoal.client.session import SessionState, Trouble
 from shoal.discovery.directory import Directory
-from shoal.link.log import rows_of
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
 from shoal.link.receiver import Answer
@@ -142,10 +141,13 @@ class Client:
     # --- sessions ----------------------------------------------------------------------
 
     async def open_session(
-        self, encoding: str, span: Span | None = None, *, parent: Fork | None = None,
-        seed: SessionState | None = None,
+        self, encoding: str, span: Span | None = None, *, inner_encoding: str | None = None,
+        parent: Fork | None = None, seed: SessionState | None = None,
     ) -> ChainSession:  # fmt: skip
         """A session over `span` (default: all blocks) with rows in `encoding`.
+
+        `inner_encoding` is that of the links between servers (default: `encoding`); only
+        with it may rows be compressed.
 
         Raises:
             NoRouteError: no chain; names the missing blocks.
@@ -153,18 +155,22 @@ class Client:
         """
         nonce = self.rng.randbytes(NONCE_BYTES)
         span = span or Span(0, self.config.num_blocks)
-        state = SessionState(session_id(self.me, nonce), span, encoding, self.config.hidden_size)
+        state = SessionState(
+            session_id(self.me, nonce), span, encoding, self.config.hidden_size, inner_encoding
+        )
         facts = RouteFacts(
             nonce=nonce,
             model=self.config.model,
             opened_ms=int(self._wall_clock() * 1000),
             encoding=encoding,
+            inner_encoding=state.inner_encoding,
             parent=parent,
         )
         if seed is not None and parent is not None:
             state.start_as_fork(seed, parent.rev, parent.length)
         self._sessions[state.id] = state
-        supervisor = Supervisor(self, state, facts, Wanted(encoding=encoding))
+        wanted = Wanted(encoding=encoding, inner_encoding=state.inner_encoding)
+        supervisor = Supervisor(self, state, facts, wanted)
         try:
             await supervisor.mend()
         except BaseException:
@@ -304,8 +310,7 @@ class Client:
         if inbound is None or not inbound.is_from_predecessor(peer, entry.epoch):
             return Stale(entry.session, entry.border, state.epoch)
         is_final = inbound.is_final
-        num_rows = rows_of(entry.want, entry.count) if is_final else entry.count
-        if entry.payload_bytes != num_rows * state.row_bytes or entry.encoding != state.encoding:
+        if not state.has_expected_form(entry, is_final):
             self._blame(state, peer, PeerMisbehaved("rows of a wrong size or encoding"))
             return None
         if is_final and not is_finite(entry.encoding, payload):

@@ -17,7 +17,7 @@ from shoal.base.limits import ENTRY_TOKENS_MAX, SESSION_TOKENS_MAX, STALL_MIN_S
 from shoal.base.spans import Span
 from shoal.client.relay import Relay
 from shoal.link.inbound import Admission, Inbound, Verdict
-from shoal.link.log import Log, LogEntry
+from shoal.link.log import Log, LogEntry, rows_of
 from shoal.link.outbound import Outbound
 from shoal.plan.view import Stage
 from shoal.wire.frames import Buffer
@@ -325,6 +325,18 @@ class SessionState:
         if relay is not None and relay.inbound.predecessor == peer:
             return relay
         return self.inbound if border == self.span.end else None
+
+    def has_expected_form(self, entry: Entry, is_final: bool) -> bool:
+        """Whether received rows have the encoding and the size of their link."""
+        if is_final:
+            num_rows, size, encoding = (
+                rows_of(entry.want, entry.count),
+                self.row_bytes,
+                self.encoding,
+            )
+        else:
+            num_rows, size, encoding = entry.count, self.inner_row_bytes, self.inner_encoding
+        return entry.encoding == encoding and entry.payload_bytes == num_rows * size
 
     def _take(self, admission: Admission) -> Gap | Ack | Stale | None:
         match admission.verdict:

@@ -47,6 +47,8 @@ class Wanted:
     """Only servers whose results don't depend on company."""
     encoding: str | None = None
     """Only servers that read and write this encoding; None: any."""
+    inner_encoding: str | None = None
+    """The same for the links between servers."""
 
     def allows(self, server: ServerView) -> bool:
         """Whether this server may be a hop."""
@@ -55,6 +57,7 @@ class Wanted:
             and (self.numerics is None or server.numerics == self.numerics)
             and (server.is_exact or not self.is_exact)
             and (self.encoding is None or self.encoding in server.encodings)
+            and (self.inner_encoding is None or self.inner_encoding in server.encodings)
         )
 
     def __str__(self) -> str:
@@ -62,6 +65,9 @@ class Wanted:
             "exact" if self.is_exact else "",
             f"of numerics class {self.numerics}" if self.numerics is not None else "",
             f"that speaks {self.encoding}" if self.encoding is not None else "",
+            f"and {self.inner_encoding}"
+            if self.inner_encoding not in (None, self.encoding)
+            else "",
         ]
         return " ".join(["server", *filter(None, words)])
 

@@ -33,24 +33,39 @@ class OpenModel:
     hidden_size: int
 
 
+def quiet_transformers() -> None:
+    """Keep the library offline and its remarks off our output."""
+    # No command downloads anything but `shoal model get`.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def open_given(given: str) -> ModelSource:
+    """Open a model without hashing it: headers are read, weights are not.
+
+    Raises:
+        ModelError: unknown, broken or unsupported.
+    """
+    quiet_transformers()
+    from shoal.model.source import open_source
+
+    return open_source(given, cache_dir())
+
+
 def open_model(given: str) -> OpenModel:
     """Open and hash a model; hashes are cached, so only the first time takes long.
 
     Raises:
         ModelError: unknown, broken or unsupported.
     """
-    # No command downloads anything but `shoal model get`.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
+    source = open_given(given)
     from shoal.model.manifest import model_hash
-    from shoal.model.source import open_source
     from shoal.model.span_model import num_blocks
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    source = open_source(given, cache_dir())
     with progress_bar(is_bytes=True) as progress:
         name = model_hash(source, cache_dir(), progress)
     return OpenModel(

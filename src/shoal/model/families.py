@@ -52,6 +52,8 @@ class Family:
     """The config's soft cap: cap * tanh(scores / cap)."""
     packs: bool = False
     """Rows of many sequences can go through its blocks in one pass."""
+    is_recurrent: bool = False
+    """Some blocks keep a state of fixed size: sequences can't be cut at any length."""
     is_tested: bool = True
     """Golden tests compare it with transformers."""
 
@@ -62,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(packs=True),
     "qwen3": Family(packs=True),
     "qwen3_moe": Family(packs=True),
-    "qwen3_next": Family(),
+    "qwen3_next": Family(is_recurrent=True),
     "gemma": Family(packs=True),
     "gemma2": Family(logit_softcap="final_logit_softcapping", packs=True),
     "gemma3_text": Family(logit_softcap="final_logit_softcapping", packs=True),
@@ -90,7 +92,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(blocks="h", norm="ln_f", embedding="word_embeddings", returns_tuples=True),
     "gpt2": Family(blocks="h", norm="ln_f", embedding="wte", positions="wpe", packs=True),
     "opt": Family(core="decoder", norm="final_layer_norm", positions="embed_positions", packs=True),
-    "mamba2": Family(norm="norm_f", embedding="embeddings"),
+    "mamba2": Family(norm="norm_f", embedding="embeddings", is_recurrent=True),
 }
 
 _PER_LAYER_INPUTS: Final = (

@@ -10,7 +10,7 @@ import torch
 from shoal.base.backend import SequenceId
 from shoal.hf.head import load_head
 from tests.golden.chains import Chain, greedy, with_chain
-from tests.models import FAMILIES, NUM_BLOCKS, VOCABULARY, tiny_model, tiny_source
+from tests.models import NUM_BLOCKS, PLAIN_FAMILIES, VOCABULARY, tiny_model, tiny_source
 
 BORDERS = [(0, 3, 4, NUM_BLOCKS), (0, 5, NUM_BLOCKS)]
 CHUNKS = [(20,), (7, 1, 12)]
@@ -41,7 +41,7 @@ class WholeModel:
 
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 @pytest.mark.parametrize("borders", BORDERS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_hidden_states_are_bit_equal_in_float32(
     family: str, borders: tuple[int, ...], chunks: tuple[int, ...]
 ) -> None:
@@ -61,7 +61,7 @@ def test_hidden_states_are_bit_equal_in_float32(
     with_chain(Chain(source, borders), compare)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_greedy_tokens_are_those_of_generate(family: str) -> None:
     source = tiny_source(family)
     prompt = prompt_of(11)
@@ -94,7 +94,7 @@ def test_hidden_states_are_bit_equal_in_bfloat16(family: str) -> None:
     with_chain(Chain(source, (0, 3, NUM_BLOCKS), "bfloat16"), compare)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_truncated_and_forked_sequences_go_on_like_fresh_ones(family: str) -> None:
     source = tiny_source(family)
     head = load_head(source)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from shoal.base.spans import Span
 from shoal.model.memory_source import MemorySource
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -21,8 +23,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def random_source(shape: dict[str, Any], blocks: int | None = None) -> MemorySource:
-    """A bfloat16 llama of this shape; the same weights in every process."""
+def random_source(
+    shape: dict[str, Any], blocks: int | None = None, span: Span | None = None
+) -> MemorySource:
+    """A bfloat16 llama of this shape, or only what a server of `span` reads of it."""
     blocks = blocks or int(shape["num_hidden_layers"])
     config = LlamaConfig(**shape | {"num_hidden_layers": blocks}, max_position_embeddings=4096)
     with torch.device("meta"):
@@ -30,6 +34,9 @@ def random_source(shape: dict[str, Any], blocks: int | None = None) -> MemorySou
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, weight in model.state_dict().items():
+        number = re.search(r"layers\.(\d+)\.", name)
+        if span is not None and (number is None or int(number[1]) not in span):
+            continue
         if weight.dim() == 1:
             tensors[name] = torch.ones(weight.shape, dtype=torch.bfloat16)
             continue

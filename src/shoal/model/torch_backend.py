@@ -49,6 +49,7 @@ auto: where every row count is a tile, so that it costs nothing (bfloat16, as a 
 always: also where tiles cost padding. Where there are no tiles the backend is not exact.
 """
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendConfig:
     """How to run a span."""

@@ -21,6 +21,7 @@ from shoal.hf.detokenize import Detokenizer
 from shoal.hf.generation import Answer, Token, generate, summarize
 from shoal.hf.head import Head, load_head
 from shoal.hf.sampling import Sampler
+from shoal.wire.tensors import INT8_BLOCK
 
 FALLBACK_ENCODING = "float32"
 """When no server says what it computes in."""
@@ -36,6 +37,8 @@ class GenerateSettings:
     sampler: Sampler
     dtype: str | None
     """None: what most servers compute in."""
+    is_compressed: bool
+    """Whether servers send each other compressed rows."""
     patience_s: float
 
 
@@ -66,7 +69,9 @@ async def answer_prompt(
         started_s = asyncio.get_running_loop().time()
         async with (
             _client(visitor, model, settings.patience_s) as client,
-            await client.open_session(encoding) as session,
+            await client.open_session(
+                encoding, inner_encoding=INT8_BLOCK if settings.is_compressed else None
+            ) as session,
         ):
             async for token in generate(
                 session,

@@ -46,6 +46,14 @@ JoinsOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16; float32 is the quick one on CPUs.")
 ]
+QuantizeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="Smaller weights: int8 (close to bfloat16) or int4 (half of that, with a visible "
+        "loss). Best with --dtype bfloat16, for few sessions at once.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 CacheOption = Annotated[
     int, typer.Option(metavar="N", help="Positions that the KV cache holds, over all sessions.")
@@ -71,6 +79,7 @@ def serve(
     announce: AnnounceOption = None,
     join: JoinsOption = None,
     dtype: DtypeOption = "float32",
+    quantize: QuantizeOption = "none",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     cache_tokens: CacheOption = 8192,
@@ -108,6 +117,7 @@ def serve(
                 identity=identity,
                 span=None if blocks is None else parse_span(blocks),
                 dtype=dtype,
+                quantize=quantize,
                 device=device,
                 threads=thread_count,
                 cache_tokens=cache_tokens,

@@ -22,6 +22,7 @@ from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
 from shoal.discovery.joined import JoinConfig, JoinedDirectory
 from shoal.model.measure import measure_block_times
+from shoal.model.quantize import quantization
 from shoal.model.rows import encodings_for, torch_dtype
 from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen
@@ -51,6 +52,7 @@ class ServeSettings:
     identity: Path | None
     span: Span | None
     dtype: str
+    quantize: str
     device: str
     threads: int
     cache_tokens: int
@@ -121,6 +123,7 @@ def _plan(settings: ServeSettings, model: OpenModel) -> tuple[BackendFacts, Back
     config = BackendConfig(
         model=model.name,
         dtype=settings.dtype,
+        quantize=quantization(settings.quantize),
         device=settings.device,
         threads=settings.threads,
         cache_tokens=settings.cache_tokens,

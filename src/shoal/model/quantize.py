@@ -25,15 +25,26 @@ SHARE_MIN: Final = 0.5
 become smaller (experts kept in one tensor, convolutions)."""
 
 
+def quantization(name: str) -> Quantization:
+    """The kind called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kinds: tuple[Quantization, ...] = get_args(Quantization)
+    for kind in kinds:
+        if name == kind:
+            return kind
+    raise ConfigError(f"quantize {name!r}: write {', '.join(kinds)}")
+
+
 def check_quantize(quantize: str, device: str) -> None:
     """Refuse what can't be before anything is loaded.
 
     Raises:
         ConfigError: an unknown kind, or a CUDA device without bitsandbytes.
     """
-    if quantize not in get_args(Quantization):
-        raise ConfigError(f"quantize {quantize!r}: write {', '.join(get_args(Quantization))}")
-    if quantize != "none" and device.startswith("cuda"):
+    if quantization(quantize) != "none" and device.startswith("cuda"):
         require_bitsandbytes()
 
 

@@ -105,9 +105,7 @@ class Checkpoint:
                     f"{name} has shape {tuple(tensor.shape)}, the config says {tuple(like.shape)}"
                 )
             dtype = self._dtypes.of(name, like.dtype)
-            # A copy of our own: tensors in memory belong to their owner.
-            is_ours = recipe.converter is not None
-            result[name] = tensor.detach().to(device=device, dtype=dtype, copy=not is_ours)
+            result[name] = tensor.detach().to(device=device, dtype=dtype)
         return result
 
     def _sibling_recipe(self, target: str) -> _Recipe | None:

@@ -60,8 +60,8 @@ class MemorySource:
         yield tensor_bytes(self._tensors[name])
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
-        return self._tensors[name]
+        """A copy of the tensor."""
+        return self._tensors[name].detach().clone()
 
     def tokenizer(self) -> Any:
         """The tokenizer that was handed in."""

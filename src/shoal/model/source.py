@@ -64,7 +64,7 @@ class ModelSource(Protocol):
         """The stored bytes of one tensor, piece by piece, for hashing."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, dequantised where it must be, in memory of its own or mapped.
+        """One tensor, dequantised where it must be, in memory that nobody else holds.
 
         Raises:
             KeyError: no such tensor.

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from shoal.base.backend import SequenceId
+from shoal.base.backend import Call, SequenceId
 from shoal.base.errors import BadInput, ShoalError
 from shoal.base.spans import Span
 from shoal.wire.tensors import row_bytes
@@ -155,6 +155,40 @@ def test_closing_twice_or_the_unknown_is_nothing(bench: Bench) -> None:
     bench.backend.close(sequence)
     bench.backend.close(SequenceId(10_000))
     bench.run(bench.call(bench.open(), bench.rows(1)))
+
+
+def consecutive(bench: Bench, sequence: SequenceId, counts: tuple[int, ...]) -> list[Call]:
+    """Calls of one run, each beginning where the one before ends."""
+    calls: list[Call] = []
+    for count in counts:
+        call = bench.call(sequence, bench.rows(count))
+        offset = sum(other.count for other in calls)
+        calls.append(dataclasses.replace(call, position=call.position + offset))
+    return calls
+
+
+@pytest.mark.parametrize("counts", [(1,) * 9, (12, 1, 1, 12, 1), (1, 9, 3)])
+def test_consecutive_calls_may_share_a_run(bench: Bench, counts: tuple[int, ...]) -> None:
+    if bench.facts.calls_per_sequence_max < len(counts):
+        pytest.skip("takes one call per sequence")
+    sequence, other = bench.open(), bench.open()
+    bench.run(bench.call(sequence, bench.rows(2)))
+    bench.run(*consecutive(bench, sequence, counts), bench.call(other, bench.rows(4)))
+    bench.run(bench.call(sequence, bench.rows(1)))
+
+
+def test_what_follows_a_bad_call_in_a_run_fails_too(bench: Bench) -> None:
+    if bench.facts.calls_per_sequence_max < 3:
+        pytest.skip("takes one call per sequence")
+    sequence = bench.open()
+    first, second, third = consecutive(bench, sequence, (1, 1, 1))
+    bad = dataclasses.replace(second, payload=_with_value(bytes(second.payload), float("nan")))
+    good, wrong, after = bench.run_raw([first, bad, third])
+    assert isinstance(good, bytes)
+    assert isinstance(wrong, BadInput)
+    assert isinstance(after, BadInput)
+    bench.held[sequence].inputs += bench.split(bytes(first.payload))
+    bench.run(bench.call(sequence, bench.rows(1)))
 
 
 def test_an_empty_run_is_nothing(bench: Bench) -> None:

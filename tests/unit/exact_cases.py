@@ -91,15 +91,18 @@ def rows_at(seed: int, position: int, count: int, hidden_size: int) -> bytes:
 def run_steps(target: BatchedBackend, work: Sequence[tuple[Sequence_, int, Step]]) -> None:
     """One run: each sequence's next step, its rows made from a seed."""
     calls = []
+    ends: dict[SequenceId, int] = {}
     for sequence, seed, step in work:
+        position = ends.get(sequence.number, sequence.length)
+        ends[sequence.number] = position + step.count
         calls.append(
             Call(
                 sequence=sequence.number,
                 span=sequence.span,
-                position=sequence.length,
+                position=position,
                 count=step.count,
                 call_count=step.call_count,
-                payload=rows_at(seed, sequence.length, step.count, target.facts.hidden_size),
+                payload=rows_at(seed, position, step.count, target.facts.hidden_size),
                 encoding="float32",
                 output_encoding=target.facts.encodings[0],
                 rows_wanted=step.count,
@@ -126,12 +129,16 @@ def play(
     seed: int = 1,
     company: random.Random | None = None,
     others: int = 3,
+    at_once: int = 1,
 ) -> tuple[bytes, list[torch.Tensor]]:
-    """A sequence's outputs and cache bits after `steps`, alone or among random others."""
-    subject = opened(target)
+    """A sequence's outputs and cache bits after `steps`, alone or among random others.
+
+    Up to `at_once` steps go into one run, as a replay does.
+    """
+    subject = opened(target, target.facts.span)
     friends: list[Sequence_] = []
-    for step in steps:
-        work = [(subject, seed, step)]
+    for at in range(0, len(steps), at_once):
+        work = [(subject, seed, step) for step in steps[at : at + at_once]]
         if company is not None:
             friends = _visited(target, friends, company, others)
             for friend in friends:
@@ -139,6 +146,9 @@ def play(
                     count = company.choice([1, 1, 1, 1, 2, 7, 8, 9, 17])
                     work.append((friend, company.randrange(99), Step(count, count)))
             company.shuffle(work)
+            # Consecutive calls of one sequence stay in order.
+            own = iter(steps[at : at + at_once])
+            work = [(subject, seed, next(own)) if item[0] is subject else item for item in work]
         run_steps(target, work)
     cached = cache_bits(target, subject)
     for sequence in (subject, *friends):

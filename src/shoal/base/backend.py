@@ -44,6 +44,8 @@ class BackendFacts:
     """Cache is accounted in pages of this many positions."""
     session_tokens_max: int
     """The longest sequence the model itself supports."""
+    calls_per_sequence_max: int = 1
+    """Consecutive calls of one sequence that one run may hold: replays repeat many at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +102,10 @@ class BlockBackend(Protocol):
         """
 
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
-        """Run all calls, one outcome each, in order; at most one call per sequence.
+        """Run all calls, one outcome each, in order.
 
+        At most `facts.calls_per_sequence_max` calls per sequence; each begins where the one
+        before it ends, and fails when that one fails.
         A non-finite or malformed row is that call's `BadInput`. An exception means
         that nothing is known about any of the calls: the server truncates and runs
         them one by one.

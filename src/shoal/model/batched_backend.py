@@ -11,6 +11,7 @@ Shapes: T rows of a pass, D hidden size.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,13 @@ _log = logging.getLogger(__name__)
 SMALL_CALL_ROWS: Final = 8
 """Calls of up to this many rows (decode, drafts to verify) share tiles in exact mode. One
 attention call per row costs more than one per call, but far less than a pass of its own."""
+
+
+CALLS_PER_SEQUENCE_MAX: Final = 32
+"""Calls of one sequence in a run: a tile full of decode rows that are replayed."""
+
+_BROKEN: Final = -1
+"""Where a sequence ends after a call that failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +119,10 @@ class BatchedBackend:
 
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Run all calls; one outcome each."""
-        if len({call.sequence for call in calls}) != len(calls):
-            raise InternalError("two calls of one sequence in one run")
+        per_sequence = Counter(call.sequence for call in calls)
+        limit = self._facts.calls_per_sequence_max
+        if max(per_sequence.values(), default=0) > limit:
+            raise InternalError(f"more than {limit} calls of one sequence in one run")
         return await self._thread.run(lambda: self._run(calls))
 
     async def aclose(self) -> None:
@@ -130,24 +140,27 @@ class BatchedBackend:
     def _run(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes: list[Outcome] = [InternalError("not run")] * len(calls)
         parts: list[_Part] = []
+        ends: dict[SequenceId, int] = {}
         for index, call in enumerate(calls):
             try:
-                parts.append(self._prepared(index, call))
+                parts.append(self._prepared(index, call, ends.get(call.sequence)))
+                ends[call.sequence] = call.position + call.count
             except ShoalError as error:
                 outcomes[index] = error
+                ends[call.sequence] = _BROKEN
         for one_pass in self._passes(parts):
             for part, outcome in zip(one_pass.parts, self._outcomes(one_pass), strict=True):
                 outcomes[part.index] = outcome
         return outcomes
 
-    def _prepared(self, index: int, call: Call) -> _Part:
-        """Check a call before anything runs.
+    def _prepared(self, index: int, call: Call, end: int | None) -> _Part:
+        """Check a call before anything runs; `end` is where its sequence's call before ends.
 
         Raises:
             ShoalError: what is wrong with it.
         """
         cache = self._cache(call.sequence)
-        self._check(call, cache)
+        self._check(call, cache, cache.length if end is None else end)
         payload = rows_from_bytes(call.payload, call.encoding, call.count, self._facts.hidden_size)
         rows = payload.to(device=self._device, dtype=self._model.dtype)
         if not all_finite(rows):
@@ -163,11 +176,13 @@ class BatchedBackend:
         )
         return _Part(index=index, call=call, piece=piece, rows=rows)
 
-    def _check(self, call: Call, cache: PackedCache) -> None:
+    def _check(self, call: Call, cache: PackedCache, length: int) -> None:
         if call.span != cache.span:
             raise BadInput(f"blocks {call.span} of a sequence that was opened over {cache.span}")
-        if call.position != cache.length:
-            raise BadInput(f"position {call.position} after {cache.length} cached rows")
+        if length == _BROKEN:
+            raise _after_failure(call)
+        if call.position != length:
+            raise BadInput(f"position {call.position} after {length} cached rows")
         if not 0 <= call.rows_wanted <= call.count <= call.call_count:
             raise BadInput(
                 f"{call.rows_wanted} rows wanted of {call.count}, once {call.call_count}"
@@ -183,16 +198,19 @@ class BatchedBackend:
             return [_Pass(parts=tuple(parts), is_tiled=False)] if parts else []
         passes: list[_Pass] = []
         tile: list[_Part] = []
-        num_rows = 0
+        num_rows, limit = 0, self._tiles.rows_max
         for part in parts:
-            if not part.piece.by_position:
-                passes.append(_Pass(parts=(part,), is_tiled=False))
-                continue
-            if num_rows + part.piece.count > self._tiles.rows_max:
+            is_chunk = not part.piece.by_position
+            # A chunk comes after its own sequence's rows that wait in the tile.
+            is_due = is_chunk and any(part.piece.cache is other.piece.cache for other in tile)
+            if is_due or num_rows + part.piece.count * part.piece.by_position > limit:
                 passes.append(_Pass(parts=tuple(tile), is_tiled=True))
                 tile, num_rows = [], 0
-            tile.append(part)
-            num_rows += part.piece.count
+            if is_chunk:
+                passes.append(_Pass(parts=(part,), is_tiled=False))
+            else:
+                tile.append(part)
+                num_rows += part.piece.count
         if tile:
             passes.append(_Pass(parts=tuple(tile), is_tiled=True))
         return passes
@@ -240,6 +258,8 @@ class BatchedBackend:
     def _finished(self, part: _Part, output: torch.Tensor) -> Outcome:
         """The answer to a call; only a success commits its rows to the cache."""
         call = part.call
+        if part.piece.cache.length != call.position:
+            return _after_failure(call)
         rows = output[: call.count]
         if not all_finite(rows):
             return BadInput(
@@ -251,6 +271,10 @@ class BatchedBackend:
             result = rows_to_bytes(rows[call.count - call.rows_wanted :], call.output_encoding)
         part.piece.cache.commit(call.position + call.count)
         return result
+
+
+def _after_failure(call: Call) -> BadInput:
+    return BadInput(f"the rows before position {call.position} failed in the same run")
 
 
 def _segments(spans: Iterable[Span]) -> list[Span]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +24,7 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.spans import Span
-from shoal.model.batched_backend import BatchedBackend
+from shoal.model.batched_backend import CALLS_PER_SEQUENCE_MAX, BatchedBackend
 from shoal.model.device_thread import DeviceThread
 from shoal.model.exact import RowTiles, find_tiles
 from shoal.model.families import family_of, session_tokens_max
@@ -115,7 +115,10 @@ def load_backend(
         thread.stop()
         raise
     numerics = _batched_numerics(numerics, tiles)
-    facts = _facts(model, config, numerics, is_exact=tiles is not None)
+    facts = replace(
+        _facts(model, config, numerics, is_exact=tiles is not None),
+        calls_per_sequence_max=CALLS_PER_SEQUENCE_MAX,
+    )
     return BatchedBackend(packed, facts, tiles, config.device, thread)
 
 

@@ -93,7 +93,8 @@ operations = st.lists(
         st.tuples(st.just("cut"), numbers, st.integers(1, 3)),
         st.tuples(st.just("trim"), numbers),
     ),
-    max_size=30,
+    min_size=8,
+    max_size=40,
 )
 
 

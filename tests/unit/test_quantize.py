@@ -14,6 +14,7 @@ from shoal.model.quantized_linear import (
     INT8_PACKED_ROWS_MAX,
     Int4Linear,
     Int8Linear,
+    cancelling_copy,
     packed_layout,
 )
 from shoal.model.span_model import bytes_per_block, load_span
@@ -136,3 +137,21 @@ def test_meta_blocks_can_be_sized() -> None:
         block = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
     assert quantized_bytes(block, "int8") == 64 * 64 + 2 * 64
     assert quantized_bytes(block, "none") == 4 * 64 * 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 192), (576, 1536), (1536, 576)])
+@torch.inference_mode()
+def test_company_changes_no_bit_of_the_packed_kernels(
+    kind: Quantization, inputs: int, outputs: int
+) -> None:
+    """Exact results are zero: what is compared is the order of the sums itself."""
+    layer = quantized_linear(linear(inputs, outputs), kind, "cpu")
+    assert isinstance(layer, Int8Linear | Int4Linear)
+    generator = torch.Generator().manual_seed(4)
+    probe, rows = cancelling_copy(layer, ROWS_MAX[kind], generator)
+    together = probe(rows)
+    assert 0 < float(together.abs().max()) < 1e-3
+    for count in range(1, ROWS_MAX[kind] + 1):
+        order = torch.randperm(count, generator=generator)
+        assert torch.equal(probe(rows[order]), together[order])

@@ -28,6 +28,7 @@ from shoal.base.spans import Span
 from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
+from shoal.model.quantized_linear import Int4Linear, Int8Linear, cancelling_copy
 from shoal.model.rows import tensor_bytes
 
 TILE_ROWS_MAX: Final = 32
@@ -151,6 +152,8 @@ def _stable_rows(
 def _is_linear(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_plain = isinstance(weight, torch.Tensor) and weight.dim() == 2
+    if isinstance(module, Int8Linear | Int4Linear):
+        return True
     return is_plain and isinstance(module, torch.nn.Linear | Conv1D)
 
 
@@ -161,11 +164,21 @@ def _fills_vectors(count: int, linears: Sequence[torch.nn.Module]) -> bool:
     through scalar code, which rounds differently.
     """
     return all(
-        count * width * weight.element_size() % _VECTOR_BYTES == 0
+        count * width * item_bytes % _VECTOR_BYTES == 0
         for linear in linears
-        for weight in linear.parameters()
-        for width in weight.shape
+        for width, item_bytes in _widths(linear)
     )
+
+
+def _widths(linear: torch.nn.Module) -> list[tuple[int, int]]:
+    """(values, bytes of each) of the rows before and behind a layer."""
+    if isinstance(linear, Int8Linear | Int4Linear):
+        # Their own arithmetic; the model's rows are as wide or wider in bytes.
+        item_bytes = torch.bfloat16.itemsize
+        return [(linear.in_features, item_bytes), (linear.out_features, item_bytes)]
+    return [
+        (width, weight.element_size()) for weight in linear.parameters() for width in weight.shape
+    ]
 
 
 class _CancellingLinear:
@@ -173,6 +186,10 @@ class _CancellingLinear:
 
     def __init__(self, linear: torch.nn.Module) -> None:
         generator = torch.Generator().manual_seed(20_26)
+        self._linear: torch.nn.Module
+        if isinstance(linear, Int8Linear | Int4Linear):
+            self._linear, self._rows = cancelling_copy(linear, TILE_ROWS_MAX, generator)
+            return
         self._linear = copy.copy(linear)
         self._linear._parameters = dict(linear._parameters)
         weight: Any = linear.weight

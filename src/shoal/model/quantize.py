@@ -17,8 +17,8 @@ from shoal.model.quantized_cuda import cuda_linear, require_bitsandbytes
 from shoal.model.quantized_linear import Int4Linear, Int8Linear, int4_bytes, int8_bytes
 
 Quantization = Literal["none", "int8", "int4"]
-"""Of the weights. int8: a scale per output; a third of bfloat16's time for one row. int4:
-groups of 32 inputs share scale and offset; 0.31 of bfloat16's memory."""
+"""Of the weights. int8: a scale per output; half of bfloat16's memory. int4: groups of 32
+inputs share scale and offset; 0.31 of it, and a visible loss (`benchmarks/quantized.py`)."""
 
 SHARE_MIN: Final = 0.5
 """A block with less of its weights in plain linear layers is refused: it would hardly

@@ -62,6 +62,11 @@ def is_idle(hop):
     return not hop.has_work and NOW_S - hop.used_s > IDLE_VICTIM_S
 
 
+def rank(hop):
+    """Who goes first: the idle, then the youngest."""
+    return (0, 0) if is_idle(hop) else (1, -hop.plan.opened_ms)
+
+
 @given(neighbours, st.integers(0, 9), st.integers(1, TOTAL), st.sets(st.integers(1, 6)))
 def test_victims_are_idle_first_then_the_youngest_and_never_older(others, opened, pages, kept):
     table = make_table()
@@ -76,20 +81,14 @@ def test_victims_are_idle_first_then_the_youngest_and_never_older(others, opened
         hop for hop in everybody
         if hop.key not in keep and (is_idle(hop) or hop.seniority > asker.seniority)
     ]  # fmt: skip
+    ranks = {hop.key: rank(hop) for hop in may}  # before they are parked
     free = table.ledger.free + 1
     victims = table.make_room(asker, pages * PAGE, NOW_S, keep)
     if free + sum(held[hop.key] for hop in may) < pages:
         assert victims is None
         assert not any(hop.is_parked for hop in everybody)
         return
-    order = sorted(
-        may,
-        key=lambda hop: (0, hop.used_s) if is_idle(hop) else (1, -hop.plan.opened_ms),
-    )
-    ranks = [(0, 0) if is_idle(hop) else (1, -hop.plan.opened_ms) for hop in order]
-    assert [(0, 0) if is_idle(hop) else (1, -hop.plan.opened_ms) for hop in victims] == ranks[
-        : len(victims)
-    ]
+    assert [ranks[hop.key] for hop in victims] == sorted(ranks.values())[: len(victims)]
     freed = sum(held[hop.key] for hop in victims)
     assert free + freed >= pages
     assert not victims or free + freed - held[victims[-1].key] < pages, "one victim too many"

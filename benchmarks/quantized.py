@@ -152,10 +152,16 @@ class Chain:
         return rows_from_bytes(rows_to_bytes(rows, self._inner), self._inner, *rows.shape)
 
 
-def perplexity(chain: Chain, ids: Sequence[int]) -> float:
-    """Of all tokens but the first."""
+def perplexity(chain: Chain, ids: Sequence[int]) -> tuple[float, torch.Tensor]:
+    """Of all tokens but the first; and the likeliest token at each position."""
     scores = chain.step(ids)[:-1]
-    return math.exp(float(functional.cross_entropy(scores, torch.tensor(ids[1:]))))
+    value = math.exp(float(functional.cross_entropy(scores, torch.tensor(ids[1:]))))
+    return value, scores.argmax(dim=1)
+
+
+def share_equal(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """At how many of the positions the likeliest tokens agree."""
+    return float((mine == theirs).float().mean())
 
 
 def greedy(chain: Chain, prompt: Sequence[int]) -> list[int]:
@@ -191,18 +197,20 @@ def weight_rows(source: ModelSource, ids: Sequence[int]) -> Iterator[dict[str, A
     """Perplexity and text with smaller weights; the head stays in float32."""
     head = load_head(source, dtype="float32")
     text: list[int] = []
-    base = 0.0
+    base, right = 0.0, torch.empty(0)
     variants: list[tuple[str, Quantization, bool]] = [("float32", "none", False)]
     variants += [("bfloat16", kind, False) for kind in KINDS]
     variants += [("float32", "int8", False), ("float32", "int4", False), ("float32", "int4", True)]
     for dtype, kind, is_shifted in variants:
         models = shifted_int4(source) if is_shifted else spans_of(source, dtype, kind, 1)
-        value = perplexity(Chain(models, head, None), ids)
+        value, likeliest = perplexity(Chain(models, head, None), ids)
         tokens = greedy(Chain(models, head, None), ids[:PROMPT_TOKENS])
-        text, base = text or tokens, base or value
+        if not base:
+            text, base, right = tokens, value, likeliest
         yield {
             "model": REAL, "dtype": dtype, "weights": label(dtype, kind) + ", shifted" * is_shifted,
             "tokens": len(ids), "perplexity": value, "against_float32": value / base - 1,
+            "same_likeliest": share_equal(likeliest, right),
             "equal_greedy_tokens": f"{equal_tokens(tokens, text)} of {GREEDY_TOKENS}",
             "MB_of_blocks": sum(block_bytes(source.config, dtype, kind)) / 1e6,
         }  # fmt: skip
@@ -231,19 +239,21 @@ def wire_rows(source: ModelSource, ids: Sequence[int]) -> Iterator[dict[str, Any
     for dtype in ("float32", "bfloat16"):
         models = spans_of(source, dtype, "none", 3)
         text: list[int] = []
-        base = 0.0
+        base, right = 0.0, torch.empty(0)
         for inner in (dtype, INT8_BLOCK):
             chain = Chain(models, head, inner)
-            value = perplexity(chain, ids)
+            value, likeliest = perplexity(chain, ids)
             errors = [wire_error(rows, inner) for rows in chain.borders]
             tokens = greedy(Chain(models, head, inner), ids[:PROMPT_TOKENS])
-            text, base = text or tokens, base or value
+            if not base:
+                text, base, right = tokens, value, likeliest
             yield {
                 "model": REAL, "dtype": dtype, "links": inner,
                 "bytes_per_row": len(rows_to_bytes(chain.borders[0][:1], inner)),
                 "rms_error": max(rms for rms, _ in errors),
                 "max_error": max(largest for _, largest in errors),
                 "perplexity": value, "against_raw": value / base - 1,
+                "same_likeliest": share_equal(likeliest, right),
                 "equal_greedy_tokens": f"{equal_tokens(tokens, text)} of {GREEDY_TOKENS}",
             }  # fmt: skip
 

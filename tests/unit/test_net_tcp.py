@@ -226,7 +226,7 @@ def test_a_frame_over_the_limits_ends_only_that_stream() -> None:
     run(work())
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(chunks=st.lists(st.binary(max_size=2_000), max_size=5), tls=st.booleans())
 def test_no_bytes_of_a_stranger_stop_the_listener(chunks: list[bytes], tls: bool) -> None:
     async def work() -> None:
@@ -247,7 +247,7 @@ def test_no_bytes_of_a_stranger_stop_the_listener(chunks: list[bytes], tls: bool
     run(work())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(chunks=st.lists(st.binary(max_size=2_000), max_size=5))
 def test_no_bytes_of_a_proven_peer_stop_the_listener(chunks: list[bytes]) -> None:
     identity, server_identity = Identity.generate(), Identity.generate()

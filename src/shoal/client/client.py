@@ -70,6 +70,9 @@ STANDSTILLS_MAX: Final = 2
 FIRST_ITERATION_S_MAX: Final = 60.0
 """A server that has no experience yet may take this long: first calls on slow processors."""
 
+LOSSES_MAX: Final = 3
+"""A session that servers lose more often than this without a row has a bad server."""
+
 TERMINAL_CODES: Final = frozenset({"too_long", "bad_input"})
 """Failures that no other server would change, unless another server is to blame."""
 
@@ -348,7 +351,8 @@ class Client:
             self._blame(state, before, error)  # we only relayed those rows
         elif message.code in TERMINAL_CODES:
             self.end(state, error)
-        elif message.code in ("lost", "closed"):
+        elif message.code in ("lost", "closed") and state.losses < LOSSES_MAX:
+            state.losses += 1
             self._report(state, Trouble(is_out_of_step=True))
         else:
             is_before = before is not None and message.blame in (before, self.me)

@@ -78,6 +78,8 @@ class ServerLink:
         self._control: Channel | None = None
         self._receiver: RowReceiver | None = None
         self._wants_rows = False
+        self._is_redialling = False
+        """Whether we closed the stream of rows ourselves, to dial a new one."""
         self._calls: dict[int, asyncio.Future[ControlMessage]] = {}
         self._next_call = itertools.count(1)
         self._connecting = asyncio.Lock()
@@ -156,6 +158,7 @@ class ServerLink:
         """Rows don't come though they should: a stream this long silent is dialled anew."""
         now_s = asyncio.get_running_loop().time()
         if self._receiver is not None and now_s - self._receiver.heard_s >= silent_s:
+            self._is_redialling = True
             self._receiver.close()
 
     def drop(self) -> None:
@@ -237,9 +240,13 @@ class ServerLink:
                 except ShoalError as failure:
                     error = failure
                 self._receiver = None
-                if self._control is None or now() - broke_at < HEALTHY_S:
+                if self._control is None:
                     return
-                broke_at = now()
+                if not self._is_redialling:
+                    if now() - broke_at < HEALTHY_S:
+                        return
+                    broke_at = now()
+                self._is_redialling = False
                 channel = await self._dial(self.peer, PURPOSE_ROWS_IN)
         except ShoalError as failure:
             error = failure

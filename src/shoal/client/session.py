@@ -113,6 +113,8 @@ class SessionState:
         """Peers whose state of this session must not be used again."""
         self.held: dict[tuple[PeerId, int], int] = {}
         """What the hops held when the route was last made, by (peer, start block)."""
+        self.losses = 0
+        """How often a server lost our state since the last row."""
         self.standstills = 0
         """Routes made anew since the last row, only because nothing came."""
         self.iterations: dict[PeerId, int] = {}
@@ -287,7 +289,7 @@ class SessionState:
         """Rows were received: whatever was wrong is over."""
         self.progressed_s = now_s
         self.resync_after_s = STALL_MIN_S
-        self.standstills = 0
+        self.losses = self.standstills = 0
         self.stuck_since_s = None
         self.backoff_s = 0.0
         self.finish_recovery(now_s)

@@ -75,6 +75,9 @@ class RowReceiver:
         """
         try:
             await first_failure(self._read(), self._write())
+        except ProtocolError as error:
+            await self._channel.refuse(error)
+            raise
         finally:
             self._channel.close()
 

@@ -28,7 +28,6 @@ from shoal.wire.messages import (
     Alive,
     Close,
     ControlMessage,
-    Error,
     GetLoad,
     GetRecords,
     Keep,
@@ -109,6 +108,9 @@ class ControlLink:
         """
         try:
             await first_failure(self._read(), self._write(), self._follow_routes())
+        except ProtocolError as error:
+            await self._channel.refuse(error)
+            raise
         finally:
             self._channel.close()
 
@@ -128,9 +130,7 @@ class ControlLink:
                 case GetRecords() | Publish():
                     self.post(self._answer_directory(message))
                 case _:
-                    name = type(message).__name__
-                    self.post(Error(0, ProtocolError.code, f"{name} has no place here"))
-                    raise ProtocolError(f"{name} on a control stream")
+                    raise ProtocolError(f"{type(message).__name__} on a control stream")
 
     async def _next(self) -> Message:
         try:

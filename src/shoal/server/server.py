@@ -151,7 +151,7 @@ class Server:
             logger.debug("stream ended peer=%s purpose=%s", short(channel.peer), purpose)
         except ProtocolError as error:
             logger.warning("stream refused peer=%s reason=%s", short(channel.peer), error)
-            await channel.refuse(error)
+            channel.close()
 
     async def _serve_channel(self, channel: Channel, purpose: str) -> None:
         if purpose == PURPOSE_CONTROL:
@@ -430,7 +430,7 @@ class Server:
         return hop if hop is not None and hop.outbound is outbound else None
 
     async def _run_engine(self) -> None:
-        """A server whose engine broke must not look alive: it closes all streams."""
+        """A server whose engine broke must not look alive: it closes what leads into it."""
         try:
             await self.engine.run()
         except Exception as error:
@@ -438,6 +438,8 @@ class Server:
             self._broken_by = error
             for control in self._controls.values():
                 control.close()
+            for receiver in self._receivers.values():
+                receiver.close()
             self._broken.set()
 
     async def _close_orphans(self, owner: PeerId) -> None:

@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "versions": versions,

@@ -28,6 +28,7 @@ from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
 from shoal.model.rows import all_finite, rows_from_bytes, rows_to_bytes
+from shoal.model.sequences import Sequences
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class _Pass:
     """Whether each block gets a stable number of rows."""
 
 
-class BatchedBackend:
+class BatchedBackend(Sequences[PackedCache]):
     """`shoal.base.backend.BlockBackend` over packed rows. Made by `load_backend`."""
 
     def __init__(
@@ -75,12 +76,12 @@ class BatchedBackend:
         device: str,
         thread: DeviceThread,
     ) -> None:
+        super().__init__(facts.span, PackedCache, PackedCache.forked)
         self._model = model
         self._facts = facts
         self._tiles = tiles
         self._device = device
         self._thread = thread
-        self._sequences: dict[SequenceId, PackedCache] = {}
 
     @property
     def facts(self) -> BackendFacts:
@@ -91,31 +92,6 @@ class BatchedBackend:
     def tiles(self) -> RowTiles | None:
         """The row counts of exact mode; None when packed."""
         return self._tiles
-
-    def open(self, sequence: SequenceId, span: Span) -> None:
-        """Start an empty sequence over `span`."""
-        if sequence in self._sequences:
-            raise InternalError(f"sequence {sequence} is open already")
-        if not len(span) or not self._facts.span.covers(span):
-            raise BadInput(f"blocks {span} are not all among {self._facts.span}")
-        self._sequences[sequence] = PackedCache(span)
-
-    def close(self, sequence: SequenceId) -> None:
-        """Free the sequence's cache."""
-        self._sequences.pop(sequence, None)
-
-    def truncate(self, sequence: SequenceId, length: int) -> int:
-        """Forget positions >= `length`; returns the length that is left."""
-        return self._cache(sequence).truncate(length)
-
-    def fork(self, parent: SequenceId, child: SequenceId, length: int) -> int:
-        """Open `child` as a copy of the parent's first `length` positions."""
-        if child in self._sequences:
-            raise InternalError(f"sequence {child} is open already")
-        with torch.inference_mode():
-            copy = self._cache(parent).forked(length)
-        self._sequences[child] = copy
-        return copy.length
 
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Run all calls; one outcome each."""
@@ -130,12 +106,6 @@ class BatchedBackend:
         await self._thread.aclose()
         self._sequences.clear()
         del self._model
-
-    def _cache(self, sequence: SequenceId) -> PackedCache:
-        cache = self._sequences.get(sequence)
-        if cache is None:
-            raise InternalError(f"sequence {sequence} is not open")
-        return cache
 
     def _run(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes: list[Outcome] = [InternalError("not run")] * len(calls)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome, SequenceId
+from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome
 from shoal.base.errors import (
     BadInput,
     ConfigError,
@@ -34,6 +34,7 @@ from shoal.model.numerics import numerics_class
 from shoal.model.packed_model import PackedModel
 from shoal.model.quantize import Quantization, check_quantize
 from shoal.model.rows import DTYPES, all_finite, encodings_for, rows_from_bytes, rows_to_bytes
+from shoal.model.sequences import Sequences
 from shoal.model.source import ModelSource
 from shoal.model.span_model import SpanModel, load_span, num_blocks
 
@@ -173,47 +174,22 @@ def _choices(kind: Any) -> str:
     return ", ".join(get_args(kind))
 
 
-class TorchBackend:
+class TorchBackend(Sequences[SequenceCache]):
     """`shoal.base.backend.BlockBackend` over transformers' own cache. Made by `load_backend`."""
 
     def __init__(
         self, model: SpanModel, config: BackendConfig, numerics: str, thread: DeviceThread
     ) -> None:
+        super().__init__(model.span, model.new_cache, SequenceCache.forked)
         self._model = model
         self._device = config.device
         self._thread = thread
-        self._sequences: dict[SequenceId, SequenceCache] = {}
         self._facts = _facts(model, config, numerics, is_exact=False)
 
     @property
     def facts(self) -> BackendFacts:
         """What this backend is."""
         return self._facts
-
-    def open(self, sequence: SequenceId, span: Span) -> None:
-        """Start an empty sequence over `span`. See the contract."""
-        if sequence in self._sequences:
-            raise InternalError(f"sequence {sequence} is open already")
-        if not len(span) or not self._facts.span.covers(span):
-            raise BadInput(f"blocks {span} are not a part of {self._facts.span}")
-        self._sequences[sequence] = self._model.new_cache(span)
-
-    def close(self, sequence: SequenceId) -> None:
-        """Free the sequence's cache."""
-        self._sequences.pop(sequence, None)
-
-    def truncate(self, sequence: SequenceId, length: int) -> int:
-        """Forget positions >= `length`; recurrent blocks can only go back to the start."""
-        return self._cache(sequence).truncate(length)
-
-    def fork(self, parent: SequenceId, child: SequenceId, length: int) -> int:
-        """Open `child` as a copy of the parent's first positions."""
-        if child in self._sequences:
-            raise InternalError(f"sequence {child} is open already")
-        with torch.inference_mode():
-            cache = self._cache(parent).forked(length)
-        self._sequences[child] = cache
-        return cache.length
 
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Run the calls on the device thread, one by one; one outcome each, in order."""
@@ -227,12 +203,6 @@ class TorchBackend:
         await self._thread.aclose()
         self._sequences.clear()
         del self._model
-
-    def _cache(self, sequence: SequenceId) -> SequenceCache:
-        cache = self._sequences.get(sequence)
-        if cache is None:
-            raise InternalError(f"sequence {sequence} is not open")
-        return cache
 
     def _outcome(self, call: Call) -> Outcome:
         """Run one call; only a success commits its rows to the cache."""

@@ -44,6 +44,10 @@ RECORD_BYTES_MAX: Final = 16 << 10
 RECORDS_MAX: Final = 4096
 """Records in one directory answer: several times the largest known volunteer swarm."""
 
+DIGEST_BUCKETS: Final = 64
+"""Parts of a directory that are compared one by one: one new record among 1,000 makes two
+directories exchange the names of 16."""
+
 DETAIL_CHARS_MAX: Final = 2000
 """Characters of an error's text on the wire."""
 
@@ -87,6 +91,9 @@ KEEP_PERIOD_S: Final = 10.0
 
 IDLE_SESSION_S: Final = 3600.0
 """A session without a new row is closed after this."""
+
+GOSSIP_BEAT_S: Final = 1.0
+"""A gossip stream never carries nothing for longer: silence is how a death is noticed."""
 
 RECORD_TTL_S: Final = 600.0
 """A signed record is valid this long after its receipt."""

@@ -19,6 +19,7 @@ from shoal.base.ids import NONCE_BYTES, PEER_ID_BYTES, SESSION_ID_BYTES
 from shoal.base.limits import (
     CUTS_MAX,
     DETAIL_CHARS_MAX,
+    DIGEST_BUCKETS,
     ENTRIES_PER_FRAME_MAX,
     ENTRY_TOKENS_MAX,
     HOPS_MAX,
@@ -208,12 +209,15 @@ class Records(_Message, tag=12, frozen=True):
     """Signed records, as their subjects signed them, in the order of peer ids.
 
     Answers GetRecords; ask again `after` the last one if there are more. Also answers
-    Publish, with the records that the sender should know because its own are older.
+    Publish, with the records that the sender should know because its own are older, and
+    WantRecords. On a gossip stream a call that is not 0 asks for a Taken. `ages_s` says for each
+    how much of its life is over (0 where the list ends).
     """
 
     call: Count
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
     has_more: bool = False
+    ages_s: Annotated[list[Seconds], msgspec.Meta(max_length=RECORDS_MAX)] = []
 
 
 class Publish(_Message, tag=13, frozen=True):
@@ -332,6 +336,67 @@ class Rows(_Message, tag=25, frozen=True):
     entries: Annotated[list[Entry], msgspec.Meta(min_length=1, max_length=ENTRIES_PER_FRAME_MAX)]
 
 
+# --- gossip streams -------------------------------------------------------------
+
+
+class RecordName(_Message, frozen=True):
+    """Names one record: whose it is, and its sequence (boot, counter)."""
+
+    peer: Peer
+    boot_ms: Count
+    counter: Count
+
+
+class Beat(_Message, tag=30, frozen=True):
+    """A neighbour that had nothing else to say for GOSSIP_BEAT_S lives."""
+
+
+class Digest(_Message, tag=31, frozen=True):
+    """What the sender holds, as 8 bytes for each of DIGEST_BUCKETS buckets.
+
+    A bucket is the last byte of the peer id modulo their number. Its 8 bytes are the
+    xor of BLAKE2b-64 over (peer id, u64 boot, u64 counter, little-endian) of all its
+    records. Answered by an Offer of the buckets that differ, if any does.
+    """
+
+    hashes: Annotated[
+        bytes, msgspec.Meta(min_length=8 * DIGEST_BUCKETS, max_length=8 * DIGEST_BUCKETS)
+    ]
+
+
+class Offer(_Message, tag=32, frozen=True):
+    """Records that the sender holds: news, or everything in the named `buckets`.
+
+    The receiver asks for what it lacks by WantRecords; of the named buckets it offers in turn
+    what it knows better.
+    """
+
+    names: Annotated[list[RecordName], msgspec.Meta(max_length=RECORDS_MAX)]
+    buckets: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BUCKETS)] = b""
+
+
+class WantRecords(_Message, tag=33, frozen=True):
+    """Asks for the records of these peers; answered by Records with call 0."""
+
+    peers: Annotated[list[Peer], msgspec.Meta(max_length=RECORDS_MAX)]
+
+
+class Suspects(_Message, tag=34, frozen=True):
+    """A neighbour of these peers can't reach them. A later record of theirs refutes it."""
+
+    names: Annotated[list[RecordName], msgspec.Meta(max_length=RECORDS_MAX)]
+
+
+class Taken(_Message, tag=35, frozen=True):
+    """The Records with this call arrived and were looked at."""
+
+    call: Count
+
+
+class Part(_Message, tag=36, frozen=True):
+    """The sender ends this stream and lives on: nobody is to be suspected."""
+
+
 ControlMessage = (
     Route
     | Routed
@@ -349,7 +414,24 @@ ControlMessage = (
     | Load
 )
 LinkMessage = Open | Have | Gap | Ack | Stale | Rows | Error
-Message = Hello | ControlMessage | Open | Have | Gap | Ack | Stale | Rows
+GossipMessage = Beat | Digest | Offer | WantRecords | Suspects | Taken | Part | Records | Error
+Message = (
+    Hello
+    | ControlMessage
+    | Open
+    | Have
+    | Gap
+    | Ack
+    | Stale
+    | Rows
+    | Beat
+    | Digest
+    | Offer
+    | WantRecords
+    | Suspects
+    | Taken
+    | Part
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -50,6 +50,7 @@ def said(capsys, *arguments):
         (["serve", "m", "--threads", "0"], "at least 1"),
         (["serve", "m", "--join", "tcp://127.0.0.1:1"], "no peer id"),
         (["serve", "m", "--swarm", "a", "--invite", "b"], "give one"),
+        (["serve", "m", "--num-blocks", "0"], "--num-blocks"),
         (["serve", "nosuch"], "no model 'nosuch'"),
         (["generate", "m", "--prompt", "x"], "--join"),
         (["generate", "m", "--join", DEAD], "--prompt TEXT"),
@@ -98,6 +99,8 @@ def model(tmp_path_factory):
     ("options", "text"),
     [
         (["--blocks", "5:9"], "[0,7)"),
+        (["--num-blocks", "8"], "1 to 7"),
+        (["--num-blocks", "2", "--blocks", "0:2"], "give one"),
         (["--dtype", "float99"], "float99"),
         (["--device", "abacus"], "abacus"),
         (["--cache-tokens", "1"], "cache_tokens"),

@@ -19,6 +19,15 @@ from shoal.cli.threads import set_threads
 BlocksOption = Annotated[
     str | None, typer.Option(metavar="A:B", help="Blocks A to B-1 (default: all).")
 ]
+NumBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Instead of --blocks: host N blocks, those that the swarm serves least "
+        "(Petals' rule). Without --join the first N.",
+    ),
+]
 ListenOption = Annotated[
     str,
     typer.Option(
@@ -75,6 +84,7 @@ def register(app: typer.Typer) -> None:
 def serve(
     model: ModelArgument,
     blocks: BlocksOption = None,
+    num_blocks: NumBlocksOption = None,
     listen: ListenOption = "tcp://127.0.0.1:0",
     announce: AnnounceOption = None,
     join: JoinsOption = None,
@@ -101,6 +111,7 @@ def serve(
     Examples:
       shoal serve smollm2-135m-instruct --blocks 0:15
       shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
+      shoal serve smollm2-135m-instruct --num-blocks 10 --join tcp://PEERID@10.0.0.5:4001
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -116,6 +127,7 @@ def serve(
                 announce=announce,
                 identity=identity,
                 span=None if blocks is None else parse_span(blocks),
+                num_blocks=num_blocks,
                 dtype=dtype,
                 quantize=quantize,
                 device=device,

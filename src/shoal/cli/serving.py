@@ -20,6 +20,7 @@ from shoal.base.spans import Span
 from shoal.cli.joining import SwarmChoice, wall_clock
 from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
+from shoal.cli.placing import find_place
 from shoal.discovery.joined import JoinConfig, JoinedDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.quantize import quantization
@@ -51,6 +52,8 @@ class ServeSettings:
     announce: str | None
     identity: Path | None
     span: Span | None
+    num_blocks: int | None
+    """Instead of a span: how many blocks, wherever the swarm needs them most."""
     dtype: str
     quantize: str
     device: str
@@ -78,6 +81,7 @@ async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None
 
 
 async def _serve(settings: ServeSettings, model: OpenModel) -> None:
+    settings = await _placed(settings, model)
     facts, config = _plan(settings, model)
     identity = _identity(settings.identity)
     swarm_pass = settings.swarm.pass_for(identity)
@@ -112,6 +116,18 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={address} blocks={facts.span}", flush=True)
         await first_failure(announcer.keep(), server.wait_broken())
+
+
+async def _placed(settings: ServeSettings, model: OpenModel) -> ServeSettings:
+    """With the span that `--num-blocks` leads to."""
+    if settings.num_blocks is None:
+        return settings
+    if settings.span is not None:
+        raise ConfigError("--blocks and --num-blocks: give one")
+    rng = random.SystemRandom()
+    span = await find_place(settings.swarm, model, settings.num_blocks, rng)
+    logger.info("place chosen blocks=%s num_blocks=%d", span, settings.num_blocks)
+    return replace(settings, span=span)
 
 
 def _plan(settings: ServeSettings, model: OpenModel) -> tuple[BackendFacts, BackendConfig]:

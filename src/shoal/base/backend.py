@@ -106,9 +106,9 @@ class BlockBackend(Protocol):
 
         At most `facts.calls_per_sequence_max` calls per sequence; each begins where the one
         before it ends, and fails when that one fails.
-        A non-finite or malformed row is that call's `BadInput`. An exception means
-        that nothing is known about any of the calls: the server truncates and runs
-        them one by one.
+        A non-finite or malformed row is that call's `BadInput`; good rows that gave
+        others which can't be sent are its `BadOutput`. An exception means that nothing
+        is known about any of the calls: the server truncates and runs them one by one.
         """
 
     async def aclose(self) -> None:

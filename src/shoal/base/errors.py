@@ -15,6 +15,7 @@ ShoalError
 |  +- SessionClosed       it was closed, by you or by its deadline
 |  +- SessionTooLong      it does not fit into the server's cache at all
 |  +- BadInput            rows of a wrong shape, dtype, position or value
+|  +- BadOutput           good rows gave values that can't be; its own server is at fault
 +- ProtocolError          bytes that are not what the protocol allows
 |  +- VersionMismatch     the peer speaks another version
 |  +- MessageTooLarge     over a named limit, refused before memory is taken
@@ -148,6 +149,17 @@ class BadInput(SessionError):
 
     code = "bad_input"
     http_status = 400
+
+
+class BadOutput(SessionError):
+    """Good rows gave values that are not finite or don't fit their encoding.
+
+    The server that computed them is at fault (its weights, its dtype): others may do better.
+    """
+
+    code = "bad_output"
+    retryable = True
+    http_status = 502
 
 
 class ProtocolError(ShoalError):

@@ -74,6 +74,7 @@ def test_who_may_try_again() -> None:
         "busy",
         "misbehaved",
         "lost",
+        "bad_output",
     }
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from shoal.base.backend import Call, SequenceId
 from shoal.base.spans import Span
 from shoal.model.batched_backend import BatchedBackend
+from shoal.model.block_rows import kept_tokens
 from shoal.model.memory_source import MemorySource
 from shoal.model.torch_backend import BackendConfig, load_backend
 
@@ -171,10 +172,15 @@ def _visited(
 
 
 def cache_bits(target: BatchedBackend, sequence: Sequence_) -> list[torch.Tensor]:
-    """Keys and values of every block."""
+    """Keys and values of every block: all that a block surely keeps."""
     held = target._cache(sequence.number)
+    windows = target._model.windows
     return [
         part.clone()
         for block in range(held.span.start, held.span.end)
-        for part in held.read(block, 0, held.length)
+        for part in held.read(block, _first_kept(held.length, windows[block]), held.length)
     ]
+
+
+def _first_kept(length: int, window: int | None) -> int:
+    return 0 if window is None else max(length - kept_tokens(window), 0)

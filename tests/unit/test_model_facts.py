@@ -56,8 +56,8 @@ def test_sizes_are_those_of_a_loaded_span(family: str) -> None:
         if index in recurrent_blocks(config):
             assert kv_values(config, index) == 0
             continue
-        keys, values = cache.layers[index].keys, cache.layers[index].values
-        assert kv_values(config, index) == (keys.numel() + values.numel()) // PAGE_TOKENS
+        held = cache.layers[index].rows.num_bytes
+        assert facts.kv_bytes_per_token["bfloat16"][index] == held // PAGE_TOKENS
 
 
 def test_the_table_knows_which_families_are_recurrent() -> None:

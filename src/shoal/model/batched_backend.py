@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
@@ -76,7 +77,7 @@ class BatchedBackend(Sequences[PackedCache]):
         device: str,
         thread: DeviceThread,
     ) -> None:
-        super().__init__(facts.span, PackedCache, PackedCache.forked)
+        super().__init__(facts.span, partial(PackedCache, model.windows), PackedCache.forked)
         self._model = model
         self._facts = facts
         self._tiles = tiles

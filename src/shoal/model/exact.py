@@ -239,7 +239,7 @@ class _Probe:
         shape = (TILE_ROWS_MAX, model.hidden_size)
         self._rows = torch.randn(shape, generator=generator).to(device, model.dtype)
         prefix = torch.randn(_PREFIX_ROWS, model.hidden_size, generator=generator)
-        whole = PackedCache(self._span)
+        whole = PackedCache(model.windows, self._span)
         piece = Piece(cache=whole, start=0, count=_PREFIX_ROWS, by_position=False)
         model.run([piece], prefix.to(device, model.dtype), self._span)
         whole.commit(_PREFIX_ROWS)

@@ -3,15 +3,16 @@
 It stands in for transformers' own `Cache`: blocks call `update`, masks ask for lengths.
 Rows become part of the sequence only by `commit`; a call that fails leaves them beyond the
 committed length, where the next call overwrites them. That makes rollback and truncation
-free. Sliding blocks keep their whole past too (so any truncation is possible) and show
-attention only the window. Recurrent blocks keep one state of fixed size instead: it can be
-put back to before the last call, but not cut to an earlier position. Shapes: K KV heads, T
-cached + new tokens, S new tokens, H head size; keys and values are (1, K, T, H).
+free. Sliding blocks show attention only the window and keep just a margin beyond it, see
+`block_rows`: going back further means starting again. Recurrent blocks keep one state of
+fixed size instead: it can be put back to before the last call, but not cut to an earlier
+position.
+Shapes: K KV heads, S new tokens, H head size; keys and values are (1, K, positions, H).
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers.cache_utils import (
@@ -23,13 +24,10 @@ from transformers.cache_utils import (
 
 from shoal.base.errors import ModelUnsupported
 from shoal.base.spans import Span
+from shoal.model.block_rows import PAGE_TOKENS, BlockRows, first_visible
 from shoal.model.families import RECURRENT_KINDS
 
-PAGE_TOKENS: Final = 32
-"""Buffers are whole pages: the unit that servers account in."""
-
-_SPARE_SHARE: Final = 4
-"""Grow by at least a quarter: copying stays O(1) per token at 25 % spare memory."""
+__all__ = ["PAGE_TOKENS", "SequenceCache", "block_windows"]
 
 
 def block_windows(config: Any) -> tuple[int | None, ...]:
@@ -64,28 +62,22 @@ class _BlockCache(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
 
     def __init__(self, length: _Length, window: int | None) -> None:
         super().__init__()
-        self.keys: Any = None
-        self.values: Any = None
-        self.is_initialized = False
         self._length = length
         self._window = window
         self.is_sliding = window is not None
+        self.rows = BlockRows(window)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._grow(key_states, value_states, key_states.shape[-2])
+    def lazy_initialization(self, *_args: Any, **_kwargs: Any) -> None:
+        """Nothing to prepare."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write S new rows after the committed ones; returns what attention may see."""
         start = self._length.value
-        end = start + key_states.shape[-2]
-        if not self.is_initialized or self.keys.shape[-2] < end:
-            self._grow(key_states, value_states, end)
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        first = self._first_visible(start)
-        return self.keys[:, :, first:end], self.values[:, :, first:end]
+        self.rows.write(start, key_states, value_states, start)
+        self.is_initialized = True
+        return self.rows.read(self._first_visible(start), start + key_states.shape[-2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys attention will see, and the position of the first."""
@@ -101,33 +93,20 @@ class _BlockCache(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         """No limit of its own."""
         return -1
 
+    def can_continue_at(self, length: int) -> bool:
+        """Whether a sequence cut to `length` positions could go on."""
+        return self.rows.can_continue_at(length)
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.rows = BlockRows(self._window)
+
     def copy_from(self, other: _BlockCache) -> None:
         """Take over a copy of the other's rows below our own committed length."""
-        if other.is_initialized and self._length.value:
-            end = self._length.value
-            self._grow(other.keys, other.values, end)
-            self.keys[:, :, :end] = other.keys[:, :, :end]
-            self.values[:, :, :end] = other.values[:, :, :end]
+        self.rows = other.rows.copied(self._length.value)
 
     def _first_visible(self, start: int) -> int:
-        return 0 if self._window is None else max(start - self._window + 1, 0)
-
-    def _grow(self, key_like: torch.Tensor, value_like: torch.Tensor, tokens: int) -> None:
-        wanted = tokens
-        if self.is_initialized:
-            wanted = max(tokens, self.keys.shape[-2] + self.keys.shape[-2] // _SPARE_SHARE)
-        capacity = -(-wanted // PAGE_TOKENS) * PAGE_TOKENS
-        self.keys = self._resized(self.keys, key_like, capacity)
-        self.values = self._resized(self.values, value_like, capacity)
-        self.is_initialized = True
-
-    def _resized(self, old: torch.Tensor | None, like: torch.Tensor, capacity: int) -> torch.Tensor:
-        batch, heads, _, head_size = like.shape
-        buffer = like.new_empty((batch, heads, capacity, head_size))
-        if old is not None:
-            kept = self._length.value
-            buffer[:, :, :kept] = old[:, :, :kept]
-        return buffer
+        return first_visible(start, self._window)
 
 
 class _RecurrentState(LinearAttentionLayer):  # type: ignore[misc]  # transformers is untyped
@@ -146,6 +125,11 @@ class _RecurrentState(LinearAttentionLayer):  # type: ignore[misc]  # transforme
     def commit(self) -> None:
         """Keep what the last call made of the state."""
         self._before = None
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self._before = None
+        self._restore(_RecurrentState()._copied())
 
     def copy_from(self, other: _RecurrentState) -> None:
         """Take over a copy of the other's committed state."""
@@ -194,17 +178,14 @@ class SequenceCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 for index, window in enumerate(windows)
             ]
         )
-        self._states = [self.layers[i] for i in sorted(recurrent) if i in span]
+        ours = [self.layers[index] for index in range(span.start, span.end)]
+        self._states = [layer for layer in ours if isinstance(layer, _RecurrentState)]
+        self._rows = [layer for layer in ours if isinstance(layer, _BlockCache)]
 
     @property
     def length(self) -> int:
         """Committed positions."""
         return self._length.value
-
-    @property
-    def can_truncate(self) -> bool:
-        """Whether `truncate` reaches any length; else only 0 and the present one."""
-        return not self._states
 
     def begin(self) -> None:
         """A call starts; what an earlier one left without a commit is forgotten."""
@@ -220,13 +201,13 @@ class SequenceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def truncate(self, length: int) -> int:
         """Forget positions >= `length`; returns the length that is left.
 
-        That is 0 when a recurrent block of the span would have to go back.
+        That is 0 when a recurrent block of the span would have to go back, or when a
+        sliding one dropped what attention at `length` would see.
         """
         kept = self._reachable(length)
-        if kept < self.length and self._states:
-            for index in sorted(self._recurrent):
-                self.layers[index] = _RecurrentState()
-            self._states = [self.layers[i] for i in sorted(self._recurrent) if i in self.span]
+        if not kept:
+            for layer in self.layers:
+                layer.restart()
         self._length.value = kept
         return kept
 
@@ -241,4 +222,6 @@ class SequenceCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _reachable(self, length: int) -> int:
         wanted = min(self.length, max(length, 0))
-        return wanted if wanted == self.length or self.can_truncate else 0
+        if wanted < self.length and self._states:
+            return 0
+        return wanted if all(layer.can_continue_at(wanted) for layer in self._rows) else 0

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from shoal.base.errors import InternalError
+from shoal.model.block_rows import first_visible
 from shoal.model.packed_cache import PackedCache
 
 NAME: Final = "shoal_packed"
@@ -147,7 +148,7 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         """(N, H): one row sees its own past, so there is no mask."""
         position = piece.start + offset
         window = self._windows[self._block]
-        first = _first_visible(position, window)
+        first = first_visible(position, window)
         keys, values = piece.cache.read(self._block, first, position + 1)
         heads, kv_heads = query.shape[1], keys.shape[1]
         # The query heads that share a KV head become rows: keys are read once for all.
@@ -164,7 +165,7 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         """(1, N, S, H): all rows of a piece at once."""
         piece = self._pieces[index]
         window = self._windows[self._block]
-        first = _first_visible(piece.start, window)
+        first = first_visible(piece.start, window)
         keys, values = piece.cache.read(self._block, first, piece.start + piece.count)
         groups = query.shape[1] // keys.shape[1]
         is_lower_left = piece.start == 0 and (window is None or window >= piece.count)
@@ -191,7 +192,7 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         mask = self._masks.get((index, window))
         if mask is None:
             piece = self._pieces[index]
-            first = _first_visible(piece.start, window)
+            first = first_visible(piece.start, window)
             end = piece.start + piece.count
             rows = torch.arange(piece.start, end, device=like.device).unsqueeze(1)
             keys = torch.arange(first, end, device=like.device).unsqueeze(0)
@@ -232,10 +233,6 @@ def _attention(
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     return None
-
-
-def _first_visible(position: int, window: int | None) -> int:
-    return 0 if window is None else max(position - window + 1, 0)
 
 
 def _is_plain(extras: _Extras) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -180,7 +181,8 @@ class TorchBackend(Sequences[SequenceCache]):
     def __init__(
         self, model: SpanModel, config: BackendConfig, numerics: str, thread: DeviceThread
     ) -> None:
-        super().__init__(model.span, model.new_cache, SequenceCache.forked)
+        new_cache = partial(SequenceCache, model.windows, recurrent=model.recurrent)
+        super().__init__(model.span, new_cache, SequenceCache.forked)
         self._model = model
         self._device = config.device
         self._thread = thread

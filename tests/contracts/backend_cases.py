@@ -37,7 +37,8 @@ class Subject:
 
 
 def _toy(coarse: int = 1) -> BlockBackend:
-    return ToyBackend(ToyConfig(span=SPAN, num_blocks=6, coarse_truncate=coarse))
+    config = ToyConfig(span=SPAN, num_blocks=6, coarse_truncate=coarse, calls_per_sequence_max=9)
+    return ToyBackend(config)
 
 
 def _torch() -> BlockBackend:

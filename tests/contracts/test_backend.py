@@ -230,6 +230,15 @@ class Machine(RuleBasedStateMachine):
         self.bench.run(*calls)
 
     @precondition(lambda self: self.bench.held)
+    @rule(data=st.data(), counts=st.lists(st.sampled_from((1, 1, 1, 9)), min_size=2, max_size=5))
+    def run_together(self, data: st.DataObject, counts: list[int]) -> None:
+        """Consecutive calls of one sequence in one run, as a replay makes them."""
+        sequence = self.pick(data)
+        room = LENGTH_MAX - len(self.bench.held[sequence].inputs)
+        if self.bench.facts.calls_per_sequence_max >= len(counts) and sum(counts) <= room:
+            self.bench.run(*consecutive(self.bench, sequence, tuple(counts)))
+
+    @precondition(lambda self: self.bench.held)
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         self.bench.truncate(self.pick(data), data.draw(st.integers(0, LENGTH_MAX)))

@@ -99,7 +99,7 @@ async def test_a_zombie_pushes_in_vain(it):
     """Stopped while it computes, replaced, and thawed: its rows are refused as stale."""
     reader = await it.read(10)
     step = asyncio.ensure_future(reader.decode(1))
-    await until(lambda: it.hop("b", reader).running is not None)
+    await until(lambda: bool(it.hop("b", reader).running))
     it.network.freeze(it["b"].peer)
     await step
     assert reader.chain == ["a", "spare-b", "c"]

@@ -221,8 +221,8 @@ def test_misuse_is_an_internal_error() -> None:
             toy.open(ONE, SPAN)
         with pytest.raises(InternalError, match="not open"):
             toy.truncate(SequenceId(77), 0)
-        with pytest.raises(InternalError, match="same sequence"):
-            await toy.run([call(ONE, 0), call(ONE, 1)])
+        with pytest.raises(InternalError, match="too many calls of one sequence"):
+            await toy.run([call(ONE, position) for position in range(5)])
         with pytest.raises(InternalError, match="5 positions in a cache of 4"):
             await toy.run([call(ONE, 0, 5)])
         await toy.aclose()

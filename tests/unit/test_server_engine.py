@@ -242,11 +242,81 @@ def test_a_session_whose_successor_is_slow_waits():
             for _ in range(20):
                 it.feed(hop, 1)
             await it.settle()
-            assert hop.log.end == 5
+            assert hop.log.end == 8
             hop.outbound.on_have(1, 0, 5, 1 << 20, 5)
             it.engine.wake()
             await it.settle()
-            assert hop.log.end == 10
+            assert hop.log.end == 12
+
+    run_virtual(story)
+
+
+def test_small_entries_that_wait_share_a_run_as_a_replay_needs():
+    """Four at a time (what the backend takes), in order; a chunk goes alone."""
+
+    async def story():
+        async with Bench() as it:
+            hop = await it.open(1)
+            for count in (1, 1, 1, 1, 1, 40, 1):
+                it.feed(hop, count)
+            await it.settle()
+            assert [[call[1] for call in batch] for batch in it.batches] == [
+                [0, 1, 2, 3], [4], [5], [45],
+            ]  # fmt: skip
+            assert logged(hop) == outputs(46)
+            assert [entry.count for entry in hop.log] == [1, 1, 1, 1, 1, 40, 1]
+
+    run_virtual(story)
+
+
+def test_a_replay_that_finds_no_room_for_a_full_run_goes_entry_by_entry():
+    async def story():
+        async with Bench(pages=2) as it:
+            old, young = await it.open(1), await it.open(2)
+            it.feed(old, PAGE - 1)
+            it.feed(young, 1)
+            await it.settle()
+            for _ in range(4):
+                it.feed(young, 1)
+                it.feed(old, 1)
+            await it.settle()
+            assert not it.failed
+            assert old.log.end == PAGE + 3
+            assert logged(old) == outputs(PAGE + 3)
+
+    run_virtual(story)
+
+
+def test_what_follows_a_bad_entry_in_a_run_is_not_committed():
+    def fault(call):
+        return "bad_row" if call.position == 2 else None
+
+    async def story():
+        async with Bench(fault=fault) as it:
+            hop = await it.open(1)
+            for _ in range(4):
+                it.feed(hop, 1)
+            await it.settle()
+            assert [type(error) for _, error in it.failed] == [BadInput]
+            assert logged(hop) == outputs(2)
+
+    run_virtual(story)
+
+
+def test_a_failed_run_of_several_entries_is_redone_in_order():
+    failures = iter(["raise"])
+
+    def fault(call):
+        return next(failures, None) if call.position == 2 else None
+
+    async def story():
+        async with Bench(fault=fault) as it:
+            hop = await it.open(1)
+            for _ in range(4):
+                it.feed(hop, 1)
+            await it.settle()
+            assert not it.failed
+            assert logged(hop) == outputs(4)
 
     run_virtual(story)
 
@@ -276,7 +346,7 @@ def test_a_session_closed_while_it_runs():
             it.feed(gone, 5)
             it.feed(kept, 5)
             await asyncio.sleep(0.005)
-            assert gone.running is not None
+            assert gone.running
             it.table.close(gone)
             await it.settle()
             assert it.table.ledger.holders() == {kept.sequence}

@@ -75,18 +75,23 @@ class World:
             self.hop.cache_was_cut(length, actual)
 
     def begin(self, *_):
-        if self.hop.running is None and self.hop.queue:
+        if not self.hop.running and self.hop.queue:
             self.settle()
             if not self.hop.queue:
                 return
-            self.call = self.hop.next_call()
-            assert self.call.position == len(self.cache) == self.hop.cache_length
+            self.calls = self.hop.next_calls(self.hop.next_count(calls_max=3))
+            position = len(self.cache)
+            assert position == self.hop.cache_length
+            for call in self.calls:
+                assert call.position == position
+                position += call.count
 
     def commit(self, *_):
-        if self.hop.running is not None:
-            rows = bytes(self.call.payload)
+        if self.hop.running:
+            call = self.calls.pop(0)
+            rows = bytes(call.payload)
             self.cache += rows
-            self.hop.commit(rows[len(rows) - self.call.rows_wanted :])
+            self.hop.commit(rows[len(rows) - call.rows_wanted :])
 
     def lose_cache(self, count, *_):
         self.hop.lose_cache(max(0, self.hop.inbound.have - count))
@@ -173,7 +178,7 @@ def test_a_replay_fills_the_cache_and_sends_nothing():
     world.lose_cache(4)
     world.arrive()
     world.begin()
-    assert world.call.rows_wanted == 0
+    assert [call.rows_wanted for call in world.calls] == [0]
     world.commit()
     assert list(world.hop.log) == before
 

@@ -7,12 +7,13 @@ InternalError.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
-from shoal.base.errors import BadInput, ConfigError, InternalError
+from shoal.base.errors import BadInput, BadOutput, ConfigError, InternalError, ShoalError
 from shoal.base.spans import Span
 from shoal.lab.toy_blocks import (
     ENCODINGS,
@@ -24,8 +25,9 @@ from shoal.lab.toy_blocks import (
 )
 from shoal.wire.tensors import check_payload, row_bytes
 
-ToyFault = Literal["raise", "bad_row", "wrong", "poison", "hang"]
+ToyFault = Literal["raise", "bad_row", "overflow", "wrong", "poison", "hang"]
 """raise: the whole run fails, with some calls done. bad_row: this call alone fails.
+overflow: it fails by its own doing, as a model does whose values leave its dtype.
 wrong: this call's output is altered. poison: it is NaN. hang: the run never ends."""
 
 Pace = Callable[[Sequence[Call]], Awaitable[None]]
@@ -50,6 +52,8 @@ class ToyConfig:
     numerics: str = "toy"
     coarse_truncate: int = 1
     """Truncation and forks keep a multiple of this many positions, or everything."""
+    calls_per_sequence_max: int = 4
+    """Consecutive calls of one sequence in a run."""
     mixes_call_shape: bool = False
     """Outputs depend on each row's `call_count`: proves that replays repeat call shapes."""
 
@@ -58,6 +62,8 @@ class ToyConfig:
             raise ConfigError(f"blocks {self.span} of a model with {self.num_blocks}")
         if self.coarse_truncate < 1:
             raise ConfigError(f"coarse_truncate must be at least 1, not {self.coarse_truncate}")
+        if self.calls_per_sequence_max < 1:
+            raise ConfigError("calls_per_sequence_max must be at least 1")
 
 
 class ToyBackend:
@@ -86,6 +92,7 @@ class ToyBackend:
             cache_tokens=config.cache_tokens,
             page_tokens=config.page_tokens,
             session_tokens_max=config.session_tokens_max,
+            calls_per_sequence_max=config.calls_per_sequence_max,
         )
 
     @property
@@ -128,8 +135,9 @@ class ToyBackend:
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Run all calls; see BlockBackend.run."""
         self._check_idle()
-        if len({call.sequence for call in calls}) != len(calls):
-            raise InternalError("two calls of one run are of the same sequence")
+        per_sequence = Counter(call.sequence for call in calls)
+        if max(per_sequence.values(), default=0) > self._config.calls_per_sequence_max:
+            raise InternalError("too many calls of one sequence in one run")
         self._is_running = True
         try:
             if self.pace is not None:
@@ -137,9 +145,13 @@ class ToyBackend:
             faults = [self.fault(call) if self.fault else None for call in calls]
             if "hang" in faults:
                 await asyncio.Event().wait()
-            outcomes = [
-                self._outcome(call, fault) for call, fault in zip(calls, faults, strict=True)
-            ]
+            failed: set[SequenceId] = set()
+            outcomes: list[Outcome] = []
+            for call, fault in zip(calls, faults, strict=True):
+                outcome = self._outcome(call, fault, call.sequence in failed)
+                if isinstance(outcome, ShoalError):
+                    failed.add(call.sequence)
+                outcomes.append(outcome)
         finally:
             self._is_running = False
         self._check_budget()
@@ -151,11 +163,15 @@ class ToyBackend:
         self.is_closed = True
         self._sequences.clear()
 
-    def _outcome(self, call: Call, fault: ToyFault | None) -> Outcome:
+    def _outcome(self, call: Call, fault: ToyFault | None, has_failed: bool) -> Outcome:
+        if has_failed:
+            return BadInput(f"the rows before position {call.position} failed in the same run")
         if fault == "raise":
             raise RuntimeError(f"injected: sequence {call.sequence} at {call.position}")
         if fault == "bad_row":
             return BadInput(f"injected: bad row at {call.position}")
+        if fault == "overflow":
+            return BadOutput(f"injected: values too large at {call.position}")
         try:
             output = self._run_call(call)
         except BadInput as error:

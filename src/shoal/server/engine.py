@@ -11,12 +11,13 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Protocol
 
-from shoal.base.backend import BlockBackend, Call, Outcome
+from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import InternalError, SessionLost, SessionTooLong, ShoalError
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
 from shoal.server.scheduler import Waiting, choose_batch
@@ -95,6 +96,7 @@ class Engine:
         self._lock = asyncio.Lock()
         self._arrivals = itertools.count(1)
         self._since: dict[int, int] = {}
+        self._calls_max = backend.facts.calls_per_sequence_max
 
     def wake(self) -> None:
         """Something changed: rows came, a cursor moved, memory was freed."""
@@ -143,18 +145,20 @@ class Engine:
             self._settle()
             if not batch:
                 return False
-            calls = [hop.next_call() for hop in batch]
+            work = [(hop, hop.next_calls(count)) for hop, count in batch]
+            calls = [call for _, taken in work for call in taken]
             num_tokens = sum(call.count for call in calls)
             now = asyncio.get_running_loop().time
             self.running_tokens, self.running_since_s = num_tokens, now()
             try:
-                outcomes = await self._run(batch, calls)
+                outcomes = await self._run(calls)
             finally:
                 self.running_tokens = 0
             self.pace.add(num_tokens, now() - self.running_since_s)
             self.iteration += 1
-        for hop, outcome in zip(batch, outcomes, strict=True):
-            self._commit(hop, outcome)
+        done = iter(outcomes)
+        for hop, taken in work:
+            self._commit(hop, list(islice(done, len(taken))))
         return True
 
     def _settle(self) -> None:
@@ -177,9 +181,10 @@ class Engine:
             for other in [hop, *parked]:
                 self._events.on_held_changed(other)
 
-    def _next_batch(self) -> list[HopSession]:
+    def _next_batch(self) -> list[tuple[HopSession, int]]:
+        """The sessions whose first entries run now, and how many entries of each."""
+        by_key: dict[SessionKey, HopSession] = {}
         waiting = []
-        by_key = {}
         before, self._since = self._since, {}
         for hop in self._sessions:
             if not hop.queue or hop.is_parked:
@@ -187,49 +192,65 @@ class Engine:
             since = self._since[hop.sequence] = before.get(hop.sequence) or next(self._arrivals)
             if hop.outbound.backlog_bytes > self._limits.run_ahead_bytes:
                 continue
-            head = hop.queue[0]
             by_key[hop.key] = hop
-            waiting.append(
-                Waiting(
-                    key=hop.key,
-                    owner=hop.plan.owner,
-                    num_tokens=head.count,
-                    is_replay=head.end <= hop.log.end or len(hop.queue) > 1,
-                    since=since,
-                )
-            )
+            waiting.append(self._waiting(hop, since))
         now_s = asyncio.get_running_loop().time()
-        batch: list[HopSession] = []
+        batch: dict[SessionKey, int] = {}
         for key in choose_batch(waiting, budget_tokens=self._limits.budget_tokens):
             hop = by_key[key]
-            if self._fits(hop, [other.key for other in batch], now_s):
+            count = self._fitting(hop, batch, now_s)
+            if count:
                 self._since.pop(hop.sequence, None)
                 hop.used_s = now_s
-                batch.append(hop)
-        return [hop for hop in batch if hop.queue]
+                batch[key] = count
+        return [(by_key[key], count) for key, count in batch.items() if by_key[key].queue]
 
-    def _fits(self, hop: HopSession, keep: list[SessionKey], now_s: float) -> bool:
+    def _waiting(self, hop: HopSession, since: int) -> Waiting:
+        count = hop.next_count(self._calls_max)
+        return Waiting(
+            key=hop.key,
+            owner=hop.plan.owner,
+            num_tokens=sum(entry.count for entry in islice(hop.queue, count)),
+            is_replay=hop.queue[0].end <= hop.log.end or len(hop.queue) > 1,
+            since=since,
+        )
+
+    def _fitting(self, hop: HopSession, keep: Collection[SessionKey], now_s: float) -> int:
+        """How many of the session's first entries find room: all that suit a run, one or none."""
         if hop.is_parked or not hop.queue:
-            return False  # just now, to make room for another of this batch
-        try:
-            parked = self._sessions.make_room(hop, hop.queue[0].end, now_s, keep)
-        except SessionTooLong as error:
-            self._events.on_failed(hop, error)
-            return False
-        for victim in parked or ():
-            self._events.on_held_changed(victim)
-        return parked is not None
+            return 0  # just now, to make room for another of this batch
+        count = hop.next_count(self._calls_max)
+        for tried in (count, 1) if count > 1 else (1,):
+            try:
+                parked = self._sessions.make_room(hop, hop.queue[tried - 1].end, now_s, keep)
+            except SessionTooLong as error:
+                if tried > 1:
+                    continue
+                self._events.on_failed(hop, error)
+                return 0
+            if parked is not None:
+                for victim in parked:
+                    self._events.on_held_changed(victim)
+                return tried
+        return 0
 
-    async def _run(self, batch: Sequence[HopSession], calls: list[Call]) -> list[Outcome]:
+    async def _run(self, calls: list[Call]) -> list[Outcome]:
         try:
             return await self._backend.run(calls)
         except Exception:
             logger.warning(
                 "batch failed calls=%d; running them one by one", len(calls), exc_info=True
             )
-        return [await self._run_alone(hop, call) for hop, call in zip(batch, calls, strict=True)]
+        outcomes: list[Outcome] = []
+        failed: dict[SequenceId, ShoalError] = {}
+        for call in calls:
+            outcome: Outcome = failed.get(call.sequence) or await self._run_alone(call)
+            if isinstance(outcome, ShoalError):
+                failed[call.sequence] = outcome
+            outcomes.append(outcome)
+        return outcomes
 
-    async def _run_alone(self, hop: HopSession, call: Call) -> Outcome:
+    async def _run_alone(self, call: Call) -> Outcome:
         try:
             length = self._backend.truncate(call.sequence, call.position)
             if length < call.position:
@@ -239,13 +260,14 @@ class Engine:
             logger.exception("call failed sequence=%d position=%d", call.sequence, call.position)
             return error if isinstance(error, ShoalError) else InternalError(repr(error))
 
-    def _commit(self, hop: HopSession, outcome: Outcome) -> None:
+    def _commit(self, hop: HopSession, outcomes: Sequence[Outcome]) -> None:
         if self._sessions.find(hop.key) is not hop:
             return  # closed meanwhile
-        if isinstance(outcome, ShoalError):
-            self._events.on_failed(hop, outcome)
-            return
-        hop.commit(outcome)
+        for outcome in outcomes:
+            if isinstance(outcome, ShoalError):
+                self._events.on_failed(hop, outcome)
+                return
+            hop.commit(outcome)
         if hop.log.num_bytes > self._limits.log_bytes_per_session_max:
             hop.log.trim(min(hop.outbound.acked, (hop.log.start + hop.log.end) // 2))
         self._events.on_output(hop)

@@ -11,7 +11,7 @@ from shoal.server.session import SessionKey
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """The head of one session's queue."""
+    """The entries at the head of one session's queue that would run together."""
 
     key: SessionKey
     owner: PeerId

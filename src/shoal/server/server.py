@@ -129,7 +129,7 @@ class Server:
     def evict_all(self) -> None:
         """Take every session's cache away, as memory pressure would; they return by replay."""
         for hop in self.sessions:
-            if not hop.is_parked and hop.running is None:
+            if not hop.is_parked and not hop.running:
                 self.sessions.park(hop)
                 self.on_held_changed(hop)
         self.engine.wake()

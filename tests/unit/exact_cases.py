@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from shoal.base.backend import Call, SequenceId
 from shoal.base.spans import Span
@@ -31,12 +31,43 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**_SIZES),
     "llama-wide": LlamaConfig(**_SIZES | {"hidden_size": 256, "intermediate_size": 704}),
     "mistral-sliding": MistralConfig(**_SIZES, sliding_window=21),
     "qwen2": Qwen2Config(**_SIZES | {"hidden_size": 64, "intermediate_size": 160}),
 }
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 16,
+    "num_local_experts": 16,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+}
+_GROUPED: dict[str, Any] = {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+}
+MIXTURES = {
+    "qwen3_moe": _SIZES | _EXPERTS | {"head_dim": 16},
+    "mixtral": _SIZES | _EXPERTS | {"intermediate_size": 64},
+    "gpt_oss": _SIZES
+    | _EXPERTS
+    | {
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "sliding_window": 21,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "glm4_moe": _SIZES | _EXPERTS | _GROUPED | {"head_dim": 16},
+    "deepseek_v3": _SIZES | _EXPERTS | _GROUPED | _LATENT,
+}
+CONFIGS |= {name: AutoConfig.for_model(name, **sizes) for name, sizes in MIXTURES.items()}
 
 _numbers = itertools.count(1)
 

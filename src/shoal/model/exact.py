@@ -1,9 +1,7 @@
-"""Row tiles: how many rows a pass must have so that company never changes a row's bits.
+"""The probe behind exact mode: which row tiles keep a row's bits whatever its company.
 
-Libraries choose their kernels by the number of rows, and other kernels sum in another
-order. Row counts fall into classes: within one, a row has the same bits wherever it stands
-and whoever stands beside it. Probes find the classes; one is kept, and decode rows are
-padded or split to its counts.
+Row counts fall into classes of equal bits (`row_tiles.py`); one is kept, and decode rows
+are padded or split to its counts.
 
 Two probes, for different blindness. One runs a block of each kind on random rows: it sees
 everything, but rounding to bfloat16 hides nearly all differences between kernels. The
@@ -11,6 +9,8 @@ other gives each linear layer weights and rows whose products cancel exactly, so
 result is nothing but the rounding of sums, and another order of summation always shows.
 Measured, one thread: bfloat16 on AVX-512 has {1} and {2..32} (one row differs from many in
 one of some 10,000 values), float32 {1}, {2, 3} and {4..32}.
+
+Experts and their routers have tiles of their own, see `tiled_experts.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from shoal.base.spans import Span
@@ -29,19 +29,19 @@ from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
 from shoal.model.quantized_linear import Int4Linear, Int8Linear, cancelling_copy
+from shoal.model.row_tiles import (
+    COUNTS,
+    TILE_ROWS_MAX,
+    RowTiles,
+    best_counts,
+    choose_class,
+    fills_vectors,
+    tiles_of,
+)
 from shoal.model.rows import tensor_bytes
+from shoal.model.tiled_experts import TiledExperts
 
-TILE_ROWS_MAX: Final = 32
-"""Largest tile: above this even bfloat16 was not stable everywhere (64 rows on AMX)."""
-
-COUNTS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Row counts that are tried: others are padded to the next."""
-
-_USEFUL_ROWS: Final = 8
-"""A class must reach this: batching fewer rows gains too little."""
-
-_VECTOR_BYTES: Final = 128
-"""Two vectors of AVX-512, the step of torch's vectorised loops."""
+__all__ = ["RowTiles", "choose_class", "find_tiles", "tile_experts"]
 
 _OUTPUTS_MAX: Final = 512
 """Outputs of a cancelling layer that differ; the others repeat them, to save drawing."""
@@ -50,103 +50,71 @@ _PREFIX_ROWS: Final = 5
 """Cached positions before the probe's rows, so that attention has something to weigh."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowTiles:
-    """Row counts, rising, among which a row's bits don't change."""
-
-    counts: tuple[int, ...]
-    probe: str
-    """Hash of the probe's bits: machines that differ in it sum in other orders."""
-
-    @property
-    def rows_max(self) -> int:
-        """The most rows of one pass."""
-        return self.counts[-1]
-
-    def padded(self, count: int) -> int:
-        """The smallest tile for `count` rows.
-
-        Raises:
-            ValueError: more rows than the largest tile has.
-        """
-        for tile in self.counts:
-            if tile >= count:
-                return tile
-        raise ValueError(f"{count} rows in tiles of at most {self.rows_max}")
-
-    @property
-    def is_free(self) -> bool:
-        """Whether there is hardly any padding: one row, at worst, becomes two."""
-        return self.counts[0] <= 2 and self.counts[-1] == TILE_ROWS_MAX
-
-
 def find_tiles(model: PackedModel, device: str) -> RowTiles | None:
     """The row tiles of all blocks of `model`, or None where there are none.
 
-    Takes some 100 block times. Call it on the thread that runs the blocks: kernels depend
-    on its number of threads.
+    Experts are tiled from then on, until `model.experts.reset`. Takes some 100 block times.
+    Call it on the thread that runs the blocks: kernels depend on its number of threads.
     """
-    if model.has_experts():
-        return None
-    counts = set(COUNTS)
     digest = hashlib.blake2b(digest_size=8, person=b"shoal-tiles")
+    if model.experts:
+        probed = tile_experts(model.experts)
+        if probed is None:
+            return None
+        digest.update(probed)
+    counts = set(COUNTS)
     for block in model.block_kinds():
         probe = _Probe(model, block, device)
-        counts &= set(choose_class(_classes(probe.stable_rows)))
+        counts &= best_counts(probe.run)
         linears = [module for module in model.modules(block) if _is_linear(module)]
         for linear in linears:
-            cancelling = _CancellingLinear(linear)
-            counts &= set(choose_class(_classes(cancelling.stable_rows)))
+            cancelling = _cancelling_linear(linear)
+            counts &= best_counts(cancelling.run)
             digest.update(cancelling.bits())
-        counts = {count for count in counts if _fills_vectors(count, linears)}
-    if not counts or max(counts) < _USEFUL_ROWS:
-        return None
-    return RowTiles(counts=tuple(sorted(counts)), probe=digest.hexdigest())
+        widths = [width for linear in linears for width in _widths(linear)]
+        counts = {count for count in counts if fills_vectors(count, widths)}
+    tiles = tiles_of(counts, digest.hexdigest())
+    if tiles is None:
+        model.experts.reset()
+    return tiles
 
 
-def choose_class(classes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The class to keep: useful, then with the least padding, then with the largest tile."""
-    useful = [tuple(sorted(counts)) for counts in classes if max(counts) >= _USEFUL_ROWS]
-    return min(useful, key=lambda counts: (counts[0], -counts[-1]), default=())
+def tile_experts(experts: TiledExperts) -> bytes | None:
+    """Find tiles for experts and routers and use them; the bits of the probe.
 
-
-def _classes(stable_rows: Callable[[int], torch.Tensor | None]) -> list[list[int]]:
-    """`COUNTS` in classes of equal bits; counts whose rows depend on their place are left out."""
-    classes: list[tuple[list[int], torch.Tensor]] = []
-    for count in reversed(COUNTS):
-        rows = stable_rows(count)
-        if rows is None:
-            continue
-        for counts, reference in classes:
-            if torch.equal(rows, reference[:count]):
-                counts.append(count)
-                break
-        else:
-            classes.append(([count], rows))
-    return [counts for counts, _ in classes]
-
-
-def _stable_rows(
-    run: Callable[[Sequence[int], int], torch.Tensor], count: int
-) -> torch.Tensor | None:
-    """The first `count` rows' results, or None when their place or company matters.
-
-    `run(numbers, num_rows)` gives the results of these rows in a pass of `num_rows`.
+    None, and nothing changed, where there are no tiles.
     """
-    numbers = list(range(count))
-    straight = run(numbers, count)
-    if not torch.equal(straight, run(numbers[::-1], count).flip(0)):
+    if not experts.can_be_tiled:
         return None
-    half = max(count // 2, 1)
-    if not torch.equal(straight[:half], run(numbers[:half], count)):
+    digest = hashlib.blake2b(digest_size=16, person=b"shoal-tiles")
+    counts, router_counts = set(COUNTS), set(COUNTS)
+    for kind in _kinds(experts.experts, ("gate_up_proj", "down_proj")):
+        for name in ("gate_up_proj", "down_proj"):
+            cancelling = _cancelling_expert(kind, name)
+            counts &= best_counts(cancelling.run)
+            digest.update(cancelling.bits())
+        inner, outer = kind.down_proj[0].shape
+        item_bytes = kind.down_proj.element_size()
+        widths = [(inner, item_bytes), (outer, item_bytes)]
+        counts = {count for count in counts if fills_vectors(count, widths)}
+    for kind in _kinds(experts.routers, ("weight",)):
+        cancelling = _cancelling_router(kind)
+        router_counts &= best_counts(cancelling.run)
+        digest.update(cancelling.bits())
+        widths = [(kind.weight.shape[0], kind.weight.element_size())]
+        router_counts = {count for count in router_counts if fills_vectors(count, widths)}
+    tiles, router_tiles = tiles_of(counts), tiles_of(router_counts)
+    if tiles is None or router_tiles is None:
         return None
-    # Rows from the far end as company for the first one, in every quarter of the tile.
-    for place in {0, count // 4, count // 2, count - 1}:
-        others = list(range(TILE_ROWS_MAX - 1, TILE_ROWS_MAX - count, -1))
-        others.insert(place, 0)
-        if not torch.equal(straight[0], run(others, count)[place]):
-            return None
-    return straight
+    experts.use(tiles, router_tiles)
+    digest.update(repr((tiles.counts, router_tiles.counts)).encode())
+    return digest.digest()
+
+
+def _kinds(modules: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """One module for each set of shapes."""
+    kinds = {(type(m), *(getattr(m, name).shape for name in names)): m for m in modules}
+    return list(kinds.values())
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -155,19 +123,6 @@ def _is_linear(module: torch.nn.Module) -> bool:
     if isinstance(module, Int8Linear | Int4Linear):
         return True
     return is_plain and isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def _fills_vectors(count: int, linears: Sequence[torch.nn.Module]) -> bool:
-    """Whether `count` rows of every width are whole vectors.
-
-    Activation functions run over all rows at once; what is left over at the very end goes
-    through scalar code, which rounds differently.
-    """
-    return all(
-        count * width * item_bytes % _VECTOR_BYTES == 0
-        for linear in linears
-        for width, item_bytes in _widths(linear)
-    )
 
 
 def _widths(linear: torch.nn.Module) -> list[tuple[int, int]]:
@@ -181,51 +136,79 @@ def _widths(linear: torch.nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-class _CancellingLinear:
-    """A linear layer whose exact results are zero: what comes out is the order of its sums."""
+class _Cancelling:
+    """A product whose exact results are zero: what comes out is the order of its sums."""
 
-    def __init__(self, linear: torch.nn.Module) -> None:
-        generator = torch.Generator().manual_seed(20_26)
-        self._linear: torch.nn.Module
-        if isinstance(linear, Int8Linear | Int4Linear):
-            self._linear, self._rows = cancelling_copy(linear, TILE_ROWS_MAX, generator)
-            return
-        self._linear = copy.copy(linear)
-        self._linear._parameters = dict(linear._parameters)
-        weight: Any = linear.weight
-        is_linear = isinstance(linear, torch.nn.Linear)
-        outputs, inputs = weight.shape if is_linear else reversed(weight.shape)
-        pairs = inputs // 2
-        order = torch.randperm(inputs, generator=generator)
-        halves = torch.randn(min(outputs, _OUTPUTS_MAX), pairs, generator=generator)
-        halves = halves.repeat(-(-outputs // len(halves)), 1)[:outputs]
-        odd = torch.zeros(outputs, inputs - 2 * pairs)
-        values = torch.cat([halves, halves, odd], dim=1)[:, order].to(weight)
-        rows = torch.randn(TILE_ROWS_MAX, pairs, generator=generator)
-        odd = torch.zeros(TILE_ROWS_MAX, inputs - 2 * pairs)
-        self._rows = torch.cat([rows, -rows, odd], dim=1)[:, order].to(weight)
-        values = values if is_linear else values.T.contiguous()
-        self._linear._parameters["weight"] = torch.nn.Parameter(values, requires_grad=False)
-        bias = linear._parameters.get("bias")
-        if bias is not None:
-            zeros = torch.zeros_like(bias)
-            self._linear._parameters["bias"] = torch.nn.Parameter(zeros, requires_grad=False)
-
-    def stable_rows(self, count: int) -> torch.Tensor | None:
-        """See `_stable_rows`."""
-        return _stable_rows(self._run, count)
+    def __init__(self, product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> None:
+        self._product = product
+        self._rows = rows
 
     def bits(self) -> bytes:
         """All results, to compare machines."""
-        result = self._run(range(TILE_ROWS_MAX), TILE_ROWS_MAX).float()
+        result = self.run(range(TILE_ROWS_MAX), TILE_ROWS_MAX).float()
         return bytes(tensor_bytes(result.cpu()))
 
     @torch.inference_mode()
-    def _run(self, numbers: Sequence[int], num_rows: int) -> torch.Tensor:
-        rows = self._rows.new_zeros((1, num_rows, self._rows.shape[1]))
-        rows[0, : len(numbers)] = self._rows[list(numbers)]
-        result: torch.Tensor = self._linear(rows)
-        return result[0, : len(numbers)]
+    def run(self, numbers: Sequence[int], num_rows: int) -> torch.Tensor:
+        """The results of these rows in a product of `num_rows`."""
+        rows = self._rows.new_zeros((num_rows, self._rows.shape[1]))
+        rows[: len(numbers)] = self._rows[list(numbers)]
+        return self._product(rows)[: len(numbers)]
+
+
+def _cancelling_linear(linear: torch.nn.Module) -> _Cancelling:
+    if isinstance(linear, Int8Linear | Int4Linear):
+        generator = torch.Generator().manual_seed(20_26)
+        quantized, rows = cancelling_copy(linear, TILE_ROWS_MAX, generator)
+        return _Cancelling(lambda tile: quantized(tile.unsqueeze(0))[0], rows)
+    copied, rows = _with_cancelling_weight(linear, is_transposed=isinstance(linear, Conv1D))
+    return _Cancelling(lambda tile: copied(tile.unsqueeze(0))[0], rows)
+
+
+def _cancelling_router(router: Any) -> _Cancelling:
+    """The scores are compared; what follows works on each row by itself."""
+    copied, rows = _with_cancelling_weight(router, is_transposed=False)
+    forward = type(router).forward
+    return _Cancelling(lambda tile: forward(copied, tile)[0], rows)
+
+
+def _cancelling_expert(experts: Any, name: str) -> _Cancelling:
+    weight = getattr(experts, name)[0]
+    values, rows = _cancelling_values(weight.T if experts.is_transposed else weight)
+    if experts.is_transposed:
+        values = values.T.contiguous().T
+    bias = values.new_zeros(values.shape[0]) if experts.has_bias else None
+    return _Cancelling(lambda tile: functional.linear(tile, values, bias), rows)
+
+
+def _with_cancelling_weight(module: Any, *, is_transposed: bool) -> tuple[Any, torch.Tensor]:
+    """A copy of a module with a matrix `weight` and perhaps a `bias`, and rows for it."""
+    copied = copy.copy(module)
+    copied._parameters = dict(module._parameters)
+    weight = module.weight
+    values, rows = _cancelling_values(weight.T if is_transposed else weight)
+    values = values.T.contiguous() if is_transposed else values
+    copied._parameters["weight"] = torch.nn.Parameter(values, requires_grad=False)
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        zeros = torch.zeros_like(bias)
+        copied._parameters["bias"] = torch.nn.Parameter(zeros, requires_grad=False)
+    return copied, rows
+
+
+def _cancelling_values(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(outputs, inputs) weights as `like`, and rows, whose products are zero."""
+    generator = torch.Generator().manual_seed(20_26)
+    outputs, inputs = like.shape
+    pairs = inputs // 2
+    order = torch.randperm(inputs, generator=generator)
+    halves = torch.randn(min(outputs, _OUTPUTS_MAX), pairs, generator=generator)
+    halves = halves.repeat(-(-outputs // len(halves)), 1)[:outputs]
+    odd = torch.zeros(outputs, inputs - 2 * pairs)
+    values = torch.cat([halves, halves, odd], dim=1)[:, order].to(like)
+    rows = torch.randn(TILE_ROWS_MAX, pairs, generator=generator)
+    odd = torch.zeros(TILE_ROWS_MAX, inputs - 2 * pairs)
+    return values, torch.cat([rows, -rows, odd], dim=1)[:, order].to(like)
 
 
 class _Probe:
@@ -245,12 +228,9 @@ class _Probe:
         whole.commit(_PREFIX_ROWS)
         self._caches = [whole.forked(1 + index % _PREFIX_ROWS) for index in range(TILE_ROWS_MAX)]
 
-    def stable_rows(self, count: int) -> torch.Tensor | None:
-        """See `_stable_rows`."""
-        return _stable_rows(self._run, count)
-
     @torch.inference_mode()
-    def _run(self, numbers: Sequence[int], num_rows: int) -> torch.Tensor:
+    def run(self, numbers: Sequence[int], num_rows: int) -> torch.Tensor:
+        """What the block makes of these rows in a pass of `num_rows`."""
         pieces = [
             Piece(
                 cache=self._caches[number],

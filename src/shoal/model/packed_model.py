@@ -13,6 +13,7 @@ from torch.nn import functional
 from shoal.base.spans import Span
 from shoal.model.packed_attention import PackedStep, Piece, use_packed_attention
 from shoal.model.span_model import SpanModel
+from shoal.model.tiled_experts import TiledExperts
 
 
 class PackedModel:
@@ -26,6 +27,8 @@ class PackedModel:
         self.config = model.config
         self.hidden_size = int(model.config.hidden_size)
         self._model = model
+        self.experts = TiledExperts(model.base.config, model.blocks())
+        """Mixtures of experts, if there are any: exact mode computes them in tiles."""
 
     def run(
         self, pieces: Sequence[Piece], hidden: torch.Tensor, span: Span, num_rows: int = 0
@@ -43,6 +46,7 @@ class PackedModel:
             for position in range(piece.start, piece.start + piece.count)
         ] + [0] * padding
         step = PackedStep(self.windows, pieces)
+        self.experts.num_rows = count
         with step.running():
             output = self._model.forward_at(
                 functional.pad(hidden, (0, 0, 0, padding)) if padding else hidden,
@@ -70,11 +74,3 @@ class PackedModel:
     def modules(self, block: int) -> list[torch.nn.Module]:
         """All modules of one block."""
         return list(self._model.block(block).modules())
-
-    def has_experts(self) -> bool:
-        """Whether rows choose among experts: which rows share a product depends on them."""
-        return any(
-            name.rsplit(".", 1)[-1] == "experts"
-            for index in range(self.span.start, self.span.end)
-            for name, _ in self._model.block(index).named_modules()
-        )

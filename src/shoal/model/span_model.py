@@ -64,6 +64,10 @@ class SpanModel:
         """One of the span's blocks."""
         return self._blocks[index]
 
+    def blocks(self) -> list[torch.nn.Module]:
+        """All of the span's blocks."""
+        return list(self._blocks.values())
+
     def forward(
         self, hidden: torch.Tensor, position: int, cache: SequenceCache, span: Span
     ) -> torch.Tensor:

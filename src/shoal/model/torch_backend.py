@@ -142,6 +142,7 @@ def _choose_tiles(model: PackedModel, config: BackendConfig) -> RowTiles | None:
         return None
     tiles = find_tiles(model, config.device)
     if tiles is None or (config.exact == "auto" and not tiles.is_free):
+        model.experts.reset()
         return None
     return tiles
 

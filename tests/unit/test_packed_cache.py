@@ -42,11 +42,16 @@ class Pair:
     """The longest it was since it was last empty: margins count from there."""
 
     def write(self, numbers: list[int], *, is_committed: bool = True) -> None:
-        """One pass; a failed one leaves its rows uncommitted."""
+        """A pass of two calls; a failed one leaves its rows uncommitted."""
         start = len(self.numbers)
+        half = len(numbers) // 2
+        written = [*self.numbers, *numbers]
         for block in range(len(WINDOWS)):
-            self.cache.write(block, start, *rows_of(numbers))
-            self.check_reads(block, [*self.numbers, *numbers], start)
+            for part, at in ((numbers[:half], start), (numbers[half:], start + half)):
+                if part:
+                    self.cache.write(block, at, *rows_of(part))
+            self.check_reads(block, written[: start + half], start)
+            self.check_reads(block, written, start + half)
         if is_committed:
             self.numbers += numbers
             self.cache.commit(len(self.numbers))
@@ -55,6 +60,8 @@ class Pair:
     def check_reads(self, block: int, numbers: list[int], start: int) -> None:
         """What attention sees from `start` on is what was written there last."""
         first = first_visible(start, WINDOWS[block])
+        if first == len(numbers):
+            return
         keys, values = self.cache.read(block, first, len(numbers))
         expected, expected_values = rows_of(numbers[first:])
         assert torch.equal(keys, expected)
@@ -128,6 +135,8 @@ def test_a_sliding_block_stops_growing() -> None:
         cache.write(0, position, *rows_of([position]))
         cache.commit(position + 1)
         sizes.append(cache.num_bytes)
+        reachable = max(position + 1 - ROLLBACK_TOKENS, 0)
+        assert cache.forked(reachable).length == reachable
     row_bytes = 2 * HEADS * SIZE * 8
     assert max(sizes) <= row_bytes * (kept_tokens(window) * 5 // 4 + 2 * PAGE_TOKENS)
     assert len(set(sizes[5 * window :])) == 1
@@ -148,6 +157,7 @@ def test_chunks_add_at_most_themselves(chunk: int) -> None:
     bound = kept_tokens(window) * 5 // 4 + 2 * PAGE_TOKENS + chunk
     assert sliding.num_bytes <= row_bytes * bound
     assert full.num_bytes >= row_bytes * full.length
+    assert sliding.forked(sliding.length).num_bytes <= row_bytes * (bound - chunk)
     # The next decode step gives back what only the chunk needed.
     for _ in range(PAGE_TOKENS):
         sliding.write(0, sliding.length, *rows_of([0]))

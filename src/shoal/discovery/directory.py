@@ -1,6 +1,6 @@
 """The Directory contract: publish a record, see everybody's.
 
-Implementations: `static.StaticDirectory`, `joined.JoinedDirectory`. Both pass
+Implementations: `static.StaticDirectory`, `gossip.GossipDirectory`. Both pass
 tests/contracts/test_directory.py.
 """
 
@@ -30,6 +30,8 @@ class Snapshot:
     version: int
     """Differs between two snapshots of one directory if anything else does."""
     records: tuple[SignedRecord, ...] = ()
+    suspects: frozenset[PeerId] = frozenset()
+    """Servers among them that somebody could not reach a moment ago: a hint, no more."""
 
     def find(self, peer: PeerId) -> SignedRecord | None:
         """The peer's record, if it has a valid one."""
@@ -46,7 +48,8 @@ class Snapshot:
 
         `shape` is (num_blocks, hidden_size) if the caller knows the model; otherwise
         what most of its servers say. Servers that say something else are left out. A
-        model that nobody serves gives a view without servers.
+        model that nobody serves gives a view without servers. A suspect is in it only
+        if some of its blocks have no other server: then dialling it is worth a try.
         """
         mine = [one for one in self.records if one.record.model == model]
         shapes = Counter(_shape(one.record) for one in mine)
@@ -57,9 +60,26 @@ class Snapshot:
             num_blocks=shape[0],
             hidden_size=shape[1],
             servers=tuple(
-                to_server_view(one.record, one.data) for one in mine if _shape(one.record) == shape
+                to_server_view(one.record, one.data)
+                for one in self._without_needless_suspects(
+                    [one for one in mine if _shape(one.record) == shape]
+                )
             ),
         )
+
+    def _without_needless_suspects(self, servers: list[SignedRecord]) -> list[SignedRecord]:
+        if not self.suspects:
+            return servers
+        safe: set[int] = set()
+        for one in servers:
+            if one.record.peer not in self.suspects:
+                safe.update(range(one.record.start, one.record.end))
+        return [
+            one
+            for one in servers
+            if one.record.peer not in self.suspects
+            or not safe.issuperset(range(one.record.start, one.record.end))
+        ]
 
 
 def _shape(record: Record) -> tuple[int, int]:

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 PAGE_BYTES_MAX: Final = HEADER_BYTES_MAX * 3 // 4
 """Records in one message: they must fit into a frame's header."""
 
+RECORD_OVERHEAD_BYTES: Final = 14
+"""Beside a record's own bytes: msgpack's prefix of a byte string, and its age."""
+
 PUBLISH_RECORDS_MAX: Final = 64
 """Records of one Publish that are looked at: checking one takes about 0.1 ms."""
 
@@ -61,19 +64,21 @@ def answer_directory(
     """
     store.expire(now_s)
     if isinstance(message, GetRecords):
-        return _page(store, message)
+        return _page(store, message, now_s)
     return _take(store, message, now_s)
 
 
-def _page(store: RecordStore, message: GetRecords) -> Records:
+def _page(store: RecordStore, message: GetRecords, now_s: float) -> Records:
     page: list[bytes] = []
+    ages_s: list[float] = []
     room = PAGE_BYTES_MAX
-    for _, data in store.envelopes(message.after):
-        room -= len(data) + 5  # msgpack's prefix of a byte string
+    for peer, data in store.envelopes(message.after):
+        room -= len(data) + RECORD_OVERHEAD_BYTES
         if room < 0:
-            return Records(message.call, page, has_more=True)
+            return Records(message.call, page, True, ages_s)
         page.append(data)
-    return Records(message.call, page)
+        ages_s.append(store.age_s(peer, now_s))
+    return Records(message.call, page, False, ages_s)
 
 
 def _take(store: RecordStore, message: Publish, now_s: float) -> Records | Error:
@@ -133,10 +138,11 @@ async def _ask(channel: Asking, question: GetRecords | Publish) -> Records:
 def _keep(answer: Records, store: RecordStore, now_s: float, source: PeerId) -> PeerId | None:
     """Take the records that are good, and log who handed on bad ones; the last peer's id."""
     last: PeerId | None = None
-    for data in answer.records:
+    for index, data in enumerate(answer.records):
+        age_s = answer.ages_s[index] if index < len(answer.ages_s) else 0.0
         try:
             last = claimed_peer(data)
-            store.accept(data, now_s)
+            store.accept(data, now_s, age_s)
         except (ProtocolError, PeerMisbehaved, PeerRefused, PeerBusy) as error:
             logger.warning("record refused source=%s reason=%s", short(source), error)
     return last

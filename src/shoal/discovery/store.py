@@ -15,22 +15,39 @@ from typing import Final
 from shoal.base.errors import PeerBusy, PeerRefused
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S, RECORDS_MAX
+from shoal.discovery.digest import RunningDigest
 from shoal.discovery.directory import SignedRecord, Snapshot
-from shoal.discovery.records import open_record
+from shoal.discovery.records import Record, open_record
 
 REMEMBERED_MAX: Final = 4 * RECORDS_MAX
 """Expired peers whose last sequence is remembered, so that an old copy of a dead peer's
 record, handed round among others, does not come back to life here."""
 
+LOST_MAX: Final = 256
+"""Servers that vanished without a farewell whose records are kept aside, to dial them now
+and then: that is how the halves of a split swarm find each other again."""
+
+SUSPECT_S: Final = 5.0
+"""A suspect has this long to refute: a flood there and back over six hops takes about 3 s."""
+
+Opener = Callable[[bytes], Record]
+"""Checks an envelope; `records.open_record`, or a simulation's that remembers."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     signed: SignedRecord
+    born_s: float
+    """When it was signed, by our clock, as far as those who handed it on told the truth."""
     expires_s: float
 
     @property
     def is_tombstone(self) -> bool:
         return self.signed.record.state == "offline"
+
+    @property
+    def sequence(self) -> tuple[int, int]:
+        return self.signed.record.sequence
 
 
 class RecordStore:
@@ -40,31 +57,52 @@ class RecordStore:
         swarm: records of other swarms are refused.
         is_lasting: records never expire; for fixed clusters, where a person vouches.
         records_max: peers that are held at once, those who have gone included.
+        opener: checks records.
     """
 
     def __init__(
-        self, swarm: str, *, is_lasting: bool = False, records_max: int = RECORDS_MAX
+        self,
+        swarm: str,
+        *,
+        is_lasting: bool = False,
+        records_max: int = RECORDS_MAX,
+        opener: Opener = open_record,
     ) -> None:
         self.swarm = swarm
         self.version = 0
         """Rises with every change of the snapshot."""
         self._is_lasting = is_lasting
         self._records_max = records_max
+        self._open = opener
+        self.digest = RunningDigest()
         self._held: dict[PeerId, _Held] = {}
         self._envelopes: set[bytes] = set()
         self._expired: OrderedDict[PeerId, tuple[int, int]] = OrderedDict()
+        self._lost: OrderedDict[PeerId, SignedRecord] = OrderedDict()
+        self._suspects: dict[PeerId, float] = {}
+        """Until when they may refute."""
+        self._soonest_s = math.inf
+        """Nothing expires before; what does expire may do so later."""
         self._snapshot = Snapshot(version=0)
         self._listeners: list[Callable[[], None]] = []
+        self._news_listeners: list[Callable[[SignedRecord], None]] = []
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` after every change of the snapshot."""
         self._listeners.append(listener)
 
-    def accept(self, data: bytes, now_s: float) -> bool:
+    def on_news(self, listener: Callable[[SignedRecord], None]) -> None:
+        """Call `listener` with every record that is taken, tombstones too."""
+        self._news_listeners.append(listener)
+
+    def accept(self, data: bytes, now_s: float, age_s: float = 0.0) -> bool:
         """Take a record from anybody; whether it was news.
 
         A record with the sequence of the one we hold, or a lower one, is not news, and
-        never makes it valid for longer.
+        never makes it valid for longer. `age_s` of its life is over: without that a
+        dead server's record would begin a new life wherever it is handed on to. Ages are
+        as honest as those who state them; none makes a record live longer than its own
+        lifetime from its receipt here.
 
         Raises:
             ProtocolError: malformed, too large, or not signed by its peer.
@@ -75,7 +113,7 @@ class RecordStore:
         self.expire(now_s)
         if data in self._envelopes:  # the usual case, and no signature to check
             return False
-        record = open_record(data)
+        record = self._open(data)
         peer = PeerId(record.peer)
         if record.swarm != self.swarm:
             raise PeerRefused(
@@ -84,9 +122,14 @@ class RecordStore:
         known = self.sequence(peer)
         if known is not None and record.sequence <= known:
             return False
+        if not self._is_lasting and age_s >= min(record.ttl_s, RECORD_TTL_S):
+            return False
         if peer not in self._held:
             self._make_room()
-        self._take(peer, SignedRecord(record=record, data=data), now_s)
+        signed = SignedRecord(record=record, data=data)
+        self._take(peer, signed, now_s, age_s)
+        for listener in self._news_listeners:
+            listener(signed)
         return True
 
     def find(self, peer: PeerId) -> SignedRecord | None:
@@ -101,24 +144,61 @@ class RecordStore:
             return held.signed.record.sequence
         return self._expired.get(peer)
 
+    def suspect(self, peer: PeerId, sequence: tuple[int, int], now_s: float) -> bool:
+        """Somebody can't reach a server whose record we hold; whether that is news.
+
+        Unless a later record comes within SUSPECT_S it is dropped. An accusation that
+        names another sequence than ours is about another life of that server.
+        """
+        self.expire(now_s)
+        held = self._held.get(peer)
+        if held is None or held.is_tombstone or held.sequence != sequence or self._is_lasting:
+            return False
+        if peer in self._suspects:
+            return False
+        self._suspects[peer] = now_s + SUSPECT_S
+        self._soonest_s = min(self._soonest_s, now_s + SUSPECT_S)
+        self._change()
+        return True
+
+    def is_suspect(self, peer: PeerId) -> bool:
+        """Whether the peer is accused of being gone and may still refute."""
+        return peer in self._suspects
+
+    def lost(self) -> tuple[SignedRecord, ...]:
+        """Servers that vanished without a farewell, the latest last."""
+        return tuple(self._lost.values())
+
     def expire(self, now_s: float) -> None:
-        """Drop what is no longer valid."""
+        """Drop what is no longer valid, and suspects that did not refute in time."""
+        if now_s < self._soonest_s:
+            return
         expired = [peer for peer, held in self._held.items() if held.expires_s <= now_s]
-        changes = [self._drop(peer) for peer in expired]
+        expired += [peer for peer, end_s in self._suspects.items() if end_s <= now_s]
+        changes = [self._drop(peer) for peer in expired if peer in self._held]
+        self._soonest_s = self.next_expiry_s
         if any(changes):
             self._change()
 
     @property
     def next_expiry_s(self) -> float:
-        """When the next record expires; infinity if none does."""
-        return min((held.expires_s for held in self._held.values()), default=math.inf)
+        """When the next record expires or is dropped; infinity if none is."""
+        ends_s = [held.expires_s for held in self._held.values()]
+        return min([*ends_s, *self._suspects.values()], default=math.inf)
+
+    def age_s(self, peer: PeerId, now_s: float) -> float:
+        """How much of the life of the peer's record is over, to hand on with it."""
+        held = self._held.get(peer)
+        return 0.0 if held is None else max(0.0, now_s - held.born_s)
 
     def snapshot(self) -> Snapshot:
         """All servers, by peer id; valid as of the last call that was handed the time."""
         if self._snapshot.version != self.version:
             here = [held.signed for held in self._held.values() if not held.is_tombstone]
             here.sort(key=lambda signed: signed.record.peer)
-            self._snapshot = Snapshot(version=self.version, records=tuple(here))
+            self._snapshot = Snapshot(
+                version=self.version, records=tuple(here), suspects=frozenset(self._suspects)
+            )
         return self._snapshot
 
     def envelopes(self, after: bytes = b"") -> Iterator[tuple[PeerId, bytes]]:
@@ -126,14 +206,25 @@ class RecordStore:
         for peer in sorted(peer for peer in self._held if peer > after):
             yield peer, self._held[peer].signed.data
 
-    def _take(self, peer: PeerId, signed: SignedRecord, now_s: float) -> None:
+    def sequences(self) -> Iterator[tuple[PeerId, tuple[int, int]]]:
+        """Whose records are held, tombstones too, and their sequences."""
+        for peer, held in self._held.items():
+            yield peer, held.sequence
+
+    def _take(self, peer: PeerId, signed: SignedRecord, now_s: float, age_s: float) -> None:
         before = self._held.get(peer)
         if before is not None:
             self._envelopes.discard(before.signed.data)
+            self.digest.toggle(peer, before.sequence)
         self._expired.pop(peer, None)
+        self._lost.pop(peer, None)
+        self._suspects.pop(peer, None)
         ttl_s = math.inf if self._is_lasting else min(signed.record.ttl_s, RECORD_TTL_S)
-        held = self._held[peer] = _Held(signed, now_s + ttl_s)
+        born_s = now_s - min(age_s, RECORD_TTL_S)
+        held = self._held[peer] = _Held(signed, born_s, born_s + ttl_s)
+        self._soonest_s = min(self._soonest_s, held.expires_s)
         self._envelopes.add(signed.data)
+        self.digest.toggle(peer, held.sequence)
         if not held.is_tombstone or (before is not None and not before.is_tombstone):
             self._change()
 
@@ -141,9 +232,15 @@ class RecordStore:
         """Forget all but the sequence; whether the snapshot changes."""
         held = self._held.pop(peer)
         self._envelopes.discard(held.signed.data)
-        self._expired[peer] = held.signed.record.sequence
+        self._suspects.pop(peer, None)
+        self.digest.toggle(peer, held.sequence)
+        self._expired[peer] = held.sequence
         if len(self._expired) > REMEMBERED_MAX:
             self._expired.popitem(last=False)
+        if not held.is_tombstone:
+            self._lost[peer] = held.signed
+            if len(self._lost) > LOST_MAX:
+                self._lost.popitem(last=False)
         return not held.is_tombstone
 
     def _make_room(self) -> None:

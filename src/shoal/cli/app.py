@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -18,8 +19,9 @@ import typer
 import shoal
 from shoal.base.errors import BadInput, ConfigError, ModelUnknown, ShoalError
 from shoal.cli.logs import configure_logging
+from shoal.cli.settings import default_map, find_file, global_settings, load_file
 
-COMMANDS: Final = ("model", "serve", "generate", "status", "swarm", "simulate")
+COMMANDS: Final = ("model", "serve", "generate", "status", "swarm", "simulate", "config")
 """Modules of this package with a `register(app)`, in the order of the help."""
 
 INTERRUPTED: Final = 130
@@ -44,7 +46,9 @@ the answer. Try it on one machine:
   shoal generate smollm2-135m-instruct --join ADDRESS --prompt "The sea is"
 
 Environment: SHOAL_CACHE (where models are kept; default ~/.cache/shoal), SHOAL_LOG
-(debug, info, warning or error; default warning).
+(debug, info, warning or error; default warning), SHOAL_CONFIG (a TOML file with options;
+default ./shoal.toml, then ~/.config/shoal/shoal.toml), and every option of a command as
+SHOAL_COMMAND_OPTION. See: shoal config show --help.
 """
 
 
@@ -53,7 +57,7 @@ def make_app() -> typer.Typer:
     app = typer.Typer(
         name="shoal",
         help=_HELP,
-        add_completion=False,
+        add_completion=True,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -72,6 +76,7 @@ def _show_version(is_wanted: bool) -> None:
 
 
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -84,8 +89,23 @@ def _options(
             "--debug", help="Before the command: log everything, show tracebacks of errors."
         ),
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Before the command: a TOML file with options (see: shoal config show --help).",
+        ),
+    ] = None,
 ) -> None:
-    configure_logging("debug" if debug else os.environ.get("SHOAL_LOG", "warning"))
+    path = find_file(config, os.environ, Path.cwd())
+    file = None if path is None else load_file(path, context)
+    log, cache = global_settings(file, os.environ)
+    if cache.value is not None:
+        os.environ["SHOAL_CACHE"] = str(Path(cache.value).expanduser())
+    configure_logging("debug" if debug else log.value)
+    arguments = context.obj if isinstance(context.obj, tuple) else ()
+    context.default_map = default_map(context, file, os.environ, arguments)
+    context.obj = file
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -94,10 +114,12 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         KeyboardInterrupt: as it is.
     """
-    is_debugging = "--debug" in arguments[:1]
+    is_debugging = "--debug" in arguments[:3]  # before the command; --config FILE may be too
     try:
         command = typer.main.get_command(make_app())
-        code = command.main(list(arguments), prog_name="shoal", standalone_mode=False)
+        code = command.main(
+            list(arguments), prog_name="shoal", standalone_mode=False, obj=tuple(arguments)
+        )
     except typer.Abort:
         code = INTERRUPTED
     except _USAGE_ERROR as error:

@@ -9,10 +9,19 @@ import typer
 DEFAULT_SWARM = "default"
 """The open swarm that servers and clients are in unless told otherwise."""
 
+
+def _known_models(incomplete: str) -> list[str]:
+    """For the shell's completion; what is no known name is completed as a path."""
+    from shoal.model.known import KNOWN_MODELS
+
+    return [name for name in sorted(KNOWN_MODELS) if name.startswith(incomplete)]
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=_known_models,
         help="A directory with config.json and *.safetensors, a .gguf file, or a known name "
         "(see: shoal model list).",
     ),

@@ -23,6 +23,7 @@ ShoalError
 |  +- ModelUnknown        no such model
 |  +- ModelCorrupt        weights are truncated, altered or do not match their hash
 |  +- ModelUnsupported    an architecture or a format that cannot be served, and why
+|  +- WeightsMissing      no peer gives the weights that are needed; names them
 +- InternalError          our bug
 ```
 
@@ -207,6 +208,14 @@ class ModelUnsupported(ModelError):
 
     code = "model_unsupported"
     http_status = 400
+
+
+class WeightsMissing(ModelError):
+    """No peer that can be reached has the weights that are needed; names them."""
+
+    code = "weights_missing"
+    retryable = True
+    http_status = 503
 
 
 class InternalError(ShoalError):

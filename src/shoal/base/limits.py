@@ -51,6 +51,22 @@ directories exchange the names of 16."""
 DETAIL_CHARS_MAX: Final = 2000
 """Characters of an error's text on the wire."""
 
+MANIFEST_BYTES_MAX: Final = 32 << 20
+"""A model's manifest: 120 bytes per tensor, so 280,000 tensors."""
+
+TENSORS_MAX: Final = 1 << 18
+"""Tensors of one model: twice those of the largest mixtures, experts stored one by one."""
+
+FILES_MAX: Final = 32
+"""Files beside the weights that a peer offers: tokenizers have up to six."""
+
+FILES_BYTES_MAX: Final = 64 << 20
+"""All of these files together: twice the largest tokenizers."""
+
+PIECE_BYTES_MAX: Final = 256 << 10
+"""Weights travel in pieces of at most this: 0.2 s of a 10 Mbit/s uplink, so that rows of
+sessions never wait long behind one."""
+
 # --- flow control ------------------------------------------------------------
 
 WINDOW_BYTES: Final = 4 << 20

@@ -39,7 +39,10 @@ PURPOSE_ROWS_OUT: Final = "rows-out"
 PURPOSE_ROWS_IN: Final = "rows-in"
 """A data link on which the dialler receives rows."""
 
-PURPOSES: Final = frozenset({PURPOSE_CONTROL, PURPOSE_ROWS_OUT, PURPOSE_ROWS_IN})
+PURPOSE_WEIGHTS: Final = "weights"
+"""The dialler asks for tensors, files and manifests; the dialled peer hands them out."""
+
+PURPOSES: Final = frozenset({PURPOSE_CONTROL, PURPOSE_ROWS_OUT, PURPOSE_ROWS_IN, PURPOSE_WEIGHTS})
 
 AGENT: Final = "shoal"
 """What we call ourselves in Hello; for logs only, nothing is decided by it."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.base.ids import PeerId
 from shoal.base.limits import IDLE_SESSION_S, ORPHAN_GRACE_S, WINDOW_BYTES
 from shoal.net.address import Address
+from shoal.net.channel import Channel
 from shoal.server.engine import EngineLimits
 from shoal.wire.messages import ControlMessage, GetRecords, Publish
+
+StreamService = Callable[[Channel], Awaitable[None]]
+"""Serves one stream of its purpose until it ends; may raise PeerError or ProtocolError."""
 
 
 class AddressBook(Protocol):
@@ -37,3 +42,5 @@ class ServerConfig:
     window_bytes: int = WINDOW_BYTES
     orphan_grace_s: float = ORPHAN_GRACE_S
     idle_session_s: float = IDLE_SESSION_S
+    services: Mapping[str, StreamService] = field(default_factory=dict)
+    """Who serves streams of other purposes than the server's own, by purpose."""

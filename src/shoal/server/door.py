@@ -7,7 +7,7 @@ refused as busy; when the server opens, the waiting are let go and come back by 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from shoal.base.backend import BackendFacts
@@ -16,7 +16,7 @@ from shoal.base.ids import PeerId, SessionId, short
 from shoal.net.channel import PURPOSE_CONTROL, Channel, accept_channel
 from shoal.net.membership import SwarmPass
 from shoal.net.transport import Stream
-from shoal.server.config import AddressBook
+from shoal.server.config import AddressBook, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.server import Server
 from shoal.wire.messages import Alive, ControlMessage, GetRecords, Load, Publish, Route, Routed
@@ -30,10 +30,18 @@ LOADING_RETRY_S: Final = 2.0
 class Door:
     """Takes streams from the first moment; hands them to the server once there is one."""
 
-    def __init__(self, swarm_pass: SwarmPass, book: AddressBook, facts: BackendFacts) -> None:
+    def __init__(
+        self,
+        swarm_pass: SwarmPass,
+        book: AddressBook,
+        facts: BackendFacts,
+        services: Mapping[str, StreamService] | None = None,
+    ) -> None:
         self._swarm_pass = swarm_pass
         self._book = book
         self._facts = facts
+        self._services = services or {}
+        """What is served already, by purpose."""
         self._server: Server | None = None
         self._waiting: set[Channel] = set()
 
@@ -49,16 +57,24 @@ class Door:
             await self._server.serve_stream(stream)
             return
         channel, purpose = await accept_channel(stream, self._swarm_pass)
-        if purpose != PURPOSE_CONTROL:
+        service = self._services.get(purpose)
+        if purpose != PURPOSE_CONTROL and service is None:
             await channel.refuse(_still_loading())
             return
-        self._waiting.add(channel)
         try:
-            await ControlLink(channel, self).run()
+            if service is not None:
+                await service(channel)
+            else:
+                await self._answer_control(channel)
         except (PeerUnreachable, PeerTimeout):
             logger.debug("stream ended peer=%s", short(channel.peer))
         except ProtocolError as error:
             await channel.refuse(error)
+
+    async def _answer_control(self, channel: Channel) -> None:
+        self._waiting.add(channel)
+        try:
+            await ControlLink(channel, self).run()
         finally:
             self._waiting.discard(channel)
 

@@ -16,6 +16,7 @@ from shoal.base.errors import (
     BadInput,
     InternalError,
     PeerMisbehaved,
+    PeerRefused,
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
@@ -34,6 +35,7 @@ from shoal.link.pool import SenderPool
 from shoal.link.receiver import Answer, RowReceiver
 from shoal.net.channel import (
     PURPOSE_CONTROL,
+    PURPOSE_ROWS_IN,
     PURPOSE_ROWS_OUT,
     Channel,
     accept_channel,
@@ -42,7 +44,7 @@ from shoal.net.channel import (
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Stream, Transport
-from shoal.server.config import AddressBook, ServerConfig
+from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.engine import Engine
 from shoal.server.routes import read_route
@@ -101,6 +103,12 @@ class Server:
         self._broken = asyncio.Event()
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
+        self._services: dict[str, StreamService] = {
+            PURPOSE_CONTROL: self._serve_control,
+            PURPOSE_ROWS_OUT: self._serve_rows,
+            PURPOSE_ROWS_IN: self._senders.adopt,
+            **config.services,
+        }
 
     def start(self) -> None:
         """Start the engine and the watch over idle sessions."""
@@ -145,21 +153,17 @@ class Server:
         except ShoalError as error:
             logger.info("stream refused peer=%s reason=%s", short(stream.peer), error)
             return
+        service = self._services.get(purpose)
+        if service is None:
+            await channel.refuse(PeerRefused(f"no streams for {purpose} here"))
+            return
         try:
-            await self._serve_channel(channel, purpose)
+            await service(channel)
         except (PeerUnreachable, PeerTimeout):
             logger.debug("stream ended peer=%s purpose=%s", short(channel.peer), purpose)
         except ProtocolError as error:
             logger.warning("stream refused peer=%s reason=%s", short(channel.peer), error)
             channel.close()
-
-    async def _serve_channel(self, channel: Channel, purpose: str) -> None:
-        if purpose == PURPOSE_CONTROL:
-            await self._serve_control(channel)
-        elif purpose == PURPOSE_ROWS_OUT:
-            await self._serve_rows(channel)
-        else:
-            await self._senders.adopt(channel)
 
     async def _serve_control(self, channel: Channel) -> None:
         control = self._controls[channel.peer] = ControlLink(channel, self)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from shoal.base.content import CONTENT_BYTES
 from shoal.base.errors import ProtocolError
 from shoal.base.ids import NONCE_BYTES, PEER_ID_BYTES, SESSION_ID_BYTES
 from shoal.base.limits import (
@@ -22,12 +23,17 @@ from shoal.base.limits import (
     DIGEST_BUCKETS,
     ENTRIES_PER_FRAME_MAX,
     ENTRY_TOKENS_MAX,
+    FILES_BYTES_MAX,
+    FILES_MAX,
     HOPS_MAX,
+    MANIFEST_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
+    PIECE_BYTES_MAX,
     RECORD_BYTES_MAX,
     RECORDS_MAX,
     SESSION_TOKENS_MAX,
     SESSIONS_KEPT_MAX,
+    TENSORS_MAX,
 )
 from shoal.wire.frames import Buffer
 
@@ -36,6 +42,7 @@ Block = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Position = Annotated[int, msgspec.Meta(ge=0, le=SESSION_TOKENS_MAX)]
 Peer = Annotated[bytes, msgspec.Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTES)]
 Session = Annotated[bytes, msgspec.Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
+Content = Annotated[bytes, msgspec.Meta(min_length=CONTENT_BYTES, max_length=CONTENT_BYTES)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 Detail = Annotated[str, msgspec.Meta(max_length=DETAIL_CHARS_MAX)]
@@ -397,6 +404,52 @@ class Part(_Message, tag=36, frozen=True):
     """The sender ends this stream and lives on: nobody is to be suspected."""
 
 
+# --- weights streams ------------------------------------------------------------
+
+
+class FileEntry(_Message, frozen=True):
+    """A file that belongs to a model beside its weights: a tokenizer, a generation config."""
+
+    name: Name
+    num_bytes: Annotated[int, msgspec.Meta(ge=0, le=FILES_BYTES_MAX)]
+    content: Content
+
+
+class GetHoldings(_Message, tag=40, frozen=True):
+    """Asks what the peer has of a model. `model` is its name as 16 bytes."""
+
+    call: Count
+    model: Content
+
+
+class Holdings(_Message, tag=41, frozen=True):
+    """What the peer has of a model.
+
+    Bit i of `held` (the lowest of a byte first) says that it has tensor i of the manifest;
+    bits behind the end are 0.
+    """
+
+    call: Count
+    manifest_bytes: Annotated[int, msgspec.Meta(ge=0, le=MANIFEST_BYTES_MAX)]
+    held: Annotated[bytes, msgspec.Meta(max_length=TENSORS_MAX // 8)]
+    files: Annotated[list[FileEntry], msgspec.Meta(max_length=FILES_MAX)] = []
+
+
+class GetPiece(_Message, tag=42, frozen=True):
+    """Asks for `count` bytes from `offset` of what has this hash: a tensor, a file, a manifest."""
+
+    call: Count
+    content: Content
+    offset: Count
+    count: Annotated[int, msgspec.Meta(ge=1, le=PIECE_BYTES_MAX)]
+
+
+class Piece(_Message, tag=43, frozen=True):
+    """The bytes asked for are the frame's payload: all of them, never fewer."""
+
+    call: Count
+
+
 ControlMessage = (
     Route
     | Routed
@@ -415,6 +468,7 @@ ControlMessage = (
 )
 LinkMessage = Open | Have | Gap | Ack | Stale | Rows | Error
 GossipMessage = Beat | Digest | Offer | WantRecords | Suspects | Taken | Part | Records | Error
+WeightsMessage = GetHoldings | Holdings | GetPiece | Piece | Error
 Message = (
     Hello
     | ControlMessage
@@ -431,6 +485,10 @@ Message = (
     | Suspects
     | Taken
     | Part
+    | GetHoldings
+    | Holdings
+    | GetPiece
+    | Piece
 )
 
 _encoder = msgspec.msgpack.Encoder()

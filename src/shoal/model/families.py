@@ -72,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(packs=True),
     "gpt_oss": Family(packs=True),
     "gpt_neox": Family(norm="final_layer_norm", embedding="embed_in", packs=True),
-    "deepseek_v3": Family(),
+    "deepseek_v3": Family(packs=True),
     "olmo3": Family(packs=True),
     "smollm3": Family(packs=True),
     "glm4_moe": Family(packs=True),

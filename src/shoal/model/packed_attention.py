@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from shoal.base.errors import InternalError
 from shoal.model.block_rows import first_visible
+from shoal.model.latent_attention import LatentAttention, latent_of
 from shoal.model.packed_cache import PackedCache
 
 NAME: Final = "shoal_packed"
@@ -59,6 +60,8 @@ class _Extras:
     softcap: float | None
     sinks: torch.Tensor | None
     """(N,) logits of a key that everybody sees and that has no value."""
+    latent: LatentAttention | None
+    """Keys and values are cached compressed."""
 
 
 class _NoLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -138,7 +141,8 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
                     one = self._attend_one(piece, offset, rows[:, :, offset : offset + 1], extras)
                     output[0, at + offset] = one
             else:
-                output[:, at:end] = self._attend_chunk(index, rows, extras).transpose(1, 2)
+                chunk = self._attend_chunk(index, rows, extras)
+                output[:, at:end] = chunk[..., :value_size].transpose(1, 2)
             at = end
         return output
 
@@ -150,6 +154,8 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         window = self._windows[self._block]
         first = first_visible(position, window)
         keys, values = piece.cache.read(self._block, first, position + 1)
+        if extras.latent is not None:
+            return extras.latent.attend_one(query, keys, values, extras.scale)
         heads, kv_heads = query.shape[1], keys.shape[1]
         # The query heads that share a KV head become rows: keys are read once for all.
         grouped = query.reshape(1, kv_heads, heads // kv_heads, query.shape[3])
@@ -167,6 +173,8 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         window = self._windows[self._block]
         first = first_visible(piece.start, window)
         keys, values = piece.cache.read(self._block, first, piece.start + piece.count)
+        if extras.latent is not None:
+            keys, values = extras.latent.expanded(keys, values)
         groups = query.shape[1] // keys.shape[1]
         is_lower_left = piece.start == 0 and (window is None or window >= piece.count)
         mask = None if is_lower_left and _is_plain(extras) else self._mask(index, window, query)
@@ -227,6 +235,7 @@ def _attention(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
+        latent=latent_of(module),
     )
     return step.attend(query, value.shape[-1], extras), None
 

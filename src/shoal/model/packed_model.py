@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from shoal.base.spans import Span
+from shoal.model.latent_attention import use_latent_attention
 from shoal.model.packed_attention import PackedStep, Piece, use_packed_attention
 from shoal.model.span_model import SpanModel
 from shoal.model.tiled_experts import TiledExperts
@@ -21,6 +22,8 @@ class PackedModel:
 
     def __init__(self, model: SpanModel) -> None:
         use_packed_attention(model.base.config)
+        for block in model.blocks():
+            use_latent_attention(block)
         self.span = model.span
         self.windows = model.windows
         self.dtype = model.dtype

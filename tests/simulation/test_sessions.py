@@ -94,6 +94,20 @@ async def test_a_server_sends_nan(it):
     assert it["c"].peer not in it.client.experience.snapshot(now_s()).avoid
 
 
+@scene(CHAIN)
+async def test_a_server_that_cannot_compute_replaces_itself_not_its_predecessor(it):
+    """It got good rows: the one before it stays, with its cache."""
+    reader = await it.read(10)
+    kept = same_sequences(it, reader, "a")
+    it["b"].fault = lambda call: "overflow"
+    await reader.decode(3)
+    assert reader.chain == ["a", "spare-b", "c"]
+    assert same_sequences(it, reader, "a") == kept
+    avoided = it.client.experience.snapshot(now_s()).avoid
+    assert it["b"].peer in avoided
+    assert it["a"].peer not in avoided
+
+
 @scene("a 0:2, b 2:4, spare-b 2:4")
 async def test_the_last_server_sends_nan(it):
     """The client is the next receiver: it refuses the rows and replaces the server."""

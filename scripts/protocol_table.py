@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 from msgspec import inspect as types
 
-from shoal.wire import messages
+from shoal.wire import messages, weights
+from shoal.wire.fields import WireMessage
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 BEGIN = "<!-- messages: begin (scripts/protocol_table.py --write) -->\n"
@@ -24,11 +25,12 @@ END = "<!-- messages: end -->\n"
 
 def wire_structs() -> list[type[msgspec.Struct]]:
     """Every struct that travels, tagged messages first by tag, then their parts."""
-    found = [
-        value
-        for name, value in vars(messages).items()
-        if inspect.isclass(value) and issubclass(value, msgspec.Struct) and name[0] != "_"
-    ]
+    found = {
+        value: None
+        for module in (messages, weights)
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, WireMessage) and value is not WireMessage
+    }
     return sorted(found, key=lambda cls: (_tag(cls) is None, _tag(cls) or 0))
 
 

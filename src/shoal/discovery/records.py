@@ -18,7 +18,7 @@ from shoal.base.spans import Span
 from shoal.net.address import parse_address
 from shoal.net.identity import RECORD, Identity, verify
 from shoal.plan.view import ServerView
-from shoal.wire.messages import Block, Count, Name, Peer, Seconds, Signature
+from shoal.wire.fields import Block, Count, Name, Peer, Seconds, Signature
 
 ADDRESSES_MAX: Final = 16
 """Addresses in one record: several networks, both families, a relay or two."""

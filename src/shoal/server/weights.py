@@ -24,7 +24,8 @@ from shoal.base.errors import (
 )
 from shoal.base.ids import PeerId, short
 from shoal.net.channel import Channel, error_message
-from shoal.wire.messages import GetHoldings, GetPiece, Holdings, Message, Piece
+from shoal.wire.messages import Message
+from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 
 logger = logging.getLogger(__name__)
 

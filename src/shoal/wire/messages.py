@@ -14,41 +14,35 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from shoal.base.content import CONTENT_BYTES
 from shoal.base.errors import ProtocolError
-from shoal.base.ids import NONCE_BYTES, PEER_ID_BYTES, SESSION_ID_BYTES
+from shoal.base.ids import PEER_ID_BYTES
 from shoal.base.limits import (
     CUTS_MAX,
-    DETAIL_CHARS_MAX,
     DIGEST_BUCKETS,
     ENTRIES_PER_FRAME_MAX,
     ENTRY_TOKENS_MAX,
-    FILES_BYTES_MAX,
-    FILES_MAX,
     HOPS_MAX,
-    MANIFEST_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
-    PIECE_BYTES_MAX,
-    RECORD_BYTES_MAX,
     RECORDS_MAX,
-    SESSION_TOKENS_MAX,
     SESSIONS_KEPT_MAX,
-    TENSORS_MAX,
+)
+from shoal.wire.fields import (
+    Block,
+    Count,
+    Detail,
+    Name,
+    Nonce,
+    Peer,
+    Position,
+    RecordBytes,
+    Seconds,
+    Session,
+    Signature,
+    WireMessage,
 )
 from shoal.wire.frames import Buffer
+from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Block = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
-Position = Annotated[int, msgspec.Meta(ge=0, le=SESSION_TOKENS_MAX)]
-Peer = Annotated[bytes, msgspec.Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTES)]
-Session = Annotated[bytes, msgspec.Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
-Content = Annotated[bytes, msgspec.Meta(min_length=CONTENT_BYTES, max_length=CONTENT_BYTES)]
-Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
-Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
-Detail = Annotated[str, msgspec.Meta(max_length=DETAIL_CHARS_MAX)]
-Name = Annotated[str, msgspec.Meta(max_length=256)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-RecordBytes = Annotated[bytes, msgspec.Meta(max_length=RECORD_BYTES_MAX)]
 Want = Literal[0, 1, 2]
 
 WANT_NONE: Want = 0
@@ -56,14 +50,10 @@ WANT_LAST: Want = 1
 WANT_ALL: Want = 2
 
 
-class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of all wire structs."""
-
-
 # --- first frame in either direction ------------------------------------------
 
 
-class Hello(_Message, tag=1, frozen=True):
+class Hello(WireMessage, tag=1, frozen=True):
     """Who speaks which version for which swarm, and what the stream is for."""
 
     version: Count
@@ -76,7 +66,7 @@ class Hello(_Message, tag=1, frozen=True):
 # --- control stream -----------------------------------------------------------
 
 
-class Hop(_Message, frozen=True):
+class Hop(WireMessage, frozen=True):
     """One stage of a chain: `peer` runs blocks [start, end) and sends in `encoding`.
 
     `start == end` is a pass-through: the client relaying over a border between two
@@ -91,7 +81,7 @@ class Hop(_Message, frozen=True):
     is_fresh: bool = False
 
 
-class Fork(_Message, frozen=True):
+class Fork(WireMessage, frozen=True):
     """The session starts as a copy of `session`'s first `length` positions at `rev`."""
 
     session: Session
@@ -99,7 +89,7 @@ class Fork(_Message, frozen=True):
     length: Position
 
 
-class RouteBody(_Message, frozen=True):
+class RouteBody(WireMessage, frozen=True):
     """What the owner of a session signs. `opened_ms` fixes the victim order for life."""
 
     owner: Peer
@@ -111,16 +101,18 @@ class RouteBody(_Message, frozen=True):
     parent: Fork | None = None
 
 
-class Route(_Message, tag=2, frozen=True):
+class Route(WireMessage, tag=2, frozen=True):
     """Make or change a chain. Idempotent; the highest epoch wins."""
 
     call: Count
     body: Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
     signature: Signature
-    records: Annotated[list[RecordBytes], msgspec.Meta(max_length=HOPS_MAX)] = []
+    records: Annotated[list[RecordBytes], msgspec.Meta(max_length=HOPS_MAX)] = msgspec.field(
+        default_factory=list
+    )
 
 
-class Held(_Message, frozen=True):
+class Held(WireMessage, frozen=True):
     """What a hop holds of a session: `length` positions of `rev` from block `start` on."""
 
     start: Block
@@ -128,7 +120,7 @@ class Held(_Message, frozen=True):
     length: Position
 
 
-class Routed(_Message, tag=3, frozen=True):
+class Routed(WireMessage, tag=3, frozen=True):
     """The peer follows the route; `held` has one item per hop that it runs."""
 
     call: Count
@@ -137,13 +129,13 @@ class Routed(_Message, tag=3, frozen=True):
     held: Annotated[list[Held], msgspec.Meta(max_length=HOPS_MAX)]
 
 
-class Close(_Message, tag=4, frozen=True):
+class Close(WireMessage, tag=4, frozen=True):
     """The owner is done with the session; its cache and log are freed."""
 
     session: Session
 
 
-class Keep(_Message, tag=16, frozen=True):
+class Keep(WireMessage, tag=16, frozen=True):
     """All sessions of the owner that this server is to keep; any other is closed.
 
     Sent when the control stream opens and every KEEP_PERIOD_S: a Close may be lost with
@@ -153,7 +145,7 @@ class Keep(_Message, tag=16, frozen=True):
     sessions: Annotated[list[Session], msgspec.Meta(max_length=SESSIONS_KEPT_MAX)]
 
 
-class Alive(_Message, tag=5, frozen=True):
+class Alive(WireMessage, tag=5, frozen=True):
     """Answers a Ping. `iteration` counts finished engine iterations.
 
     `iteration_s` is how long the running iteration has lasted (0 when none runs) and
@@ -167,7 +159,7 @@ class Alive(_Message, tag=5, frozen=True):
     iteration_estimate_s: Seconds
 
 
-class Broken(_Message, tag=6, frozen=True):
+class Broken(WireMessage, tag=6, frozen=True):
     """A hop can't send over its downstream link."""
 
     session: Session
@@ -178,7 +170,7 @@ class Broken(_Message, tag=6, frozen=True):
     detail: Detail = ""
 
 
-class Failed(_Message, tag=7, frozen=True):
+class Failed(WireMessage, tag=7, frozen=True):
     """A hop can't go on with a session. `blame` names the peer at fault, if one is."""
 
     session: Session
@@ -190,7 +182,7 @@ class Failed(_Message, tag=7, frozen=True):
     blame: Annotated[bytes, msgspec.Meta(max_length=PEER_ID_BYTES)] = b""
 
 
-class Error(_Message, tag=8, frozen=True):
+class Error(WireMessage, tag=8, frozen=True):
     """The answer to a call that failed, or (call 0) the reason for closing the stream."""
 
     call: Count
@@ -199,20 +191,20 @@ class Error(_Message, tag=8, frozen=True):
     retry_after_s: Seconds | None = None
 
 
-class Ping(_Message, tag=9, frozen=True):
+class Ping(WireMessage, tag=9, frozen=True):
     """Asks for an Alive. A client asks every ALIVE_PERIOD_S while it waits for rows."""
 
     call: Count
 
 
-class GetRecords(_Message, tag=11, frozen=True):
+class GetRecords(WireMessage, tag=11, frozen=True):
     """Asks for the records the peer knows, of peers whose id is above `after`."""
 
     call: Count
     after: Annotated[bytes, msgspec.Meta(max_length=PEER_ID_BYTES)] = b""
 
 
-class Records(_Message, tag=12, frozen=True):
+class Records(WireMessage, tag=12, frozen=True):
     """Signed records, as their subjects signed them, in the order of peer ids.
 
     Answers GetRecords; ask again `after` the last one if there are more. Also answers
@@ -224,23 +216,25 @@ class Records(_Message, tag=12, frozen=True):
     call: Count
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
     has_more: bool = False
-    ages_s: Annotated[list[Seconds], msgspec.Meta(max_length=RECORDS_MAX)] = []
+    ages_s: Annotated[list[Seconds], msgspec.Meta(max_length=RECORDS_MAX)] = msgspec.field(
+        default_factory=list
+    )
 
 
-class Publish(_Message, tag=13, frozen=True):
+class Publish(WireMessage, tag=13, frozen=True):
     """Hands over records: the sender's own first."""
 
     call: Count
     records: Annotated[list[RecordBytes], msgspec.Meta(max_length=RECORDS_MAX)]
 
 
-class GetLoad(_Message, tag=14, frozen=True):
+class GetLoad(WireMessage, tag=14, frozen=True):
     """Asks for the volatile facts that records don't carry."""
 
     call: Count
 
 
-class Load(_Message, tag=15, frozen=True):
+class Load(WireMessage, tag=15, frozen=True):
     """How full a server is right now."""
 
     call: Count
@@ -255,7 +249,7 @@ class Load(_Message, tag=15, frozen=True):
 # --- data links ----------------------------------------------------------------
 
 
-class Open(_Message, tag=20, frozen=True):
+class Open(WireMessage, tag=20, frozen=True):
     """Sender to receiver: what do you have? Answered by Have or Stale."""
 
     session: Session
@@ -263,7 +257,7 @@ class Open(_Message, tag=20, frozen=True):
     epoch: Count
 
 
-class Have(_Message, tag=21, frozen=True):
+class Have(WireMessage, tag=21, frozen=True):
     """Receiver to sender: start your cursor at `length`.
 
     `worked_off` of it is acknowledged; `window_bytes` may be unacknowledged.
@@ -278,7 +272,7 @@ class Have(_Message, tag=21, frozen=True):
     worked_off: Position = 0
 
 
-class Gap(_Message, tag=22, frozen=True):
+class Gap(WireMessage, tag=22, frozen=True):
     """Receiver to sender: rows are missing behind `length`; go back there."""
 
     session: Session
@@ -288,7 +282,7 @@ class Gap(_Message, tag=22, frozen=True):
     length: Position
 
 
-class Ack(_Message, tag=23, frozen=True):
+class Ack(WireMessage, tag=23, frozen=True):
     """Receiver to sender: rows up to `length` of `rev` are worked off."""
 
     session: Session
@@ -298,7 +292,7 @@ class Ack(_Message, tag=23, frozen=True):
     length: Position
 
 
-class Stale(_Message, tag=24, frozen=True):
+class Stale(WireMessage, tag=24, frozen=True):
     """Receiver to sender: you are not the predecessor, or not of my `epoch`."""
 
     session: Session
@@ -306,14 +300,14 @@ class Stale(_Message, tag=24, frozen=True):
     epoch: Count
 
 
-class Cut(_Message, frozen=True):
+class Cut(WireMessage, frozen=True):
     """Revision `rev` began by forgetting positions >= `position`."""
 
     rev: Count
     position: Position
 
 
-class Entry(_Message, frozen=True):
+class Entry(WireMessage, frozen=True):
     """One chunk of consecutive rows of one session.
 
     `rev` is the sender's revision. A receiver at a lower revision, but at least
@@ -337,7 +331,7 @@ class Entry(_Message, frozen=True):
     payload_bytes: Annotated[int, msgspec.Meta(ge=0, le=PAYLOAD_BYTES_MAX)]
 
 
-class Rows(_Message, tag=25, frozen=True):
+class Rows(WireMessage, tag=25, frozen=True):
     """Rows of many sessions; the frame's payload holds theirs one after the other."""
 
     entries: Annotated[list[Entry], msgspec.Meta(min_length=1, max_length=ENTRIES_PER_FRAME_MAX)]
@@ -346,7 +340,7 @@ class Rows(_Message, tag=25, frozen=True):
 # --- gossip streams -------------------------------------------------------------
 
 
-class RecordName(_Message, frozen=True):
+class RecordName(WireMessage, frozen=True):
     """Names one record: whose it is, and its sequence (boot, counter)."""
 
     peer: Peer
@@ -354,11 +348,11 @@ class RecordName(_Message, frozen=True):
     counter: Count
 
 
-class Beat(_Message, tag=30, frozen=True):
+class Beat(WireMessage, tag=30, frozen=True):
     """A neighbour that had nothing else to say for GOSSIP_BEAT_S lives."""
 
 
-class Digest(_Message, tag=31, frozen=True):
+class Digest(WireMessage, tag=31, frozen=True):
     """What the sender holds, as 8 bytes for each of DIGEST_BUCKETS buckets.
 
     A bucket is the last byte of the peer id modulo their number. Its 8 bytes are the
@@ -371,7 +365,7 @@ class Digest(_Message, tag=31, frozen=True):
     ]
 
 
-class Offer(_Message, tag=32, frozen=True):
+class Offer(WireMessage, tag=32, frozen=True):
     """Records that the sender holds: news, or everything in the named `buckets`.
 
     The receiver asks for what it lacks by WantRecords; of the named buckets it offers in turn
@@ -382,72 +376,26 @@ class Offer(_Message, tag=32, frozen=True):
     buckets: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BUCKETS)] = b""
 
 
-class WantRecords(_Message, tag=33, frozen=True):
+class WantRecords(WireMessage, tag=33, frozen=True):
     """Asks for the records of these peers; answered by Records with call 0."""
 
     peers: Annotated[list[Peer], msgspec.Meta(max_length=RECORDS_MAX)]
 
 
-class Suspects(_Message, tag=34, frozen=True):
+class Suspects(WireMessage, tag=34, frozen=True):
     """A neighbour of these peers can't reach them. A later record of theirs refutes it."""
 
     names: Annotated[list[RecordName], msgspec.Meta(max_length=RECORDS_MAX)]
 
 
-class Taken(_Message, tag=35, frozen=True):
+class Taken(WireMessage, tag=35, frozen=True):
     """The Records with this call arrived and were looked at."""
 
     call: Count
 
 
-class Part(_Message, tag=36, frozen=True):
+class Part(WireMessage, tag=36, frozen=True):
     """The sender ends this stream and lives on: nobody is to be suspected."""
-
-
-# --- weights streams ------------------------------------------------------------
-
-
-class FileEntry(_Message, frozen=True):
-    """A file that belongs to a model beside its weights: a tokenizer, a generation config."""
-
-    name: Name
-    num_bytes: Annotated[int, msgspec.Meta(ge=0, le=FILES_BYTES_MAX)]
-    content: Content
-
-
-class GetHoldings(_Message, tag=40, frozen=True):
-    """Asks what the peer has of a model. `model` is its name as 16 bytes."""
-
-    call: Count
-    model: Content
-
-
-class Holdings(_Message, tag=41, frozen=True):
-    """What the peer has of a model.
-
-    Bit i of `held` (the lowest of a byte first) says that it has tensor i of the manifest;
-    bits behind the end are 0.
-    """
-
-    call: Count
-    manifest_bytes: Annotated[int, msgspec.Meta(ge=0, le=MANIFEST_BYTES_MAX)]
-    held: Annotated[bytes, msgspec.Meta(max_length=TENSORS_MAX // 8)]
-    files: Annotated[list[FileEntry], msgspec.Meta(max_length=FILES_MAX)] = []
-
-
-class GetPiece(_Message, tag=42, frozen=True):
-    """Asks for `count` bytes from `offset` of what has this hash: a tensor, a file, a manifest."""
-
-    call: Count
-    content: Content
-    offset: Count
-    count: Annotated[int, msgspec.Meta(ge=1, le=PIECE_BYTES_MAX)]
-
-
-class Piece(_Message, tag=43, frozen=True):
-    """The bytes asked for are the frame's payload: all of them, never fewer."""
-
-    call: Count
 
 
 ControlMessage = (

@@ -1,5 +1,46 @@
-"""The client's torch side: embedding, final norm, head, sampling, text.
+"""The model as transformers has it, with its blocks at servers.
 
-Rows of hidden states go in and out as bytes, so that the session code below stays free of
-torch. Start reading at `head.py`.
+`AutoDistributedModelForCausalLM.from_pretrained` is the way in and `LocalSwarm` a swarm to
+try it on. Below are the client's torch side (`head.py`: embedding, norm, head), sequences
+(`chain_row.py`), caches for `generate` (`chain_cache.py`) and the model class (`model.py`).
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.hf.auto import AutoDistributedModelForCausalLM
+    from shoal.hf.chain_cache import ChainCache
+    from shoal.hf.local_swarm import LocalSwarm
+    from shoal.hf.model import DistributedModelForCausalLM
+    from shoal.hf.sessions import Session
+
+__all__ = [
+    "AutoDistributedModelForCausalLM",
+    "ChainCache",
+    "DistributedModelForCausalLM",
+    "LocalSwarm",
+    "Session",
+]
+
+_HOMES = {
+    "AutoDistributedModelForCausalLM": "shoal.hf.auto",
+    "ChainCache": "shoal.hf.chain_cache",
+    "DistributedModelForCausalLM": "shoal.hf.model",
+    "LocalSwarm": "shoal.hf.local_swarm",
+    "Session": "shoal.hf.sessions",
+}
+
+
+def __getattr__(name: str) -> object:
+    # On first use: commands import single modules of this package and must stay quick.
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'shoal.hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

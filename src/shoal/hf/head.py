@@ -26,13 +26,12 @@ _PROBE_TOKENS = 3
 class Head:
     """Embedding, final norm and language-model head of one model. Made by `load_head`."""
 
-    def __init__(self, parts: Parts, device: str) -> None:
+    def __init__(self, parts: Parts) -> None:
         self._embedding = parts.embedding
         self._embedding_norm = parts.embedding_norm
         self._positions = parts.positions
         self._norm = parts.norm
         self._head = parts.head
-        self._device = device
         family, config = parts.family, parts.whole.config
         self._embedding_factor: float | None = None
         if family.embedding_multiplier:
@@ -41,7 +40,31 @@ class Head:
         self._divisor = _option(config, family.logit_divisor)
         self._softcap = _option(config, family.logit_softcap)
         self.vocab_size, self.hidden_size = (int(size) for size in parts.embedding.weight.shape)
-        self._dtype: torch.dtype = parts.embedding.weight.dtype
+        for part in self.modules().values():
+            part.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._embedding.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = self._embedding.weight.dtype
+        return dtype
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Its torch modules by name: embedding, norm, head, and what the family adds."""
+        parts = {
+            "embedding": self._embedding,
+            "embedding_norm": self._embedding_norm,
+            "positions": self._positions,
+            "norm": self._norm,
+            "head": self._head,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int], encoding: str, position: int = 0) -> bytes:
@@ -56,15 +79,25 @@ class Head:
         for token in (min(token_ids), max(token_ids)):
             if not 0 <= token < self.vocab_size:
                 raise BadInput(f"token {token} is outside the vocabulary of {self.vocab_size}")
-        ids = torch.tensor(list(token_ids), dtype=torch.long, device=self._device)
-        rows = self._embedding(ids)
-        if self._embedding_factor is not None:
-            rows = rows * self._embedding_factor
-        if self._positions is not None:
-            rows = rows + self._learned_positions(position, len(token_ids))
-        if self._embedding_norm is not None:
-            rows = self._embedding_norm(rows)
-        return rows_to_bytes(rows, encoding)
+        ids = torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
+        return rows_to_bytes(self._rows(self._embedding(ids), position), encoding)
+
+    @torch.inference_mode()
+    def embed_given(self, embeddings: torch.Tensor, encoding: str, position: int = 0) -> bytes:
+        """The rows for block 0 of (S, D) embeddings that replace looked-up ones.
+
+        What a family does to embeddings (factors, positions, norms) is done to these too,
+        as transformers does with `inputs_embeds`.
+
+        Raises:
+            BadInput: a wrong shape, a position beyond the learned ones, an unknown encoding.
+        """
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.hidden_size:
+            raise BadInput(
+                f"embeddings of shape {tuple(embeddings.shape)}: give (tokens, {self.hidden_size})"
+            )
+        given = embeddings.to(device=self.device, dtype=self.dtype)
+        return rows_to_bytes(self._rows(given, position), encoding)
 
     @torch.inference_mode()
     def logits(self, rows: bytes | bytearray | memoryview, encoding: str) -> torch.Tensor:
@@ -77,8 +110,19 @@ class Head:
         """
         count = max(1, memoryview(rows).nbytes // row_bytes(encoding, self.hidden_size))
         hidden = rows_from_bytes(rows, encoding, count, self.hidden_size)
-        hidden = hidden.to(device=self._device, dtype=self._dtype)
-        scores: torch.Tensor = self._head(hidden if self._norm is None else self._norm(hidden))
+        return self.scores(hidden)
+
+    @torch.no_grad()
+    def normalized(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) hidden states that left the last block, after the final norm."""
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        normalized: torch.Tensor = hidden if self._norm is None else self._norm(hidden)
+        return normalized
+
+    @torch.no_grad()
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., V) float32 scores on the CPU for (..., D) rows that left the last block."""
+        scores: torch.Tensor = self._head(self.normalized(hidden))
         if self._factor is not None:
             scores = scores * self._factor
         if self._divisor is not None:
@@ -86,6 +130,16 @@ class Head:
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap
         return scores.to(device="cpu", dtype=torch.float32)
+
+    def _rows(self, embeddings: torch.Tensor, position: int) -> torch.Tensor:
+        rows = embeddings
+        if self._embedding_factor is not None:
+            rows = rows * self._embedding_factor
+        if self._positions is not None:
+            rows = rows + self._learned_positions(position, rows.shape[0])
+        if self._embedding_norm is not None:
+            rows = self._embedding_norm(rows)
+        return rows
 
     def _learned_positions(self, position: int, count: int) -> torch.Tensor:
         # OPT's table starts with two rows for padding.
@@ -127,7 +181,7 @@ def load_head(source: ModelSource, *, dtype: str = "float32", device: str = "cpu
     setattr(parts.core, family.blocks, tuple(parts.pass_through(set()).values()))
     fill_tables(whole, whole, device)
     check_nothing_on_meta(whole)
-    head = Head(parts, device)
+    head = Head(parts)
     _probe(head, whole, device)
     return head
 

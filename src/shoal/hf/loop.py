@@ -1,0 +1,109 @@
+"""An event loop on a thread of its own, for code that is not async.
+
+The client's streams must be served while a person thinks about the next line, in a script
+as in a notebook: so the loop runs all the time, and calls from other threads wait for it.
+Any number of threads and other event loops may use one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+from shoal.base.errors import InternalError, SessionClosed
+
+T = TypeVar("T")
+
+CANCEL_S: Final = 5.0
+"""How long an interrupted call may clean up; it takes milliseconds unless the loop is stuck."""
+
+
+class BackgroundLoop:
+    """Runs coroutines for other threads. `close` ends it; so does the end of the process."""
+
+    def __init__(self, name: str = "shoal") -> None:
+        self._loop = asyncio.new_event_loop()
+        # A daemon: a script that forgot to close must be able to end.
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller runs on the loop itself."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it can still be used."""
+        return self._thread.is_alive()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns or raises; Ctrl-C cancels it and is raised.
+
+        Raises:
+            SessionClosed: the loop was closed.
+        """
+        if self.is_own_thread:
+            work.close()
+            raise InternalError("a call that waits was made on the event loop itself")
+        ended = threading.Event()
+
+        async def noticed() -> T:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = self._submit(noticed())
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise SessionClosed("the model was closed") from None
+        except KeyboardInterrupt:
+            future.cancel()
+            # What it undoes must be undone before the caller goes on.
+            ended.wait(CANCEL_S)
+            raise
+
+    async def run_from(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same from a coroutine on another event loop; cancelling cancels `work`.
+
+        Raises:
+            SessionClosed: the loop was closed.
+        """
+        return await asyncio.wrap_future(self._submit(work))
+
+    def call_soon(self, act: Callable[[], object]) -> None:
+        """Have the loop call `act`; nobody waits. No-op after `close`."""
+        try:
+            self._loop.call_soon_threadsafe(act)
+        except RuntimeError:
+            return  # closed: whatever was to be told is gone with it
+
+    def close(self) -> None:
+        """Cancel what runs, stop the loop, end the thread. Idempotent."""
+        self.call_soon(self._loop.stop)
+        if not self.is_own_thread:
+            self._thread.join()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        if not self._thread.is_alive():
+            work.close()
+            raise SessionClosed("the model was closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()

@@ -1,0 +1,425 @@
+"""A causal language model of transformers whose blocks are at servers.
+
+`forward` is transformers' contract, so everything built on it works: `generate` in all its
+modes, streamers, stopping criteria, logits processors. Embedding, final norm and head are
+here, as torch modules; the KV cache is a batch of sessions (`chain_cache.py`).
+Shapes: B rows, S new columns, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from shoal.base.errors import BadInput, ConfigError, ModelUnsupported
+from shoal.base.spans import Span
+from shoal.hf.blocks import RemoteBlocks
+from shoal.hf.chain_cache import ChainCache
+from shoal.hf.chain_row import Chains, ChunkKind, open_row
+from shoal.hf.connection import Connection
+from shoal.hf.head import Head
+from shoal.hf.padding import RowPart, check_positions, row_parts
+from shoal.hf.sessions import Session, check_inference
+
+CONVERSATIONS_MAX: Final = 64
+"""Calls of `generate_async` that run at the same time, each on a thread that mostly waits."""
+
+_made_caches: ContextVar[list[ChainCache] | None] = ContextVar("made_caches", default=None)
+"""Caches that the running `generate` made."""
+
+
+class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Made by `AutoDistributedModelForCausalLM.from_pretrained`. A context manager.
+
+    Calls block; `generate_async` and sessions are for async code. Several threads may use
+    one model, each with caches of its own.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        head: Head,
+        connection: Connection,
+        chains: Chains,
+        model_name: str,
+        borders: tuple[int, ...] | None = None,
+        load_tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.head = head
+        self.local_parts = torch.nn.ModuleDict(head.modules())
+        self.connection = connection
+        self.model_name = model_name
+        """The model's hash: its name in the swarm."""
+        self.num_blocks = int(config.num_hidden_layers)
+        self.blocks = RemoteBlocks(self, Span(0, self.num_blocks))
+        self._chains = chains
+        self._borders = borders
+        self._load_tokenizer = load_tokenizer
+        self._threads: ThreadPoolExecutor | None = None
+        self._finalizer = weakref.finalize(self, connection.close)
+        self.eval()
+
+    # --- for transformers --------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where embedding and head are."""
+        return self.head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What embedding and head compute in."""
+        return self.head.dtype
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The token embedding."""
+        return self.head.modules()["embedding"]
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The language-model head."""
+        return self.head.modules()["head"]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: ChainCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache_position: torch.Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As transformers' models; what differs:
+
+        Padding is not sent: where `attention_mask` is 0, logits and hidden states are 0 too.
+        `output_hidden_states` gives the embedding, the states at the borders between spans
+        and, last, those after the final norm; see `hidden_borders`.
+        `labels` give a loss without gradients. `cache_position` is not needed.
+
+        Raises:
+            BadInput: a mask with holes, positions or a cache that sessions can't have,
+                gradients or attentions wanted.
+            NoRouteError, PeerError, SessionError: the swarm could not do it.
+        """
+        if output_attentions:
+            raise BadInput("attentions stay at the servers: leave output_attentions out")
+        kind, values = _the_input(input_ids, inputs_embeds)
+        if output_hidden_states is None:
+            output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True))
+        cache = self._cache_for(past_key_values, bool(output_hidden_states))
+        is_kept = use_cache or past_key_values is not None
+        try:
+            parts = self._parts(values, attention_mask, position_ids, cache, is_kept=is_kept)
+            columns = int(values.shape[1])
+            wanted, first = _wanted(logits_to_keep, columns)
+            keeps = [max(0, part.end - max(part.start, first)) for part in parts]
+            found = cache.step(kind, values, parts, keeps)
+        finally:
+            if not is_kept:
+                cache.close()
+        last = [row[-1][len(row[-1]) - keep :] for row, keep in zip(found, keeps, strict=True)]
+        logits = self._logits(last, parts, first, columns)
+        if wanted is not None:
+            logits = logits[:, wanted]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if is_kept else None,
+            hidden_states=self._states(found, parts, columns) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; sessions that it opened and doesn't return are closed.
+
+        Raises:
+            ConfigError: a cache implementation: the cache is at the servers.
+        """
+        if kwargs.get("cache_implementation") is not None:
+            raise ConfigError("the KV cache is at the servers: leave cache_implementation out")
+        made: list[ChainCache] = []
+        token = _made_caches.set(made)
+        result: Any = None
+        try:
+            result = super().generate(*args, **kwargs)
+        finally:
+            _made_caches.reset(token)
+            kept = getattr(result, "past_key_values", None)
+            for cache in made:
+                if cache is not kept:
+                    cache.close()
+        return result
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            cache = self._cache_for(None, bool(generation_config.output_hidden_states))
+            made = _made_caches.get()
+            if made is not None:
+                made.append(cache)
+            model_kwargs["past_key_values"] = cache
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not here: servers batch all sessions anyway."""
+        raise ModelUnsupported("generate_batch: call generate, or generate_async many times")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not here: the weights are at the servers."""
+        raise ModelUnsupported("the weights are at the servers: save sessions, not the model")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not here: the weights are at the servers."""
+        raise ModelUnsupported("the weights are at the servers: there is nothing to upload")
+
+    # --- for loops of one's own --------------------------------------------------------
+
+    def new_cache(self, borders: Sequence[int] | None = None) -> ChainCache:
+        """An unused cache over the chains between `borders` (default: one over all blocks).
+
+        Raises:
+            ConfigError: borders that are none.
+        """
+        chosen = self._check_borders(borders or (0, self.num_blocks))
+        return ChainCache(self.connection.loop, self._chains, chosen)
+
+    def session(
+        self, start: int = 0, end: int | None = None, *, cache: ChainCache | None = None
+    ) -> Session:
+        """A session over blocks [start, end) (default: all), or the one that `cache` holds.
+
+        Raises:
+            ConfigError: no such blocks.
+            NoRouteError, PeerError: no chain within the patience.
+        """
+        if cache is None:
+            cache = self.new_cache((start, self.num_blocks if end is None else end))
+            self.connection.loop.run(cache.open())
+        return Session(self, cache)
+
+    async def session_async(self, start: int = 0, end: int | None = None) -> Session:
+        """`session` for async code."""
+        cache = self.new_cache((start, self.num_blocks if end is None else end))
+        await self.connection.loop.run_from(cache.open())
+        return Session(self, cache)
+
+    def load_session(self, path: str | Path, *, restore_rng: bool = True) -> Session:
+        """A saved session; see `Session.load`."""
+        return Session.load(self, path, restore_rng=restore_rng)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., V) float32 scores for (..., D) hidden states that left the last block."""
+        return self.head.scores(hidden_states).to(self.device)
+
+    def hidden_borders(self) -> tuple[int, ...]:
+        """Where `output_hidden_states` looks: the borders given to `from_pretrained`, or
+        those between the servers of the chain that a session would take now."""
+        if self._borders is None:
+            return self.connection.loop.run(_chain_borders(self._chains, self.num_blocks))
+        return self._borders
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the model's files hold.
+
+        Raises:
+            ModelUnsupported: they hold none.
+        """
+        if self._load_tokenizer is None:
+            raise ModelUnsupported("this model was opened without its files")
+        return self._load_tokenizer()
+
+    # --- async, and the end ------------------------------------------------------------
+
+    async def generate_async(
+        self,
+        *args: Any,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` for async code: it runs on a thread, which cancelling stops at the next
+        token. torch's random state is shared by all threads: seed single conversations with
+        a sampler of your own instead."""
+        is_cancelled = threading.Event()
+        criteria = StoppingCriteriaList([*(stopping_criteria or ()), _StopWhen(is_cancelled)])
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(CONVERSATIONS_MAX, "shoal generate")
+        call = partial(self.generate, *args, stopping_criteria=criteria, **kwargs)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            await asyncio.gather(work, return_exceptions=True)
+            raise
+
+    def close(self) -> None:
+        """Close all sessions and leave the swarm. Idempotent; also done at exit."""
+        self._finalizer()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> DistributedModelForCausalLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> DistributedModelForCausalLM:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    # --- inside ------------------------------------------------------------------------
+
+    def _cache_for(self, given: Any, with_states: bool) -> ChainCache:
+        if given is None:
+            return self.new_cache(self.hidden_borders() if with_states else None)
+        if not isinstance(given, ChainCache):
+            raise BadInput(
+                f"past_key_values is a {type(given).__name__}: pass on what this model returned, "
+                "or leave it out"
+            )
+        if (given.borders[0], given.borders[-1]) != (0, self.num_blocks):
+            raise BadInput("this cache runs over some blocks only: use its session's step")
+        if with_states and len(given.borders) == 2 and self.hidden_borders() != given.borders:
+            raise BadInput(
+                "this cache was begun without output_hidden_states: begin with it, or leave it out"
+            )
+        return given
+
+    def _check_borders(self, borders: Sequence[int]) -> tuple[int, ...]:
+        chosen = tuple(borders)
+        is_rising = all(a < b for a, b in pairwise(chosen))
+        if len(chosen) < 2 or not is_rising or chosen[0] < 0 or chosen[-1] > self.num_blocks:
+            raise ConfigError(
+                f"borders {chosen}: give at least two numbers from 0 to {self.num_blocks}, rising"
+            )
+        return chosen
+
+    def _parts(
+        self,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: ChainCache,
+        *,
+        is_kept: bool,
+    ) -> list[RowPart]:
+        batch, columns = int(values.shape[0]), int(values.shape[1])
+        past = cache.get_seq_length()
+        pads = cache.pads if past else [0] * batch
+        if len(pads) != batch:
+            raise BadInput(f"a batch of {batch} for a cache of {len(pads)} rows")
+        parts = row_parts(attention_mask, pads=pads, past=past, new=columns, is_kept=is_kept)
+        if position_ids is not None:
+            check_positions(position_ids, parts, cache.lengths(batch))
+        return parts
+
+    def _logits(
+        self, last: list[torch.Tensor], parts: list[RowPart], first: int, columns: int
+    ) -> torch.Tensor:
+        """(B, columns - first, V); the head runs once for all rows of the batch."""
+        scores = self.logits(torch.cat(last))
+        kept = columns - first
+        if all(len(rows) == kept for rows in last):
+            return scores.reshape(len(last), kept, -1)
+        logits = scores.new_zeros(len(last), kept, scores.shape[-1])
+        done = 0
+        for index, (rows, part) in enumerate(zip(last, parts, strict=True)):
+            end = part.end - first
+            logits[index, end - len(rows) : end] = scores[done : done + len(rows)]
+            done += len(rows)
+        return logits
+
+    def _states(
+        self, found: list[list[torch.Tensor]], parts: list[RowPart], columns: int
+    ) -> tuple[torch.Tensor, ...]:
+        """(B, S, D) at each border, zeros for padding; the last one after the final norm."""
+        num_borders = len(found[0])
+        size = self.head.hidden_size
+        states = [torch.zeros(len(found), columns, size) for _ in range(num_borders)]
+        for index, (row, part) in enumerate(zip(found, parts, strict=True)):
+            for border, rows in enumerate(row):
+                is_last = border + 1 == num_borders
+                rows = self.head.normalized(rows) if is_last else rows
+                states[border][index, part.start : part.end] = rows.to("cpu", torch.float32)
+        return tuple(state.to(device=self.device, dtype=self.dtype) for state in states)
+
+
+class _StopWhen(StoppingCriteria):  # type: ignore[misc]
+    """Ends all rows when the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+
+async def _chain_borders(chains: Chains, num_blocks: int) -> tuple[int, ...]:
+    row = await open_row(chains, (0, num_blocks))
+    try:
+        return (0, *(stage.span.end for stage in row.chain))
+    finally:
+        row.close()
+
+
+def _the_input(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> tuple[ChunkKind, torch.Tensor]:
+    """What goes in, (B, S) ids or (B, S, D) embeddings."""
+    if input_ids is not None and inputs_embeds is not None:
+        raise BadInput("input_ids and inputs_embeds: give one of them")
+    if input_ids is not None:
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise BadInput(f"input_ids of shape {tuple(input_ids.shape)}: give (rows, tokens)")
+        return "ids", input_ids
+    if inputs_embeds is None:
+        raise BadInput("give input_ids or inputs_embeds")
+    if inputs_embeds.dim() != 3 or not inputs_embeds.numel():
+        raise BadInput(f"inputs_embeds of shape {tuple(inputs_embeds.shape)}: give 3 dimensions")
+    check_inference(inputs_embeds)
+    return "embeddings", inputs_embeds
+
+
+def _wanted(logits_to_keep: int | torch.Tensor, columns: int) -> tuple[torch.Tensor | None, int]:
+    """Which columns to pick from the logits afterwards, and from which on they are computed."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return logits_to_keep.cpu(), 0
+    return None, max(0, columns - logits_to_keep) if logits_to_keep > 0 else 0

@@ -1,0 +1,170 @@
+"""A session as a file: everything that is needed to go on elsewhere, and nothing to run.
+
+The format is safetensors with JSON in its header, so reading it executes nothing. It holds
+the inputs in the calls they came in (a replay then repeats their call shapes), not the
+KV cache: new servers compute it again. It is as private as the conversation itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from shoal.base.errors import ConfigError
+from shoal.base.limits import SESSION_TOKENS_MAX
+from shoal.hf.chain_row import Chunk, ChunkKind
+
+FORMAT: Final = "shoal-session-1"
+_KINDS: Final = get_args(ChunkKind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedSession:
+    """What a file holds."""
+
+    model: str
+    """The model's hash."""
+    borders: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    generation_config: dict[str, Any] | None
+    rng_state: torch.Tensor | None
+    """torch's, of the CPU."""
+
+
+def pack(saved: SavedSession) -> bytes:
+    """The file's bytes."""
+    ids = [chunk.values for chunk in saved.chunks if chunk.kind == "ids"]
+    given = [chunk.values for chunk in saved.chunks if chunk.kind != "ids"]
+    tensors = {
+        "counts": torch.tensor([chunk.count for chunk in saved.chunks], dtype=torch.int64),
+        "kinds": torch.tensor([_KINDS.index(chunk.kind) for chunk in saved.chunks]).to(torch.uint8),
+        "token_ids": torch.cat(ids).to(torch.int64) if ids else torch.zeros(0, dtype=torch.int64),
+    }
+    if given:
+        # float32 holds every dtype that rows are computed in unchanged.
+        tensors["given"] = torch.cat([values.to(torch.float32) for values in given]).contiguous()
+    if saved.rng_state is not None:
+        tensors["rng_state"] = saved.rng_state
+    header = {
+        "format": FORMAT,
+        "model": saved.model,
+        "borders": json.dumps(saved.borders),
+        "generation_config": json.dumps(saved.generation_config),
+    }
+    data: bytes = save(tensors, metadata=header)
+    return data
+
+
+def unpack(data: bytes, hidden_size: int) -> SavedSession:
+    """The session in a file's bytes.
+
+    Raises:
+        ConfigError: not such a file, or one that contradicts itself.
+    """
+    try:
+        header = _header(data)
+        tensors = load(data)
+        borders = json.loads(header["borders"])
+        generation_config = json.loads(header["generation_config"])
+        chunks = _chunks(tensors, hidden_size)
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']!r}")
+        if not isinstance(generation_config, dict | None):
+            raise ValueError("a generation config that is no object")
+        if not isinstance(borders, list) or not all(type(border) is int for border in borders):
+            raise ValueError("borders that are no numbers")
+        rng_state = tensors.get("rng_state")
+        if rng_state is not None and (rng_state.dtype, rng_state.dim()) != (torch.uint8, 1):
+            raise ValueError("a random state of a wrong type")
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"this is no saved session ({FORMAT}): {error}") from error
+    return SavedSession(
+        model=header["model"],
+        borders=tuple(borders),
+        chunks=chunks,
+        generation_config=generation_config,
+        rng_state=rng_state,
+    )
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put the bytes there whole or not at all; only the owner may read them.
+
+    Raises:
+        ConfigError: the place can't be written.
+    """
+    partial: str | None = None
+    try:
+        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    except OSError as error:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
+        raise ConfigError(f"can't write {path}: {error}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error}") from error
+
+
+def _header(data: bytes) -> dict[str, str]:
+    """The strings that safetensors keeps beside the tensors; `load` does not return them."""
+    length = int.from_bytes(data[:8], "little")
+    if not 0 < length <= len(data) - 8:
+        raise ValueError("its header is cut off")
+    header = json.loads(data[8 : 8 + length])["__metadata__"]
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return header
+
+
+def _chunks(tensors: dict[str, torch.Tensor], hidden_size: int) -> tuple[Chunk, ...]:
+    counts, kinds, ids = (tensors[name] for name in ("counts", "kinds", "token_ids"))
+    given = tensors.get("given", torch.zeros(0, hidden_size))
+    if counts.dim() != 1 or counts.shape != kinds.shape or ids.dim() != 1:
+        raise ValueError("tables of different sizes")
+    if given.dim() != 2 or given.shape[1] != hidden_size or ids.dtype != torch.int64:
+        raise ValueError("given rows or token ids of a wrong shape or type")
+    sizes: list[int] = counts.tolist()
+    names = [_KINDS[int(kind)] for kind in kinds if int(kind) < len(_KINDS)]
+    if len(names) != len(sizes) or min(sizes, default=1) < 1 or sum(sizes) > SESSION_TOKENS_MAX:
+        raise ValueError("calls of an impossible kind or size")
+    return _laid_out(sizes, names, ids, given)
+
+
+def _laid_out(
+    sizes: Sequence[int], names: Sequence[ChunkKind], ids: torch.Tensor, given: torch.Tensor
+) -> tuple[Chunk, ...]:
+    chunks: list[Chunk] = []
+    position = used_ids = used_given = 0
+    for size, kind in zip(sizes, names, strict=True):
+        if kind == "ids":
+            values = ids[used_ids : used_ids + size]
+            used_ids += size
+        else:
+            values = given[used_given : used_given + size]
+            used_given += size
+        chunks.append(Chunk(kind=kind, position=position, values=values))
+        position += size
+    if (used_ids, used_given) != (ids.shape[0], given.shape[0]):
+        raise ValueError("calls and inputs of different lengths")
+    return tuple(chunks)

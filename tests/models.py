@@ -206,10 +206,15 @@ FAMILIES = (*PLAIN_FAMILIES, *OTHER_FAMILIES)
 """Names for `tiny_config`; several may be variants of one architecture."""
 
 
-def tiny_config(family: str = "llama") -> Any:
-    """A config of one of `FAMILIES`, or `wide`."""
+def tiny_config(family: str = "llama", blocks: int | None = None) -> Any:
+    """A config of one of `FAMILIES`, or `wide`; of `OTHER_FAMILIES` with that many blocks."""
     if family in _CONFIGS:
         model_type, values = _CONFIGS[family]
+        if blocks is not None:
+            values = {key: value for key, value in values.items() if key != "n_layer"}
+            values["num_hidden_layers"] = blocks
+            if "layer_types" in values:
+                values["layer_types"] = (values["layer_types"] * blocks)[:blocks]
         return AutoConfig.for_model(model_type, **values)
     match family:
         case "llama":
@@ -235,11 +240,16 @@ def tiny_config(family: str = "llama") -> Any:
             raise ValueError(family)
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 7) -> Any:
+def tiny_model(
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 7,
+    blocks: int | None = None,
+) -> Any:
     """The whole model with seeded random weights, as transformers builds it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family))
+        model = AutoModelForCausalLM.from_config(tiny_config(family, blocks))
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 # Wider than the default: near-ties between tokens would hide errors.
@@ -251,9 +261,9 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
     return model.eval()
 
 
-def tiny_source(family: str = "llama") -> MemorySource:
+def tiny_source(family: str = "llama", blocks: int | None = None) -> MemorySource:
     """The same model as a source in memory."""
-    model = tiny_model(family)
+    model = tiny_model(family, blocks=blocks)
     return MemorySource(model.config, model.state_dict())
 
 

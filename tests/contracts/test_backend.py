@@ -15,11 +15,9 @@ from shoal.base.backend import Call, SequenceId
 from shoal.base.errors import BadInput, ShoalError
 from shoal.base.spans import Span
 from shoal.wire.tensors import row_bytes
-from tests.contracts.backend_cases import SPAN, SUBJECTS, Bench, Subject
+from tests.contracts.backend_cases import ODD_SUBJECTS, SPAN, SUBJECTS, Bench, Subject
 
 SPANS = (SPAN, Span(1, 3), Span(3, 5), Span(2, 3))
-LENGTH_MAX = 24
-"""Longest sequence of the state machine: recomputation stays cheap."""
 
 
 @pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
@@ -210,6 +208,13 @@ class Machine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> SequenceId:
         return data.draw(st.sampled_from(sorted(self.bench.held)))
 
+    def pick_place(self, data: st.DataObject) -> tuple[SequenceId, int]:
+        """Any length, or one a little shorter than the sequence: margins end there."""
+        sequence = self.pick(data)
+        held = len(self.bench.held[sequence].inputs)
+        near = st.integers(max(held - 80, 0), held)
+        return sequence, data.draw(st.one_of(near, st.integers(0, self.subject.length_max)))
+
     @precondition(lambda self: len(self.bench.held) < 4)
     @rule(span=st.sampled_from(SPANS))
     def open(self, span: Span) -> None:
@@ -221,10 +226,12 @@ class Machine(RuleBasedStateMachine):
         chosen = data.draw(st.sets(st.sampled_from(sorted(self.bench.held)), min_size=1))
         calls = []
         for sequence in sorted(chosen):
-            room = LENGTH_MAX - len(self.bench.held[sequence].inputs)
+            room = self.subject.length_max - len(self.bench.held[sequence].inputs)
             if room <= 0:
                 continue
-            count = data.draw(st.one_of(st.just(1), st.integers(1, min(room, 9))))
+            count = data.draw(
+                st.one_of(st.just(1), st.integers(1, min(room, self.subject.chunk_max)))
+            )
             wanted = data.draw(st.sampled_from((0, 1, count)))
             calls.append(self.bench.call(sequence, self.bench.rows(count), wanted))
         self.bench.run(*calls)
@@ -234,19 +241,19 @@ class Machine(RuleBasedStateMachine):
     def run_together(self, data: st.DataObject, counts: list[int]) -> None:
         """Consecutive calls of one sequence in one run, as a replay makes them."""
         sequence = self.pick(data)
-        room = LENGTH_MAX - len(self.bench.held[sequence].inputs)
+        room = self.subject.length_max - len(self.bench.held[sequence].inputs)
         if self.bench.facts.calls_per_sequence_max >= len(counts) and sum(counts) <= room:
             self.bench.run(*consecutive(self.bench, sequence, tuple(counts)))
 
     @precondition(lambda self: self.bench.held)
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
-        self.bench.truncate(self.pick(data), data.draw(st.integers(0, LENGTH_MAX)))
+        self.bench.truncate(*self.pick_place(data))
 
     @precondition(lambda self: 0 < len(self.bench.held) < 4)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        self.bench.fork(self.pick(data), data.draw(st.integers(0, LENGTH_MAX)))
+        self.bench.fork(*self.pick_place(data))
 
     @precondition(lambda self: self.bench.held)
     @rule(data=st.data())
@@ -254,6 +261,7 @@ class Machine(RuleBasedStateMachine):
         self.bench.drop(self.pick(data))
 
 
+@pytest.mark.parametrize("subject", SUBJECTS + ODD_SUBJECTS, ids=lambda subject: subject.name)
 def test_any_order_of_calls_gives_what_recomputation_gives(subject: Subject) -> None:
     machine = type("Machine", (Machine,), {"subject": subject})
     run_state_machine_as_test(

@@ -14,6 +14,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
+NO_FIGURE = "disturbed"
+"""Instead of a figure when every round was disturbed."""
+
 
 def environment() -> dict[str, Any]:
     """The machine and the versions that figures depend on."""
@@ -48,13 +51,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cell(value) for value in row.values()) + " |")
     return "\n".join(lines)
 
 
-def publish(theme: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Print the table; write `theme_DATE.json` and `.md` into results/ unless told not to."""
+def _cell(value: object) -> str:
+    if value is None:
+        return NO_FIGURE
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def publish(
+    theme: str,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the table; write `theme_DATE.json` and `.md` into results/ unless told not to.
+
+    `details` (every round of every way) go to the JSON only.
+    """
     text = table(rows)
     print(text)
     if "--no-write" in sys.argv:
@@ -62,6 +78,8 @@ def publish(theme: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, A
     RESULTS.mkdir(exist_ok=True)
     stem = f"{theme}_cpu{facts['cpus']}_{date.today().isoformat()}"
     content = {"theme": theme, "environment": dict(facts), "rows": [dict(row) for row in rows]}
+    if details is not None:
+        content["rounds"] = dict(details)
     (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     command = " ".join(["python", *sys.argv])
     machine = f"{facts['cpu']}, {facts['cpus']} CPUs, load before {facts['load_before'][0]}"

@@ -68,7 +68,7 @@ async def answer_prompt(
         head: Head = load_head(model.source, dtype=encoding)
         started_s = asyncio.get_running_loop().time()
         async with (
-            _client(visitor, model, settings.patience_s) as client,
+            open_swarm_client(visitor, model, settings.patience_s) as client,
             await client.open_session(
                 encoding, inner_encoding=INT8_BLOCK if settings.is_compressed else None
             ) as session,
@@ -89,7 +89,10 @@ async def answer_prompt(
 
 
 @asynccontextmanager
-async def _client(visitor: Visitor, model: OpenModel, patience_s: float) -> AsyncIterator[Client]:
+async def open_swarm_client(
+    visitor: Visitor, model: OpenModel, patience_s: float
+) -> AsyncIterator[Client]:
+    """A client of the visitor's swarm for one model."""
     config = ClientConfig(
         model=model.name,
         num_blocks=model.num_blocks,

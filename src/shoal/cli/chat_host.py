@@ -1,0 +1,84 @@
+"""What a chat needs behind it: the swarm, a client, the model's head, in a background loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from shoal.cli.answering import check_served, common_encoding, open_swarm_client
+from shoal.cli.background import CLOSE_S, BackgroundLoop
+from shoal.cli.chatting import Conversation, template_renderer
+from shoal.cli.joining import SwarmChoice, visit
+from shoal.cli.models import OpenModel
+from shoal.hf.head import load_head
+from shoal.wire.tensors import INT8_BLOCK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTarget:
+    """Whom to talk with, and how."""
+
+    swarm: SwarmChoice
+    model: OpenModel
+    template: str | None
+    dtype: str | None
+    """None: what most servers compute in."""
+    is_compressed: bool
+    patience_s: float
+
+
+@contextmanager
+def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]:
+    """A conversation without turns, and the loop that it lives in.
+
+    Raises:
+        ConfigError: another model than the swarm's, or no chat template.
+        NoRouteError, PeerError: the swarm can't be reached or misses blocks.
+    """
+    tokenizer = target.model.source.tokenizer()
+    render = template_renderer(tokenizer, target.template)
+    closing = asyncio.Event()
+    opened: Future[Conversation] = Future()
+    with BackgroundLoop() as background:
+
+        async def host() -> None:
+            async with visit(target.swarm) as visitor:
+                snapshot = visitor.directory.snapshot()
+                check_served(snapshot, target.model)
+                encoding = target.dtype or common_encoding(snapshot, target.model.name)
+                head = load_head(target.model.source, dtype=encoding)
+                async with open_swarm_client(visitor, target.model, target.patience_s) as client:
+                    inner = INT8_BLOCK if target.is_compressed else None
+                    conversation = Conversation(
+                        partial(client.open_session, encoding, inner_encoding=inner),
+                        head,
+                        tokenizer,
+                        render,
+                        _end_tokens(target.model, tokenizer),
+                    )
+                    opened.set_result(conversation)
+                    await closing.wait()
+                    conversation.close()
+
+        hosted = background.start(host())
+        hosted.add_done_callback(partial(_hand_on_failure, opened))
+        yield background, opened.result()
+        background.call(closing.set)
+        hosted.result(CLOSE_S)
+
+
+def _end_tokens(model: OpenModel, tokenizer: object) -> frozenset[int]:
+    """Tokens that end an answer: those of the model, and the one of the chat template."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    return frozenset(model.source.eos_token_ids) | ({own} if isinstance(own, int) else set())
+
+
+def _hand_on_failure(opened: Future[Conversation], hosted: Future[None]) -> None:
+    """Whoever waits for the conversation learns why there is none."""
+    error = None if hosted.cancelled() else hosted.exception()
+    if error is not None and not opened.done():
+        opened.set_exception(error)

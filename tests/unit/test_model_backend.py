@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shoal.base.backend import Call, SequenceId
-from shoal.base.errors import BadInput, ConfigError, InternalError, SessionTooLong
+from shoal.base.errors import BadInput, BadOutput, ConfigError, InternalError, SessionTooLong
 from shoal.base.spans import Span
 from shoal.model.device_thread import DeviceThread
 from shoal.model.measure import measure_block_times
@@ -83,7 +83,7 @@ def test_overflow_inside_the_blocks_is_reported_and_rolled_back() -> None:
         with torch.inference_mode():
             backend._model.parameters()[-3].fill_(60000.0)
         (outcome,) = await backend.run([call_of(GOOD, 0, 2)])
-        assert isinstance(outcome, BadInput)
+        assert isinstance(outcome, BadOutput)
         assert "float16" in outcome.detail
         assert backend.truncate(GOOD, 2) == 0
 

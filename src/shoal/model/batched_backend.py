@@ -21,14 +21,14 @@ from typing import Final
 import torch
 
 from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
-from shoal.base.errors import BadInput, InternalError, SessionTooLong, ShoalError
+from shoal.base.errors import BadInput, InternalError, ShoalError
 from shoal.base.spans import Span
+from shoal.model.calls import answer_to, check_call, rows_of
 from shoal.model.device_thread import DeviceThread
 from shoal.model.exact import RowTiles
 from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
-from shoal.model.rows import all_finite, rows_from_bytes, rows_to_bytes
 from shoal.model.sequences import Sequences
 
 _log = logging.getLogger(__name__)
@@ -131,11 +131,10 @@ class BatchedBackend(Sequences[PackedCache]):
             ShoalError: what is wrong with it.
         """
         cache = self._cache(call.sequence)
-        self._check(call, cache, cache.length if end is None else end)
-        payload = rows_from_bytes(call.payload, call.encoding, call.count, self._facts.hidden_size)
-        rows = payload.to(device=self._device, dtype=self._model.dtype)
-        if not all_finite(rows):
-            raise BadInput(f"rows {call.position} to {_last(call)} hold values that are not finite")
+        if end == _BROKEN:
+            raise _after_failure(call)
+        check_call(call, cache.span, cache.length if end is None else end, self._facts)
+        rows = rows_of(call, self._facts, self._device, self._model.dtype)
         by_position = False
         if self._tiles is not None:
             by_position = call.call_count <= SMALL_CALL_ROWS
@@ -146,23 +145,6 @@ class BatchedBackend(Sequences[PackedCache]):
             cache=cache, start=call.position, count=rows.shape[0], by_position=by_position
         )
         return _Part(index=index, call=call, piece=piece, rows=rows)
-
-    def _check(self, call: Call, cache: PackedCache, length: int) -> None:
-        if call.span != cache.span:
-            raise BadInput(f"blocks {call.span} of a sequence that was opened over {cache.span}")
-        if length == _BROKEN:
-            raise _after_failure(call)
-        if call.position != length:
-            raise BadInput(f"position {call.position} after {length} cached rows")
-        if not 0 <= call.rows_wanted <= call.count <= call.call_count:
-            raise BadInput(
-                f"{call.rows_wanted} rows wanted of {call.count}, once {call.call_count}"
-            )
-        if call.output_encoding not in self._facts.encodings:
-            raise BadInput(f"unknown encoding {call.output_encoding!r}")
-        limit = self._facts.session_tokens_max
-        if call.position + call.count > limit:
-            raise SessionTooLong(f"the model ends at {limit} positions")
 
     def _passes(self, parts: Sequence[_Part]) -> list[_Pass]:
         if self._tiles is None:
@@ -231,15 +213,10 @@ class BatchedBackend(Sequences[PackedCache]):
         call = part.call
         if part.piece.cache.length != call.position:
             return _after_failure(call)
-        rows = output[: call.count]
-        if not all_finite(rows):
-            return BadInput(
-                f"blocks {call.span} gave values that are not finite from rows {call.position} "
-                f"to {_last(call)} (too large for {self._facts.encodings[0]}?)"
-            )
-        result = b""
-        if call.rows_wanted:
-            result = rows_to_bytes(rows[call.count - call.rows_wanted :], call.output_encoding)
+        try:
+            result = answer_to(call, output[: call.count], self._facts)
+        except ShoalError as error:
+            return error
         part.piece.cache.commit(call.position + call.count)
         return result
 
@@ -254,7 +231,3 @@ def _segments(spans: Iterable[Span]) -> list[Span]:
     borders = sorted({border for span in chosen for border in (span.start, span.end)})
     segments = [Span(start, end) for start, end in pairwise(borders)]
     return [segment for segment in segments if any(span.covers(segment) for span in chosen)]
-
-
-def _last(call: Call) -> int:
-    return call.position + call.count - 1

@@ -187,10 +187,19 @@ class SequenceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Committed positions."""
         return self._length.value
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of keys and values; recurrent states are not counted."""
+        return sum(layer.rows.num_bytes for layer in self._rows)
+
     def begin(self) -> None:
         """A call starts; what an earlier one left without a commit is forgotten."""
         for state in self._states:
             state.begin()
+
+    def rewind(self, block: int) -> None:
+        """Undo what the call under way did to the state of one recurrent block."""
+        self.layers[block].begin()
 
     def commit(self, count: int) -> None:
         """Make `count` rows, written since the last commit, part of the sequence."""

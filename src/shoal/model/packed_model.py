@@ -65,14 +65,7 @@ class PackedModel:
 
     def block_kinds(self) -> list[int]:
         """The first block of each kind: equal parameter shapes and windows are one kind."""
-        kinds: dict[object, int] = {}
-        for index in range(self.span.start, self.span.end):
-            shapes = tuple(
-                (name, tuple(weight.shape))
-                for name, weight in self._model.block(index).named_parameters()
-            )
-            kinds.setdefault((shapes, self.windows[index]), index)
-        return list(kinds.values())
+        return self._model.block_kinds()
 
     def modules(self, block: int) -> list[torch.nn.Module]:
         """All modules of one block."""

@@ -76,7 +76,10 @@ def rows_to_bytes(rows: torch.Tensor, encoding: str) -> bytes:
     dtype = DTYPES.get(encoding)
     if dtype is None:
         raise _unknown(encoding)
-    return bytes(tensor_bytes(rows.to(device="cpu", dtype=dtype)))
+    raw = rows.to(device="cpu", dtype=dtype)
+    if dtype == torch.float16 and not all_finite(raw):
+        raise BadInput("values are too large for the encoding float16: use bfloat16")
+    return bytes(tensor_bytes(raw))
 
 
 def _unknown(encoding: str) -> BadInput:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from shoal.base.errors import ConfigError, ModelUnsupported
@@ -79,6 +80,30 @@ class SpanModel:
         positions = torch.arange(position, position + hidden.shape[0], device=hidden.device)
         return self.forward_at(hidden, positions, cache, span)
 
+    def forward_cut(
+        self, hidden: torch.Tensor, call_count: int, position: int, cache: SequenceCache, span: Span
+    ) -> torch.Tensor:
+        """`forward` of the first rows of a call that had `call_count`, with that call's bits.
+
+        The rows that are missing become zeros. No row sees those behind it, but the number
+        of rows chooses the kernels, and so the bits. Recurrent blocks run once more, with
+        the given rows alone, to get their state.
+        """
+        count = hidden.shape[0]
+        rows = functional.pad(hidden, (0, 0, 0, call_count - count))
+        positions = torch.arange(position, position + call_count, device=hidden.device)
+        cache.begin()
+        if not any(block in self.recurrent for block in range(span.start, span.end)):
+            return self.forward_at(rows, positions, cache, span)[:count]
+        for block in range(span.start, span.end):
+            one = Span(block, block + 1)
+            output = self.forward_at(rows, positions, cache, one)
+            if block in self.recurrent:
+                cache.rewind(block)
+                self.forward_at(rows[:count], positions[:count], cache, one)
+            rows = output
+        return rows[:count]
+
     def forward_at(
         self, hidden: torch.Tensor, positions: torch.Tensor, cache: Cache, span: Span
     ) -> torch.Tensor:
@@ -92,6 +117,14 @@ class SpanModel:
         )
         rows: torch.Tensor = output.last_hidden_state[0]
         return rows
+
+    def block_kinds(self) -> list[int]:
+        """The first block of each kind: equal parameter shapes and windows are one kind."""
+        kinds: dict[object, int] = {}
+        for index, block in self._blocks.items():
+            shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+            kinds.setdefault((shapes, self.windows[index]), index)
+        return list(kinds.values())
 
     def _stack(self, span: Span) -> tuple[Callable[..., Any], ...]:
         stack = self._stacks.get(span)

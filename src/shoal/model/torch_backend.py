@@ -17,27 +17,24 @@ from typing import Any, Literal, get_args
 import torch
 
 from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome
-from shoal.base.errors import (
-    BadInput,
-    ConfigError,
-    InternalError,
-    SessionTooLong,
-    ShoalError,
-)
+from shoal.base.errors import ConfigError, InternalError, ShoalError
 from shoal.base.spans import Span
 from shoal.model.batched_backend import CALLS_PER_SEQUENCE_MAX, BatchedBackend
+from shoal.model.calls import answer_to, check_call, rows_of
 from shoal.model.device_thread import DeviceThread
 from shoal.model.exact import RowTiles, find_tiles
+from shoal.model.exact_alone import probe_alone
 from shoal.model.families import family_of, session_tokens_max
 from shoal.model.known import Progress
 from shoal.model.kv_cache import PAGE_TOKENS, SequenceCache
 from shoal.model.numerics import numerics_class
 from shoal.model.packed_model import PackedModel
 from shoal.model.quantize import Quantization, check_quantize
-from shoal.model.rows import DTYPES, all_finite, encodings_for, rows_from_bytes, rows_to_bytes
+from shoal.model.rows import DTYPES, encodings_for
 from shoal.model.sequences import Sequences
 from shoal.model.source import ModelSource
 from shoal.model.span_model import SpanModel, load_span, num_blocks
+from shoal.model.tiled_experts import TiledExperts
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +42,11 @@ EngineChoice = Literal["auto", "batched", "per-session"]
 """How sequences share passes. auto: batched where the architecture is known to pack."""
 
 ExactChoice = Literal["auto", "always", "never"]
-"""Whether batched rows run in tiles that keep their bits free of company.
+"""Whether rows keep their bits in any company and when they are repeated.
 
-auto: where every row count is a tile, so that it costs nothing (bfloat16, as a rule).
-always: also where tiles cost padding. Where there are no tiles the backend is not exact.
+auto: where it costs nothing: without batching, and where every row count is a tile
+(bfloat16, as a rule). always: also where tiles cost padding. Where there are no tiles the
+backend is not exact.
 """
 
 
@@ -110,13 +108,17 @@ def load_backend(
             lambda: numerics_class(source.config, config.dtype, config.device, config.quantize)
         )
         if not _packs(config.engine, source.config):
-            return TorchBackend(model, config, numerics, thread)
+            probe = thread.call(lambda: _probe_alone(model, config))
+            numerics = _numerics_with(numerics, f"alone {probe}") if probe else numerics
+            facts = _facts(model, config, numerics, is_exact=probe is not None)
+            return TorchBackend(model, facts, config.device, thread)
         packed = PackedModel(model)
         tiles = thread.call(lambda: _choose_tiles(packed, config))
     except BaseException:
         thread.stop()
         raise
-    numerics = _batched_numerics(numerics, tiles)
+    said = (tiles.counts, tiles.probe) if tiles else "packed"
+    numerics = _numerics_with(numerics, f"batched {said}")
     facts = replace(
         _facts(model, config, numerics, is_exact=tiles is not None),
         calls_per_sequence_max=CALLS_PER_SEQUENCE_MAX,
@@ -147,10 +149,22 @@ def _choose_tiles(model: PackedModel, config: BackendConfig) -> RowTiles | None:
     return tiles
 
 
-def _batched_numerics(numerics: str, tiles: RowTiles | None) -> str:
-    """The class of the batched engine: its tiles are part of what gives equal bits."""
+def _probe_alone(model: SpanModel, config: BackendConfig) -> str | None:
+    if config.exact == "never":
+        return None
+    experts = TiledExperts(model.base.config, model.blocks())
+    probe = probe_alone(model, experts, config.device)
+    is_free = experts.tiles is None or experts.tiles.is_free
+    if config.exact == "auto" and not is_free:
+        experts.reset()
+        return None
+    return probe
+
+
+def _numerics_with(numerics: str, engine: str) -> str:
+    """The class of an engine: its tiles and probes are part of what gives equal bits."""
     dtype = numerics.partition("-")[0]
-    said = f"{numerics} batched {(tiles.counts, tiles.probe) if tiles else 'packed'}"
+    said = f"{numerics} {engine}"
     digest = hashlib.blake2b(said.encode(), digest_size=8, person=b"shoal-numerics")
     return f"{dtype}-{digest.hexdigest()}"
 
@@ -180,14 +194,14 @@ class TorchBackend(Sequences[SequenceCache]):
     """`shoal.base.backend.BlockBackend` over transformers' own cache. Made by `load_backend`."""
 
     def __init__(
-        self, model: SpanModel, config: BackendConfig, numerics: str, thread: DeviceThread
+        self, model: SpanModel, facts: BackendFacts, device: str, thread: DeviceThread
     ) -> None:
         new_cache = partial(SequenceCache, model.windows, recurrent=model.recurrent)
         super().__init__(model.span, new_cache, SequenceCache.forked)
         self._model = model
-        self._device = config.device
+        self._device = device
         self._thread = thread
-        self._facts = _facts(model, config, numerics, is_exact=False)
+        self._facts = facts
 
     @property
     def facts(self) -> BackendFacts:
@@ -219,41 +233,15 @@ class TorchBackend(Sequences[SequenceCache]):
 
     def _run_one(self, call: Call) -> bytes:
         cache = self._cache(call.sequence)
-        self._check(call, cache)
-        payload_rows = rows_from_bytes(
-            call.payload, call.encoding, call.count, self._facts.hidden_size
-        )
-        rows = payload_rows.to(device=self._device, dtype=self._model.dtype)
-        if not all_finite(rows):
-            raise BadInput(f"rows {call.position} to {_last(call)} hold values that are not finite")
-        output = self._model.forward(rows, call.position, cache, call.span)
-        if not all_finite(output):
-            raise BadInput(
-                f"blocks {call.span} gave values that are not finite from rows {call.position} "
-                f"to {_last(call)} (too large for {self._facts.encodings[0]}?)"
-            )
-        result = b""
-        if call.rows_wanted:
-            result = rows_to_bytes(output[call.count - call.rows_wanted :], call.output_encoding)
+        check_call(call, cache.span, cache.length, self._facts)
+        rows = rows_of(call, self._facts, self._device, self._model.dtype)
+        if self._facts.is_exact and call.count < call.call_count:
+            output = self._model.forward_cut(rows, call.call_count, call.position, cache, call.span)
+        else:
+            output = self._model.forward(rows, call.position, cache, call.span)
+        result = answer_to(call, output, self._facts)
         cache.commit(call.count)
         return result
-
-    def _check(self, call: Call, cache: SequenceCache) -> None:
-        if call.span != cache.span:
-            raise BadInput(f"blocks {call.span} of a sequence that was opened over {cache.span}")
-        if call.position != cache.length:
-            raise BadInput(f"position {call.position} after {cache.length} cached rows")
-        if not 0 <= call.rows_wanted <= call.count:
-            raise BadInput(f"{call.rows_wanted} rows wanted of {call.count}")
-        if call.output_encoding not in self._facts.encodings:
-            raise BadInput(f"unknown encoding {call.output_encoding!r}")
-        limit = self._facts.session_tokens_max
-        if call.position + call.count > limit:
-            raise SessionTooLong(f"the model ends at {limit} positions")
-
-
-def _last(call: Call) -> int:
-    return call.position + call.count - 1
 
 
 def _check_device(device: str) -> None:

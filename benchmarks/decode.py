@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", default="", help="models whose name has this")
     options = parser.parse_args()
     wanted = 1 if options.quick else options.rounds
-    facts, rows, details = environment(), [], {}
+    facts = environment()
+    rows: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder), options.quick):
             if options.only in case.name:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from random_model import SHAPES, random_source
+from random_model import SHAPES, saved_folder, saved_source
 from shoal.base.spans import Span, parse_span
 from shoal.client.client import Client, ClientConfig, open_client
 from shoal.discovery.static import StaticDirectory
@@ -29,18 +30,33 @@ from shoal.net.membership import SwarmPass
 from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook
 from shoal.server.server import open_server
+from workers import environment
 
 PASS = SwarmPass.open("benchmark")
 WALL_MS = time.time_ns() // 1_000_000
 CACHE_TOKENS = 1 << 15
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A server process."""
+
+    record: str
+    """What it says about itself, for a client's directory."""
+    pid: int
+    span: Span
+
+
+def workers_of(servers: Iterable[Server]) -> Mapping[str, int]:
+    """Their names and process ids."""
+    return {f"server {server.span}": server.pid for server in servers}
+
+
 async def serve(shape: str, span: Span) -> None:
     """A server process: prints its record, serves until stdin ends."""
     sys.setswitchinterval(0.0005)
-    source = random_source(SHAPES[shape], span=span)
     config = BackendConfig(model=shape, dtype="bfloat16", cache_tokens=CACHE_TOKENS)
-    backend = load_backend(source, span, config)
+    backend = load_backend(saved_source(shape), span, config)
     identity, directory = Identity.generate(), StaticDirectory(PASS.name)
     transport = TcpTransport(identity)
     book = StoreBook(directory.store)
@@ -58,32 +74,39 @@ async def serve(shape: str, span: Span) -> None:
 
 
 @contextmanager
-def running(shape: str, num_servers: int) -> Iterator[list[str]]:
-    """So many servers, which share the blocks evenly; gives their records."""
+def running(shape: str, num_servers: int) -> Iterator[list[Server]]:
+    """So many servers, which share the blocks evenly."""
     blocks = int(SHAPES[shape]["num_hidden_layers"])
     borders = [blocks * index // num_servers for index in range(num_servers + 1)]
+    saved_folder(shape)  # before several processes want to write it
     with ExitStack() as stack:
-        processes = []
-        for start, end in zip(borders, borders[1:], strict=False):  # noqa: RUF007
+        started = []
+        for start, end in pairwise(borders):
             process = subprocess.Popen(
                 [sys.executable, __file__, shape, f"{start}:{end}"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(1),
             )  # fmt: skip
             stack.callback(process.communicate)
-            processes.append(process)
-        yield [process.stdout.readline().strip() for process in processes if process.stdout]
+            started.append((Span(start, end), process))
+        servers = []
+        for span, process in started:
+            record = process.stdout.readline().strip() if process.stdout is not None else ""
+            if not record:
+                raise SystemExit(f"the server of blocks {span} did not start")
+            servers.append(Server(record=record, pid=process.pid, span=span))
+        yield servers
 
 
 @asynccontextmanager
-async def connected(shape: str, records: Sequence[str]) -> AsyncIterator[Client]:
+async def connected(shape: str, servers: Sequence[Server]) -> AsyncIterator[Client]:
     """A client of these servers."""
     identity = Identity.generate()
     sizes = SHAPES[shape]
     config = ClientConfig(
         model=shape, num_blocks=sizes["num_hidden_layers"], hidden_size=sizes["hidden_size"]
     )
-    directory = StaticDirectory(PASS.name, [base64.b64decode(text) for text in records])
+    records = [base64.b64decode(server.record) for server in servers]
+    directory = StaticDirectory(PASS.name, records)
     transport = TcpTransport(identity)
     async with open_client(
         identity, transport, PASS, directory, config,

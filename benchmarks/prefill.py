@@ -9,87 +9,122 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any
 
-from model_servers import connected, random_rows, running
-from random_model import SHAPES, random_source
+import torch
+
+from model_servers import Server, connected, random_rows, running, workers_of
+from random_model import SHAPES, saved_source
 from report import environment, publish
-from shoal.base.backend import Call, SequenceId
+from rounds import Rounds, Way, take_rounds
+from shoal.base.backend import BlockBackend, Call, SequenceId
 from shoal.base.spans import Span
+from shoal.client.client import Client
 from shoal.model.torch_backend import BackendConfig, load_backend
 
 LENGTHS = (512, 2048)
 SERVERS = (1, 2, 3)
 CHUNK = 256
+WHOLE = "1 process"
+CHUNKED = "1 process, chunks"
 
 
-def alone(shape: str, repeats: int) -> dict[tuple[int, int], float]:
-    """Rows/s of one process, by (length, chunk)."""
-    blocks = int(SHAPES[shape]["num_hidden_layers"])
-    span = Span(0, blocks)
-    config = BackendConfig(model=shape, dtype="bfloat16", cache_tokens=1 << 14)
-    backend = load_backend(random_source(SHAPES[shape], span=span), span, config)
-    sequence, speeds = SequenceId(1), {}
+def alone(backend: BlockBackend, prompt: bytes, chunk: int) -> Callable[[], Awaitable[float]]:
+    """Rows/s of one process without a network."""
+    facts = backend.facts
+    row = facts.hidden_size * 2
+    length = len(prompt) // row
 
-    async def once(length: int, chunk: int) -> float:
-        backend.open(sequence, span)
+    async def measure() -> float:
+        backend.open(SequenceId(1), facts.span)
         started = time.perf_counter()
         for at in range(0, length, chunk):
             call = Call(
-                sequence=sequence, span=span, position=at, count=chunk, call_count=chunk,
-                payload=random_rows(shape, chunk), encoding="bfloat16",
-                output_encoding="bfloat16", rows_wanted=1,
+                sequence=SequenceId(1), span=facts.span, position=at, count=chunk,
+                call_count=chunk, payload=prompt[at * row : (at + chunk) * row],
+                encoding="bfloat16", output_encoding="bfloat16", rows_wanted=1,
             )  # fmt: skip
             (outcome,) = await backend.run([call])
             if not isinstance(outcome, bytes):
                 raise outcome
-        backend.close(sequence)
-        return length / (time.perf_counter() - started)
+        taken = time.perf_counter() - started
+        backend.close(SequenceId(1))
+        return length / taken
 
-    with asyncio.Runner() as runner:
+    return measure
+
+
+def through(client: Client, prompt: bytes, length: int) -> Callable[[], Awaitable[float]]:
+    """Rows/s of a chain."""
+
+    async def measure() -> float:
+        async with await client.open_session("bfloat16") as session:
+            started = time.perf_counter()
+            await session.step(prompt, length, chunk_tokens=CHUNK)
+            return length / (time.perf_counter() - started)
+
+    return measure
+
+
+async def measured(
+    shape: str, swarms: dict[str, list[Server]], wanted: int
+) -> dict[tuple[int, str], Rounds]:
+    """Rounds by prompt length and way."""
+    span = Span(0, int(SHAPES[shape]["num_hidden_layers"]))
+    config = BackendConfig(model=shape, dtype="bfloat16", cache_tokens=1 << 14)
+    backend = load_backend(saved_source(shape), span, config)
+    rounds: dict[tuple[int, str], Rounds] = {}
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(backend.aclose)
+        clients = {
+            name: await stack.enter_async_context(connected(shape, servers))
+            for name, servers in swarms.items()
+        }
         for length in LENGTHS:
-            for chunk in (length, CHUNK):
-                taken = [runner.run(once(length, chunk)) for _ in range(repeats + 1)]
-                speeds[length, chunk] = median(taken[1:])
-        runner.run(backend.aclose())
-    return speeds
-
-
-async def through_chain(shape: str, records: Sequence[str], length: int, repeats: int) -> float:
-    """Rows/s of a prompt through these servers."""
-    prompt, speeds = random_rows(shape, length), []
-    async with connected(shape, records) as client:
-        for _ in range(repeats + 1):
-            async with await client.open_session("bfloat16") as session:
-                started = time.perf_counter()
-                await session.step(prompt, length, chunk_tokens=CHUNK)
-                speeds.append(length / (time.perf_counter() - started))
-    return median(speeds[1:])
+            prompt = random_rows(shape, length)
+            me = {"process": os.getpid()}
+            ways = {
+                WHOLE: Way(workers=me, measure=alone(backend, prompt, length)),
+                CHUNKED: Way(workers=me, measure=alone(backend, prompt, CHUNK)),
+            }
+            for name, servers in swarms.items():
+                workers = {**workers_of(servers), "client": os.getpid()}
+                ways[name] = Way(workers=workers, measure=through(clients[name], prompt, length))
+            taken = await take_rounds(ways, wanted)
+            rounds |= {(length, name): taken[name] for name in ways}
+    return rounds
 
 
 def main() -> None:
     """Rows/s by prompt length and number of servers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the small shape, fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="the small shape, 1 round")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    quick = parser.parse_args().quick
-    shape, repeats = ("small", 2) if quick else ("1.1b", 3)
+    parser.add_argument("--shape", choices=SHAPES, help="another shape than the usual")
+    parser.add_argument("--rounds", type=int, default=3, help="that count, of every way")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = options.shape or ("small" if options.quick else "1.1b")
     facts = environment()
-    baseline = alone(shape, repeats)
+    with ExitStack() as stack:
+        swarms = {
+            f"{count} server{'s' * (count > 1)}": stack.enter_context(running(shape, count))
+            for count in SERVERS
+        }
+        rounds = asyncio.run(measured(shape, swarms, 1 if options.quick else options.rounds))
     rows: list[dict[str, object]] = []
-    for num_servers in SERVERS:
-        with running(shape, num_servers) as records:
-            for length in LENGTHS:
-                speed = asyncio.run(through_chain(shape, records, length, repeats))
-                rows.append(
-                    {"shape": shape, "rows": length, "servers": num_servers, "rows_per_s": speed,
-                     "one_process": baseline[length, length],
-                     "one_process_chunked": baseline[length, CHUNK],
-                     "gain": speed / baseline[length, length]}
-                )  # fmt: skip
-    publish("prefill", rows, facts)
+    details: dict[str, Any] = {}
+    for (length, way), taken in rounds.items():
+        rows.append(
+            {"shape": shape, "rows": length, "way": way, "rows_per_s": taken.median,
+             "gain": taken.over(rounds[length, WHOLE]), **taken.cells()}
+        )  # fmt: skip
+        details[f"{length} rows, {way}"] = taken.details()
+    publish("prefill", rows, facts, details)
 
 
 if __name__ == "__main__":

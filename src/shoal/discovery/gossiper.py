@@ -34,6 +34,7 @@ from shoal.discovery.neighbours import (
     admits,
     choose_dials,
     choose_surplus,
+    num_wanted,
     prefers_new,
 )
 from shoal.discovery.spreading import Spreading
@@ -76,6 +77,10 @@ swarm meet again."""
 
 ALONE_RECONNECT_S: Final = 5.0
 """The same for a peer without neighbours."""
+
+SUSPECTS_GAP_S: Final = 0.5
+"""Suspicions for one neighbour are gathered this long after others: when a network splits,
+hundreds come at once."""
 
 ROTATE_S: Final = 120.0
 """One neighbour is exchanged this often, so that the graph stays random whatever was lost."""
@@ -242,6 +247,7 @@ class Gossiper:
                 self.around.do(Drop(peer, f"silent for {SILENCE_S:g} s", is_polite=False))
                 self._probe(peer)
         self._spreading.tick(now_s)
+        self._flush_suspicions(now_s)
         for peer, neighbour in self.neighbours.items():
             if now_s - neighbour.sent_s >= GOSSIP_BEAT_S:
                 self.around.send(peer, Beat(), now_s)
@@ -255,8 +261,9 @@ class Gossiper:
         self._ticked_s = now_s
 
     def _dial_some(self, now_s: float) -> None:
-        around = self._surroundings()
-        if around.num_missing:
+        num_dialled = sum(one.is_dialled for one in self.neighbours.values())
+        if num_dialled + len(self._dialling) < num_wanted(self._is_reader):
+            around = self._surroundings()
             for peer in choose_dials(around, self._candidates(now_s), self._rng):
                 self._dial(peer, DIAL_TIMEOUT_S)
         elif now_s >= self._next_rotation_s and not self._is_reader:
@@ -283,9 +290,8 @@ class Gossiper:
 
     def _strays(self, now_s: float) -> list[PeerId]:
         """Servers that vanished, and joins that we have no record of."""
-        lost = {PeerId(one.record.peer) for one in self._store.lost()}
         joins = {peer for peer in self._joins if self._store.find(peer) is None}
-        return [peer for peer in sorted(lost | joins) if self._may_dial(peer)]
+        return [p for p in sorted(joins.union(self._store.lost())) if self._may_dial(p)]
 
     def _may_dial(self, peer: PeerId) -> bool:
         return (
@@ -309,8 +315,7 @@ class Gossiper:
         if self._store.suspect(PeerId(name.peer), held.record.sequence, now_s):
             logger.info("suspected peer=%s", short(name.peer))
             self.around.counts["accused"] += 1
-            if not self._is_reader:
-                self._tell(Suspects([name]), now_s)
+            self._tell([name], now_s)
 
     def _on_suspects(self, neighbour: Neighbour, message: Suspects, now_s: float) -> None:
         passed_on: list[RecordName] = []
@@ -320,6 +325,7 @@ class Gossiper:
                 self.around.counts["flood"] += 1
                 break
             peer, sequence = PeerId(name.peer), (name.boot_ms, name.counter)
+            neighbour.suspicions.pop(peer, None)
             held = self._store.find(peer)
             if held is None or held.record.sequence < sequence:
                 continue
@@ -332,7 +338,7 @@ class Gossiper:
             elif self._store.suspect(peer, sequence, now_s):
                 passed_on.append(name)
         if passed_on:
-            self._tell(Suspects(passed_on), now_s, but=neighbour.peer)
+            self._tell(passed_on, now_s, but=neighbour.peer)
         if better:
             self.around.send(neighbour.peer, Offer(better), now_s)
 
@@ -348,12 +354,21 @@ class Gossiper:
             self._warned[peer] = sequence
             self.around.send(peer, Suspects([name]), now_s)
 
-    def _tell(self, message: Suspects, now_s: float, but: PeerId | None = None) -> None:
+    def _tell(self, names: list[RecordName], now_s: float, but: PeerId | None = None) -> None:
+        """Pass suspicions on; a reader keeps its own to itself."""
         if self._is_reader:
             return
-        for peer in list(self.neighbours):
-            if peer != but:
-                self.around.send(peer, message, now_s)
+        for neighbour in self.neighbours.values():
+            if neighbour.peer != but:
+                neighbour.suspicions.update((PeerId(name.peer), name) for name in names)
+        self._flush_suspicions(now_s)
+
+    def _flush_suspicions(self, now_s: float) -> None:
+        for peer, neighbour in self.neighbours.items():
+            if neighbour.suspicions and now_s - neighbour.warned_s >= SUSPECTS_GAP_S:
+                neighbour.warned_s = now_s
+                names, neighbour.suspicions = list(neighbour.suspicions.values()), {}
+                self.around.send(peer, Suspects(names), now_s)
 
     # --- parts ------------------------------------------------------------------------
 
@@ -365,9 +380,7 @@ class Gossiper:
             self.accused = False
 
     def _dial(self, peer: PeerId, timeout_s: float) -> None:
-        held = self._store.find(peer)
-        lost = {PeerId(one.record.peer): one for one in self._store.lost()} if held is None else {}
-        signed = held or lost.get(peer)
+        signed = self._store.find(peer) or self._store.find_lost(peer)
         addresses = () if signed is None else tuple(signed.record.addresses)
         self._dialling.add(peer)
         self.around.do(Dial(peer, addresses or self._joins.get(peer, ()), timeout_s))

@@ -75,6 +75,9 @@ class Neighbour:
     offered_s: float = float("-inf")
     pending: dict[PeerId, RecordName] = field(default_factory=dict)
     """News that it has not been offered yet."""
+    warned_s: float = float("-inf")
+    suspicions: dict[PeerId, RecordName] = field(default_factory=dict)
+    """That it has not been told of yet."""
     num_bad: int = 0
     """Records that an honest peer would not have handed on."""
 

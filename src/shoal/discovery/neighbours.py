@@ -57,15 +57,15 @@ class Surroundings:
         return sum(one.is_dialled for one in self.neighbours)
 
     @property
-    def num_wanted(self) -> int:
-        """Streams that we ought to open."""
-        return READER_DIALS if self.is_reader else SERVER_DIALS
-
-    @property
     def num_missing(self) -> int:
         """How many more to dial now."""
-        missing = self.num_wanted - self.num_dialled - self.num_dialling
+        missing = num_wanted(self.is_reader) - self.num_dialled - self.num_dialling
         return max(0, min(missing, DIALS_AT_ONCE - self.num_dialling))
+
+
+def num_wanted(is_reader: bool) -> int:
+    """Streams that a peer ought to open."""
+    return READER_DIALS if is_reader else SERVER_DIALS
 
 
 def choose_dials(
@@ -81,7 +81,7 @@ def choose_surplus(around: Surroundings) -> PeerId | None:
     The newest stays: it may be the only bridge to another half of the swarm.
     """
     dialled = [one for one in around.neighbours if one.is_dialled]
-    if len(dialled) <= around.num_wanted:
+    if len(dialled) <= num_wanted(around.is_reader):
         return None
     return min(dialled, key=lambda one: (one.since_s, one.peer)).peer
 

@@ -124,10 +124,12 @@ class Spreading:
                 continue
             held = self._store.find(peer)
             if held is None:
-                gone.append(name)
+                if sequence < known or not self._store.restore(peer, now_s):
+                    gone.append(name)
             elif sequence < known:
                 better.append(name_of(held))
             neighbour.pending.pop(peer, None)
+        self.flush(now_s)
         if message.buckets:
             offered = {name.peer for name in message.names}
             better += [n for n in self._in_buckets(message.buckets) if n.peer not in offered]

@@ -23,9 +23,14 @@ REMEMBERED_MAX: Final = 4 * RECORDS_MAX
 """Expired peers whose last sequence is remembered, so that an old copy of a dead peer's
 record, handed round among others, does not come back to life here."""
 
-LOST_MAX: Final = 256
+LOST_MAX: Final = RECORDS_MAX
 """Servers that vanished without a farewell whose records are kept aside, to dial them now
 and then: that is how the halves of a split swarm find each other again."""
+
+RESTORE_AFTER_S: Final = 30.0
+"""Whoever still holds a server this long after we dropped it as a suspect was not reached by
+the suspicion, so lived in another half of a split swarm: it may be right. Sooner it is
+behind, and must be told."""
 
 SUSPECT_S: Final = 5.0
 """A suspect has this long to refute: a flood there and back over six hops takes about 3 s."""
@@ -34,7 +39,7 @@ Opener = Callable[[bytes], Record]
 """Checks an envelope; `records.open_record`, or a simulation's that remembers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Held:
     signed: SignedRecord
     born_s: float
@@ -48,6 +53,12 @@ class _Held:
     @property
     def sequence(self) -> tuple[int, int]:
         return self.signed.record.sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    held: _Held
+    since_s: float
 
 
 class RecordStore:
@@ -78,7 +89,7 @@ class RecordStore:
         self._held: dict[PeerId, _Held] = {}
         self._envelopes: set[bytes] = set()
         self._expired: OrderedDict[PeerId, tuple[int, int]] = OrderedDict()
-        self._lost: OrderedDict[PeerId, SignedRecord] = OrderedDict()
+        self._lost: OrderedDict[PeerId, _Lost] = OrderedDict()
         self._suspects: dict[PeerId, float] = {}
         """Until when they may refute."""
         self._soonest_s = math.inf
@@ -125,7 +136,7 @@ class RecordStore:
         if not self._is_lasting and age_s >= min(record.ttl_s, RECORD_TTL_S):
             return False
         if peer not in self._held:
-            self._make_room()
+            self._make_room(now_s)
         signed = SignedRecord(record=record, data=data)
         self._take(peer, signed, now_s, age_s)
         for listener in self._news_listeners:
@@ -165,9 +176,29 @@ class RecordStore:
         """Whether the peer is accused of being gone and may still refute."""
         return peer in self._suspects
 
-    def lost(self) -> tuple[SignedRecord, ...]:
+    def lost(self) -> tuple[PeerId, ...]:
         """Servers that vanished without a farewell, the latest last."""
-        return tuple(self._lost.values())
+        return tuple(self._lost)
+
+    def find_lost(self, peer: PeerId) -> SignedRecord | None:
+        """The last record of a server that vanished without a farewell."""
+        lost = self._lost.get(peer)
+        return None if lost is None else lost.held.signed
+
+    def restore(self, peer: PeerId, now_s: float) -> bool:
+        """Take a suspect back, because somebody still holds its record; whether we do.
+
+        Only RESTORE_AFTER_S after it was dropped, and for what is left of its life.
+        """
+        lost = self._lost.get(peer)
+        if lost is None or lost.held.expires_s <= now_s:
+            return False
+        if now_s - lost.since_s < RESTORE_AFTER_S or len(self._held) >= self._records_max:
+            return False
+        self._hold(peer, lost.held)
+        for listener in self._news_listeners:
+            listener(lost.held.signed)
+        return True
 
     def expire(self, now_s: float) -> None:
         """Drop what is no longer valid, and suspects that did not refute in time."""
@@ -175,7 +206,7 @@ class RecordStore:
             return
         expired = [peer for peer, held in self._held.items() if held.expires_s <= now_s]
         expired += [peer for peer, end_s in self._suspects.items() if end_s <= now_s]
-        changes = [self._drop(peer) for peer in expired if peer in self._held]
+        changes = [self._drop(peer, now_s) for peer in expired if peer in self._held]
         self._soonest_s = self.next_expiry_s
         if any(changes):
             self._change()
@@ -212,6 +243,11 @@ class RecordStore:
             yield peer, held.sequence
 
     def _take(self, peer: PeerId, signed: SignedRecord, now_s: float, age_s: float) -> None:
+        ttl_s = math.inf if self._is_lasting else min(signed.record.ttl_s, RECORD_TTL_S)
+        born_s = now_s - min(age_s, RECORD_TTL_S)
+        self._hold(peer, _Held(signed, born_s, born_s + ttl_s))
+
+    def _hold(self, peer: PeerId, held: _Held) -> None:
         before = self._held.get(peer)
         if before is not None:
             self._envelopes.discard(before.signed.data)
@@ -219,16 +255,14 @@ class RecordStore:
         self._expired.pop(peer, None)
         self._lost.pop(peer, None)
         self._suspects.pop(peer, None)
-        ttl_s = math.inf if self._is_lasting else min(signed.record.ttl_s, RECORD_TTL_S)
-        born_s = now_s - min(age_s, RECORD_TTL_S)
-        held = self._held[peer] = _Held(signed, born_s, born_s + ttl_s)
+        self._held[peer] = held
         self._soonest_s = min(self._soonest_s, held.expires_s)
-        self._envelopes.add(signed.data)
+        self._envelopes.add(held.signed.data)
         self.digest.toggle(peer, held.sequence)
         if not held.is_tombstone or (before is not None and not before.is_tombstone):
             self._change()
 
-    def _drop(self, peer: PeerId) -> bool:
+    def _drop(self, peer: PeerId, now_s: float) -> bool:
         """Forget all but the sequence; whether the snapshot changes."""
         held = self._held.pop(peer)
         self._envelopes.discard(held.signed.data)
@@ -238,12 +272,12 @@ class RecordStore:
         if len(self._expired) > REMEMBERED_MAX:
             self._expired.popitem(last=False)
         if not held.is_tombstone:
-            self._lost[peer] = held.signed
+            self._lost[peer] = _Lost(held, now_s)
             if len(self._lost) > LOST_MAX:
                 self._lost.popitem(last=False)
         return not held.is_tombstone
 
-    def _make_room(self) -> None:
+    def _make_room(self, now_s: float) -> None:
         if len(self._held) < self._records_max:
             return
         gone = [(held.expires_s, peer) for peer, held in self._held.items() if held.is_tombstone]
@@ -252,7 +286,7 @@ class RecordStore:
                 f"the directory is full ({self._records_max} peers)",
                 retry_after_s=RECORD_TTL_S,
             )
-        self._drop(min(gone)[1])
+        self._drop(min(gone)[1], now_s)
 
     def _change(self) -> None:
         self.version += 1

@@ -53,6 +53,7 @@ class _Stream:
 class GossipPeer:
     """One simulated server: its rules, its records, its streams."""
 
+    peer: PeerId
     identity: Identity
     store: RecordStore
     gossiper: Gossiper
@@ -62,11 +63,6 @@ class GossipPeer:
     boot: int = 1
     sent_bytes: int = 0
     received_bytes: int = 0
-
-    @property
-    def peer(self) -> PeerId:
-        """Its identity."""
-        return self.identity.peer
 
     def knows(self) -> frozenset[PeerId]:
         """The servers that it holds to be here, suspects left out."""
@@ -159,10 +155,11 @@ class GossipSwarm:
 
     def _add(self, seed: bytes) -> GossipPeer:
         identity = Identity.from_seed(seed)
+        peer = identity.peer
         store = RecordStore(SWARM, opener=self._open)
         rng = random.Random(self._rng.random())
-        one = GossipPeer(identity, store, Gossiper(identity.peer, store, rng))
-        self.peers[identity.peer] = one
+        one = GossipPeer(peer, identity, store, Gossiper(peer, store, rng))
+        self.peers[peer] = one
         return one
 
     def _open(self, data: bytes) -> Record:

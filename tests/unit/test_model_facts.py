@@ -66,8 +66,17 @@ def test_the_table_knows_which_families_are_recurrent() -> None:
         assert bool(recurrent_blocks(config)) == ROWS[config.model_type].is_recurrent, name
     rows = {row.architecture: row for row in support_table()}
     assert rows["mamba2"].truncate == rows["mamba2"].fork == "start"
-    assert rows["llama"].truncate == "any"
+    assert rows["llama"].truncate == rows["bloom"].fork == "any"
+    assert rows["gpt_oss"].truncate == rows["mistral"].fork == "margin"
+    assert model_facts(tiny_config("mistral_full")).support.truncate == "any"
+    assert model_facts(tiny_config("qwen2_sliding")).support.truncate == "margin"
     assert all(row.is_tested for row in rows.values())
+    assert rows["deepseek_v3"].engine == "batched"
+    assert {name for name, row in rows.items() if row.exact == "yes"} == {
+        "bloom",
+        "falcon",
+        "mamba2",
+    }
 
 
 def test_blocks_that_fit_leave_room_for_the_cache() -> None:

@@ -93,7 +93,8 @@ def inspect(
     """Show what a model costs and how it can be served; weights are not read.
 
     Engine: batched (many sessions share a pass) or per-session. Truncate and fork: a session
-    can be cut back or forked at any length, or only at its start (recurrent blocks). Exact:
+    can be cut back or forked at any length, only within its last 64 tokens (margin, beyond
+    that it starts again: sliding windows), or only at its start (recurrent blocks). Exact:
     whether a start-up probe may find that replayed sessions repeat every bit.
 
     \b

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from transformers import AutoConfig
@@ -15,12 +15,14 @@ from shoal.model.families import (
     recurrent_blocks,
     session_tokens_max,
 )
+from shoal.model.kv_cache import block_windows
 from shoal.model.rows import DTYPES
 from shoal.model.span_model import block_bytes
 
 Engine = Literal["batched", "per-session"]
-Reach = Literal["any", "start"]
-"""Where a sequence can be cut back to, or forked at: any length, or only 0 and its own."""
+Reach = Literal["any", "margin", "start"]
+"""Where a sequence can be cut back to, or forked at: any length; with sliding windows, the
+last ROLLBACK_TOKENS positions and 0 (any length while it is short); or only 0 and its own."""
 
 ExactSupport = Literal["probe", "no"]
 """Whether a server may be exact: a start-up probe decides, or never."""
@@ -53,7 +55,8 @@ class ModelFacts:
     block_bytes: dict[str, list[int]]
     """Weights of each block, by dtype."""
     kv_bytes_per_token: dict[str, list[int]]
-    """KV cache of one position in each block, by dtype; 0 in recurrent blocks."""
+    """KV cache of one position in each block, by dtype; 0 in recurrent blocks. A sliding
+    block keeps only the end of a long session; many short ones fill it like any other."""
 
     def blocks_that_fit(self, memory_gib: float, dtype: str, cache_tokens: int) -> int:
         """How many blocks, from the first, fit with a KV cache of `cache_tokens` positions.
@@ -76,8 +79,7 @@ def model_facts(config: Any) -> ModelFacts:
         ModelUnsupported: it can't be served, and why.
     """
     family = family_of(config)
-    family = replace(family, is_recurrent=bool(recurrent_blocks(config)))
-    support = _support(config.model_type, family, has_experts=_has_experts(config))
+    support = _support(family, config)
     values = [kv_values(config, index) for index in range(num_blocks(config))]
     return ModelFacts(
         support=support,
@@ -94,16 +96,14 @@ def model_facts(config: Any) -> ModelFacts:
 
 def support_table() -> list[Support]:
     """All tested architectures."""
-    return [
-        _support(name, row, has_experts=_has_experts(AutoConfig.for_model(name)))
-        for name, row in FAMILIES.items()
-    ]
+    return [_support(row, AutoConfig.for_model(name)) for name, row in FAMILIES.items()]
 
 
-def _support(model_type: str, family: Family, *, has_experts: bool) -> Support:
-    reach: Reach = "start" if family.is_recurrent else "any"
+def _support(family: Family, config: Any) -> Support:
+    has_experts = _has_experts(config)
+    reach = _reach(config)
     return Support(
-        architecture=model_type,
+        architecture=config.model_type,
         engine="batched" if family.packs else "per-session",
         truncate=reach,
         fork=reach,
@@ -111,6 +111,12 @@ def _support(model_type: str, family: Family, *, has_experts: bool) -> Support:
         exact="probe" if family.packs and not has_experts else "no",
         is_tested=family.is_tested,
     )
+
+
+def _reach(config: Any) -> Reach:
+    if recurrent_blocks(config):
+        return "start"
+    return "any" if not any(block_windows(config)) else "margin"
 
 
 def _has_experts(config: Any) -> bool:

@@ -49,7 +49,10 @@ class Sequences(Generic[C]):
         self._sequences.pop(sequence, None)
 
     def truncate(self, sequence: SequenceId, length: int) -> int:
-        """Forget positions >= `length`; recurrent blocks can only go back to the start."""
+        """Forget positions >= `length`; returns the length that is left.
+
+        Sliding blocks go back by a margin, or to the start; recurrent ones only to the start.
+        """
         return self._cache(sequence).truncate(length)
 
     def fork(self, parent: SequenceId, child: SequenceId, length: int) -> int:

@@ -8,12 +8,33 @@ are shown as 32 hex characters and travel as 16 bytes.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from typing import Any, Final
 
 from shoal.base.errors import ConfigError
 
 CONTENT_BYTES: Final = 16
 """128 bits: nobody finds other bytes for a given hash."""
+
+SIDE_FILES: Final = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.gguf",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+"""Names of files that may belong to a model beside its weights; no other is offered or taken.
+`tokenizer.gguf` is the metadata of a GGUF file without its tensors."""
 
 _HEX_CHARS: Final = 2 * CONTENT_BYTES
 
@@ -49,3 +70,10 @@ def hash_bytes(text: str) -> bytes:
     if not is_hash(text):
         raise ConfigError(f"not a hash: {text!r} (expected {_HEX_CHARS} hex characters)")
     return bytes.fromhex(text)
+
+
+def files_hash(files: Iterable[tuple[str, int, str]]) -> str:
+    """What a set of files is named by; each is (name, bytes, content hash in hex)."""
+    rows = sorted([name, num_bytes, content] for name, num_bytes, content in files)
+    text = json.dumps(["shoal-files-1", rows], separators=(",", ":")).encode()
+    return hashlib.blake2b(text, digest_size=CONTENT_BYTES, person=b"shoal-files").hexdigest()

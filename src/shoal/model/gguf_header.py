@@ -51,6 +51,8 @@ class GgufHeader:
     metadata: Mapping[str, Any]
     """Without arrays longer than 1024 and without nested arrays."""
     tensors: Mapping[str, GgufTensor]
+    metadata_end: int = 0
+    """Where the metadata ends and the table of tensors begins, in bytes from the start."""
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -70,6 +72,15 @@ def read_gguf_header(path: Path) -> GgufHeader:
             raise ModelCorrupt(
                 f"{path}: the GGUF header is truncated or altered ({error}): fetch it again"
             ) from error
+
+
+def metadata_only(path: Path, header: GgufHeader) -> bytes:
+    """A GGUF file with the metadata of `path` and no tensors: its tokenizer, above all."""
+    with path.open("rb") as file:
+        start = file.read(header.metadata_end)
+    version, _, num_values = struct.unpack_from("<IQQ", start, len(_MAGIC))
+    fixed = struct.pack("<IQQ", version, 0, num_values)
+    return _MAGIC + fixed + start[len(_MAGIC) + len(fixed) :]
 
 
 class _Reader:
@@ -95,6 +106,7 @@ class _Reader:
             value = self._value(self._scalar("<I"))
             if value is not None:
                 metadata[key] = value
+        metadata_end = self._at
         entries = [self._tensor_entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
@@ -103,6 +115,7 @@ class _Reader:
         return GgufHeader(
             metadata=metadata,
             tensors={name: self._placed(name, entry, start) for name, *entry in entries},
+            metadata_end=metadata_end,
         )
 
     def _scalar(self, layout: str) -> Any:

@@ -16,7 +16,6 @@ models, and so are two quantisations, because they compute different things.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.base.content import content_digest, manifest_hash
 from shoal.base.errors import ModelCorrupt
 from shoal.model.known import Progress
 from shoal.model.source import ModelSource
 
 _log = logging.getLogger(__name__)
 
-HASH_BYTES: Final = 16
-"""128 bits, shown as 32 hex characters."""
+_FORMAT: Final = "shoal-manifest-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +54,17 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     """Sorted by name."""
 
-    def model_name(self) -> str:
-        """The model's name on the wire: 32 hex characters."""
+    def text(self) -> bytes:
+        """The manifest as it is hashed and as it travels: JSON in one fixed form."""
         rows = [[t.name, list(t.shape), t.dtype, t.content] for t in self.tensors]
         text = json.dumps(
-            ["shoal-manifest-1", dict(self.identity), rows], sort_keys=True, separators=(",", ":")
+            [_FORMAT, dict(self.identity), rows], sort_keys=True, separators=(",", ":")
         )
-        return _digest(text.encode())
+        return text.encode()
+
+    def model_name(self) -> str:
+        """The model's name on the wire: 32 hex characters."""
+        return manifest_hash(self.text())
 
 
 def model_hash(
@@ -103,19 +106,15 @@ def check_tensors(source: ModelSource, manifest: Manifest, names: Iterable[str])
             raise ModelCorrupt(f"{name} is not the tensor that the model's manifest names")
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=HASH_BYTES, person=b"shoal-model").hexdigest()
-
-
 def _hash_tensor(
     source: ModelSource, name: str, hashed: Callable[[int], None] | None = None
 ) -> str:
-    digest = hashlib.blake2b(digest_size=HASH_BYTES, person=b"shoal-tensor")
+    digest = content_digest()
     for piece in source.stored_bytes(name):
         digest.update(piece)
         if hashed is not None:
             hashed(piece.nbytes)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _hash_tensors(
@@ -140,7 +139,7 @@ def _cache_file(files: tuple[Path, ...], cache_dir: Path | None) -> Path | None:
     for path in files:
         status = path.stat()
         stamps.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    return cache_dir / "manifests" / f"{_digest(json.dumps(stamps).encode())}.json"
+    return cache_dir / "manifests" / f"{manifest_hash(json.dumps(stamps).encode())}.json"
 
 
 def _read_cache(path: Path, names: list[str]) -> dict[str, str] | None:

@@ -59,6 +59,14 @@ class MemorySource:
         """The tensor's bytes in one piece."""
         yield tensor_bytes(self._tensors[name])
 
+    def read_stored(self, name: str, start: int, count: int) -> bytes:
+        """A part of the tensor's bytes."""
+        return bytes(tensor_bytes(self._tensors[name])[start : start + count])
+
+    def side_files(self) -> Mapping[str, bytes]:
+        """None: the tokenizer, if any, is an object."""
+        return {}
+
     def read(self, name: str) -> torch.Tensor:
         """A copy of the tensor."""
         return self._tensors[name].detach().clone()

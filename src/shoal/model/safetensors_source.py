@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
+from shoal.base.content import SIDE_FILES
 from shoal.base.errors import ModelCorrupt, ModelUnknown, ModelUnsupported
 from shoal.model.families import family_of
 from shoal.model.rows import tensor_bytes
@@ -22,7 +23,7 @@ _INDEX = "model.safetensors.index.json"
 
 _PIECE_BYTES: Final = 16 << 20
 
-_TORCH_DTYPES: Final = {
+TORCH_DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -76,13 +77,7 @@ class SafetensorsSource:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """From generation_config.json where it says so, else from config.json."""
-        value = getattr(self.config, "eos_token_id", None)
-        path = self._directory / "generation_config.json"
-        if path.exists():
-            value = _read_json(path).get("eos_token_id", value)
-        if value is None:
-            return ()
-        return tuple(value) if isinstance(value, list) else (int(value),)
+        return end_tokens(self.config, self._directory)
 
     def tensor_names(self) -> Sequence[str]:
         """All tensors, sorted."""
@@ -106,10 +101,26 @@ class SafetensorsSource:
                 left -= len(piece)
                 yield memoryview(piece)
 
+    def read_stored(self, name: str, start: int, count: int) -> bytes:
+        """A part of the tensor's raw bytes."""
+        place, path = self._place(name), self._file_of[name]
+        count = max(0, min(count, place.num_bytes - start))
+        with path.open("rb", buffering=0) as file:
+            file.seek(place.offset + start)
+            piece = file.read(count)
+        if len(piece) != count:
+            raise _cut_short(path, name)
+        return piece
+
+    def side_files(self) -> Mapping[str, bytes]:
+        """Tokenizer files and generation_config.json, as they are."""
+        paths = (self._directory / name for name in sorted(SIDE_FILES))
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, in memory of its own."""
         place, path = self._place(name), self._file_of[name]
-        dtype = _TORCH_DTYPES.get(place.dtype)
+        dtype = TORCH_DTYPES.get(place.dtype)
         if dtype is None:
             raise ModelUnsupported(f"{path}: {name} is stored as {place.dtype}")
         raw = torch.empty(place.num_bytes, dtype=torch.uint8)
@@ -172,6 +183,17 @@ class SafetensorsSource:
             if name not in held[path]:
                 raise ModelCorrupt(f"{path} lacks {name}, which {_INDEX} says is in it")
         return located
+
+
+def end_tokens(config: Any, directory: Path) -> tuple[int, ...]:
+    """From generation_config.json in `directory` where it says so, else from the config."""
+    value = getattr(config, "eos_token_id", None)
+    path = directory / "generation_config.json"
+    if path.exists():
+        value = _read_json(path).get("eos_token_id", value)
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)
 
 
 def _read_fully(file: Any, target: memoryview, path: Path, name: str) -> None:

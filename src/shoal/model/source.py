@@ -63,6 +63,19 @@ class ModelSource(Protocol):
     def stored_bytes(self, name: str) -> Iterator[memoryview]:
         """The stored bytes of one tensor, piece by piece, for hashing."""
 
+    def read_stored(self, name: str, start: int, count: int) -> bytes:
+        """`count` of the stored bytes of one tensor from `start` on, fewer at its end.
+
+        For handing weights out: may be called from another thread than the rest.
+
+        Raises:
+            KeyError: no such tensor.
+            ModelCorrupt: the file ends before the tensor does.
+        """
+
+    def side_files(self) -> Mapping[str, bytes]:
+        """Files that belong to the model beside its weights (`base.content.SIDE_FILES`)."""
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised where it must be, in memory that nobody else holds.
 

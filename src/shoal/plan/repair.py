@@ -15,9 +15,9 @@ from itertools import pairwise
 from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
+from shoal.plan.cost import VIA_CLIENT_S
 from shoal.plan.routing import (
     ANY_SERVER,
-    VIA_CLIENT_S,
     Wanted,
     leg_of,
     missing_from,

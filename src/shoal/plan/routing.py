@@ -1,9 +1,8 @@
 """Routing: which chain of servers a new session takes.
 
-The price of a hop is what a pushed token pays there: half a round trip in, half a
-round trip out (all that a client can know of links between strangers), a fixed price
-for handling a frame, and the decode time of the blocks it runs. Waiting for cache,
-measured links between servers and prefill come later, as more terms of `leg_of`.
+Prices are those of `shoal.plan.cost`, as a client knows them: half a round trip in, half
+a round trip out (it can't know more of links between strangers), a fixed price for
+handling a frame, and the decode time of the blocks that a hop runs.
 """
 
 from __future__ import annotations
@@ -17,21 +16,9 @@ from typing import Final
 from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span, missing_blocks
+from shoal.plan.cost import DECODE_UNKNOWN_S, RTT_UNKNOWN_S, VIA_CLIENT_S, hop_s, hub_entry_s
 from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
-
-RTT_UNKNOWN_S: Final = 0.1
-"""Assumed round trip to a server that was not measured: a continent away."""
-
-DECODE_UNKNOWN_S: Final = 0.01
-"""Assumed decode time per block of a server that measured none (its record says 0)."""
-
-HOP_S: Final = 0.001
-"""Handling of one frame at a hop, beside links and blocks; makes short chains win ties."""
-
-VIA_CLIENT_S: Final = 0.002
-"""A link by way of the client: two more frames to handle (its delay is in the round
-trips already)."""
 
 NEAR_TIE: Final = 0.05
 """Chains within 5 % of each other count as equals: measured times are no better."""
@@ -112,7 +99,7 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
             rebuilt=0,
             crossed=int(numerics is not None and server.numerics != numerics),
             leaving=int(server.state == "draining"),
-            seconds=experience.rtt_s.get(server.peer, RTT_UNKNOWN_S) + HOP_S,
+            seconds=hub_entry_s(experience.rtt_s.get(server.peer, RTT_UNKNOWN_S)),
         ),
         seconds_per_block=server.decode_s_per_block or DECODE_UNKNOWN_S,
     )
@@ -191,8 +178,8 @@ def _seconds(
     total = 0.0
     for stage in chain:
         leg = legs.get(stage.peer)
-        entry = RTT_UNKNOWN_S + HOP_S if leg is None else leg.entry.seconds
+        entry = hub_entry_s(RTT_UNKNOWN_S) if leg is None else leg.entry.seconds
         per_block = DECODE_UNKNOWN_S if leg is None else leg.seconds_per_block
-        total += entry + per_block * len(stage.span)
+        total += hop_s(entry, per_block, len(stage.span))
     slow = sum((one.peer, two.peer) in slow_pairs for one, two in pairwise(chain))
     return total + slow * VIA_CLIENT_S

@@ -1,0 +1,164 @@
+"""Chains with capacities: how a placement serves many sessions at once.
+
+`compose_chains` is GCA, greedy cache allocation, of Sun, He and Hou's chain composition
+(arXiv 2604.14993, section on cache allocation; theorem 3: good enough for any
+placement). It serves the dispatcher (`shoal.plan.route.dispatch`), the bounds on it, and
+`mean_s`, by which placements are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from shoal.plan.cost import Chain, Currency, Prices, mean_prices, prices
+from shoal.plan.placement import Placement, free_bytes, uncovered
+from shoal.plan.search import Search
+from shoal.plan.spec import Problem
+
+SEATS_MAX: Final = 1 << 20
+"""Sessions on one chain when they need no memory at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seated:
+    """A chain, the seconds of one session on it, and how many it holds at once."""
+
+    chain: Chain
+    seconds: float
+    seats: int
+
+
+def room_of(problem: Problem, placement: Placement) -> list[int]:
+    """By server: bytes for sessions."""
+    return [free_bytes(problem, placement, server) for server in range(len(problem.servers))]
+
+
+def seats_on(problem: Problem, chain: Chain, room: Sequence[int]) -> int:
+    """How many sessions fit on `chain` into `room` bytes by server."""
+    needs: Counter[int] = Counter()
+    for hop in chain:
+        needs[hop.server] += problem.session_bytes(hop.span)
+    return min(
+        (room[server] // need if need else SEATS_MAX for server, need in needs.items()),
+        default=0,
+    )
+
+
+def take(problem: Problem, chain: Chain, room: list[int], sessions: int) -> None:
+    """Take the memory of `sessions` sessions on `chain` out of `room`."""
+    for hop in chain:
+        room[hop.server] -= sessions * problem.session_bytes(hop.span)
+
+
+def compose_chains(
+    problem: Problem,
+    placement: Placement,
+    price: Prices,
+    *,
+    sessions_max: int | None = None,
+) -> tuple[Seated, ...]:
+    """GCA: the fastest chain with all the sessions it can hold, then the next fastest...
+
+    Ends when no chain has room left, or `sessions_max` sessions have a place.
+    """
+    search = Search(problem, placement, price)
+    room = room_of(problem, placement)
+    left = SEATS_MAX if sessions_max is None else sessions_max
+    chains: list[Seated] = []
+    while left > 0:
+        found = search.cheapest(room=room)
+        if found is None:
+            break
+        count = min(left, seats_on(problem, found.chain, room))
+        take(problem, found.chain, room, count)
+        left -= count
+        chains.append(Seated(chain=found.chain, seconds=found.seconds, seats=count))
+    return tuple(chains)
+
+
+def composed(problem: Problem, placement: Placement) -> tuple[Seated, ...]:
+    """GCA chains of whole requests for the average client, fastest first."""
+    chains = compose_chains(problem, placement, mean_prices(problem, "request"))
+    return tuple(sorted(chains, key=lambda one: one.seconds))
+
+
+class Score(NamedTuple):
+    """How good a placement is; compared from the first field to the last, less is better."""
+
+    uncovered: int
+    """Blocks that nobody hosts, or servers whose weights don't fit."""
+    unplaced: int
+    """Sessions that find no chain with room."""
+    seconds: float
+    """Mean over the sessions that find one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """By what placements of one problem are compared."""
+
+    problem: Problem
+    prices: tuple[Prices, ...]
+    """By client."""
+    sessions: int
+
+    def __call__(self, placement: Placement) -> Score:
+        """The score of `sessions` sessions that all run at once.
+
+        Client by client, each session takes the fastest chain that still has room.
+        """
+        problem = self.problem
+        holes = sum(map(len, uncovered(problem, placement.spans)))
+        room = room_of(problem, placement)
+        holes += sum(left < 0 for left in room)
+        if holes:
+            return Score(holes, self.sessions, 0.0)
+        total, unplaced = 0.0, 0
+        clients = len(self.prices)
+        for client, price in enumerate(self.prices):
+            left = len(range(client, self.sessions, clients))
+            search = Search(problem, placement, price) if left else None
+            while left and search is not None:
+                found = search.cheapest(room=room)
+                if found is None:
+                    unplaced += left
+                    break
+                count = min(left, seats_on(problem, found.chain, room))
+                take(problem, found.chain, room, count)
+                total += count * found.seconds
+                left -= count
+        placed = self.sessions - unplaced
+        return Score(0, unplaced, total / placed if placed else 0.0)
+
+
+def scorer(
+    problem: Problem,
+    *,
+    currency: Currency = "token",
+    sessions: int | None = None,
+    batch: float = 1,
+) -> Scorer:
+    """The scorer of a problem; by default of its own number of sessions."""
+    return Scorer(
+        problem=problem,
+        prices=tuple(
+            prices(problem, client, currency, batch=batch) for client in range(problem.num_clients)
+        ),
+        sessions=problem.workload.sessions if sessions is None else sessions,
+    )
+
+
+def mean_s(
+    problem: Problem,
+    placement: Placement,
+    *,
+    currency: Currency = "token",
+    sessions: int | None = None,
+) -> float:
+    """Mean seconds over the problem's concurrent sessions; infinite if not all have a place."""
+    score = scorer(problem, currency=currency, sessions=sessions)(placement)
+    return math.inf if score.uncovered or score.unplaced else score.seconds

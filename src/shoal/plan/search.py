@@ -1,0 +1,171 @@
+"""The cheapest chain through a placement: the search behind planned and simulated routing.
+
+A session runs to the end of each span that it enters, as Petals' does, unless told that
+it may leave anywhere. `shoal.plan.shortest` is the search of the live router, which also
+weighs things that are no times (draining servers, hops to keep); with hub prices and
+exits anywhere both find the same chains, and a test says so.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from shoal.base.spans import Span
+from shoal.plan.cost import Chain, Hop, Prices, hop_s
+from shoal.plan.placement import Placement
+from shoal.plan.spec import Problem
+
+Exits = Literal["end", "anywhere"]
+
+Extra = Callable[[Span], float]
+"""Seconds on top of running a span at one server; infinite: not possible now."""
+
+
+class Found(NamedTuple):
+    """A chain and its price with all extras, in seconds."""
+
+    seconds: float
+    chain: Chain
+
+
+_Entry = tuple[int, int, float, int]
+"""A run from a border: server, end, price of its blocks (and, hub, of getting there), bytes."""
+
+
+class _Way(NamedTuple):
+    """The cheapest partial chain whose last hop runs [start, end) at `server`."""
+
+    seconds: float
+    server: int
+    start: int
+    end: int
+    before: _Way | None
+
+
+class Search:
+    """All ways through one placement at given prices; built once, asked often."""
+
+    def __init__(
+        self, problem: Problem, placement: Placement, prices: Prices, exits: Exits = "end"
+    ) -> None:
+        self._prices = prices
+        self._num_blocks = problem.num_blocks
+        self._is_hub = prices.between is None
+        self._entries: list[list[_Entry]] = [[] for _ in range(problem.num_blocks)]
+        """By border: the runs that start there."""
+        hosted = placement.hosted()
+        starts = {0, *(span.end for _, span in hosted)}
+        if exits == "anywhere":
+            starts = set(range(problem.num_blocks))
+        ordered = sorted(starts)
+        for server, span in hosted:
+            block = prices.block[server]
+            arrive = prices.arrive[server] if self._is_hub else 0.0
+            low, high = bisect_left(ordered, span.start), bisect_left(ordered, span.end)
+            for start in ordered[low:high]:
+                for end in range(span.end if exits == "end" else start + 1, span.end + 1):
+                    need = problem.session_bytes(Span(start, end))
+                    self._entries[start].append(
+                        (server, end, hop_s(arrive, block, end - start), need)
+                    )
+
+    def cheapest(
+        self,
+        *,
+        room: Sequence[int] | None = None,
+        extras: Sequence[Extra | None] | None = None,
+    ) -> Found | None:
+        """The cheapest chain over all blocks, or None.
+
+        `room`: bytes by server; a run that needs more is not possible. `extras`: by server,
+        None for none.
+        """
+        if self._is_hub:
+            return self._cheapest_hub(room, extras)
+        return self._cheapest_push(room, extras)
+
+    def _cheapest_hub(
+        self, room: Sequence[int] | None, extras: Sequence[Extra | None] | None
+    ) -> Found | None:
+        best = [math.inf] * (self._num_blocks + 1)
+        best[0] = 0.0
+        last = [(-1, -1)] * (self._num_blocks + 1)
+        for start, entries in enumerate(self._entries):
+            so_far = best[start]
+            if so_far == math.inf:
+                continue
+            for server, end, price, need in entries:
+                seconds = so_far + price
+                if seconds < best[end] and (room is None or need <= room[server]):
+                    extra = None if extras is None else extras[server]
+                    if extra is not None:
+                        seconds += extra(Span(start, end))
+                        if not seconds < best[end]:
+                            continue
+                    best[end] = seconds
+                    last[end] = server, start
+        if best[-1] == math.inf:
+            return None
+        hops: list[Hop] = []
+        border = self._num_blocks
+        while border:
+            server, start = last[border]
+            hops.append(Hop(server, Span(start, border)))
+            border = start
+        return Found(best[-1], tuple(reversed(hops)))
+
+    def _cheapest_push(
+        self, room: Sequence[int] | None, extras: Sequence[Extra | None] | None
+    ) -> Found | None:
+        ways: list[dict[int, _Way]] = [{} for _ in range(self._num_blocks + 1)]
+        for start, entries in enumerate(self._entries):
+            before = sorted(ways[start].values(), key=lambda way: way.seconds)
+            if start and not before:
+                continue
+            arrivals: dict[int, tuple[float, _Way | None]] = {}
+            for server, end, price, need in entries:
+                if room is not None and need > room[server]:
+                    continue
+                if server not in arrivals:
+                    arrivals[server] = self._arrive(server, before, is_first=not start)
+                seconds, way = arrivals[server]
+                seconds += price
+                extra = None if extras is None else extras[server]
+                if extra is not None:
+                    seconds += extra(Span(start, end))
+                known = ways[end].get(server)
+                if seconds < math.inf and (known is None or seconds < known.seconds):
+                    ways[end][server] = _Way(seconds, server, start, end, way)
+        return self._best_way(ways[-1])
+
+    def _arrive(
+        self, server: int, before: Sequence[_Way], *, is_first: bool
+    ) -> tuple[float, _Way | None]:
+        """The cheapest way to be at a server, of the ways (cheapest first) to come from."""
+        if is_first:
+            return self._prices.arrive[server], None
+        between = self._prices.between
+        best: tuple[float, _Way | None] = (math.inf, None)
+        for way in before:
+            if way.seconds >= best[0]:
+                break
+            if way.server != server and between is not None:
+                seconds = way.seconds + between[way.server][server]
+                if seconds < best[0]:
+                    best = seconds, way
+        return best
+
+    def _best_way(self, ends: dict[int, _Way]) -> Found | None:
+        if not ends:
+            return None
+        leave = self._prices.leave
+        final = min(ends.values(), key=lambda way: way.seconds + leave[way.server])
+        hops: list[Hop] = []
+        way: _Way | None = final
+        while way is not None:
+            hops.append(Hop(way.server, Span(way.start, way.end)))
+            way = way.before
+        return Found(final.seconds + leave[final.server], tuple(reversed(hops)))

@@ -95,7 +95,7 @@ def inspect(
     Engine: batched (many sessions share a pass) or per-session. Truncate and fork: a session
     can be cut back or forked at any length, only within its last 64 tokens (margin, beyond
     that it starts again: sliding windows), or only at its start (recurrent blocks). Exact:
-    whether a start-up probe may find that replayed sessions repeat every bit.
+    replayed sessions repeat every bit: yes, or where a probe at start finds how (probe).
 
     \b
     Example:

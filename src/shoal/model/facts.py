@@ -24,8 +24,9 @@ Reach = Literal["any", "margin", "start"]
 """Where a sequence can be cut back to, or forked at: any length; with sliding windows, the
 last ROLLBACK_TOKENS positions and 0 (any length while it is short); or only 0 and its own."""
 
-ExactSupport = Literal["probe", "no"]
-"""Whether a server may be exact: a start-up probe decides, or never."""
+ExactSupport = Literal["yes", "probe"]
+"""Whether a server may be exact: calls that run alone just have to be repeated (yes), or
+a start-up probe must find row tiles for calls that share passes, or experts."""
 
 _GIB: Final = 1 << 30
 
@@ -107,8 +108,7 @@ def _support(family: Family, config: Any) -> Support:
         engine="batched" if family.packs else "per-session",
         truncate=reach,
         fork=reach,
-        # With experts, which rows share a product depends on the rows' values.
-        exact="probe" if family.packs and not has_experts else "no",
+        exact="probe" if family.packs or has_experts else "yes",
         is_tested=family.is_tested,
     )
 

@@ -18,7 +18,7 @@ from shoal.base.spans import Span
 from shoal.model.batched_backend import BatchedBackend
 from shoal.model.block_rows import kept_tokens
 from shoal.model.memory_source import MemorySource
-from shoal.model.torch_backend import BackendConfig, load_backend
+from shoal.model.torch_backend import BackendConfig, ExactChoice, load_backend
 
 BLOCKS = 3
 SPAN = Span(0, BLOCKS)
@@ -103,7 +103,7 @@ def source(name: str) -> MemorySource:
 
 
 @cache
-def backend(name: str, dtype: str, copy: int = 0, exact: str = "always") -> BatchedBackend:
+def backend(name: str, dtype: str, copy: int = 0, exact: ExactChoice = "always") -> BatchedBackend:
     """A backend of that model; each `copy` is loaded anew. Lives as long as the tests."""
     config = BackendConfig(model=name, dtype=dtype, engine="batched", exact=exact)
     loaded = load_backend(source(name), SPAN, config)

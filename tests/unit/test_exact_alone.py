@@ -97,7 +97,7 @@ def test_company_and_replay_elsewhere_change_no_bit(family: str, dtype: str) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kept", [1, 6, 17, 39])
+@pytest.mark.parametrize("kept", [6, 33])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_call_has_the_bits_it_had_and_goes_on_alike_everywhere(
     family: str, kept: int, dtype: str

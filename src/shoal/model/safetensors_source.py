@@ -185,12 +185,11 @@ class SafetensorsSource:
         return located
 
 
-def end_tokens(config: Any, directory: Path) -> tuple[int, ...]:
+def end_tokens(config: Any, directory: Path | None) -> tuple[int, ...]:
     """From generation_config.json in `directory` where it says so, else from the config."""
     value = getattr(config, "eos_token_id", None)
-    path = directory / "generation_config.json"
-    if path.exists():
-        value = _read_json(path).get("eos_token_id", value)
+    if directory is not None and (directory / "generation_config.json").exists():
+        value = _read_json(directory / "generation_config.json").get("eos_token_id", value)
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (int(value),)

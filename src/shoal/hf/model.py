@@ -37,8 +37,11 @@ from shoal.hf.sessions import Session, check_inference
 CONVERSATIONS_MAX: Final = 64
 """Calls of `generate_async` that run at the same time, each on a thread that mostly waits."""
 
-_made_caches: ContextVar[list[ChainCache] | None] = ContextVar("made_caches", default=None)
-"""Caches that the running `generate` made."""
+_made_caches: ContextVar[weakref.WeakSet[ChainCache] | None] = ContextVar(
+    "made_caches", default=None
+)
+"""Caches that the running `generate` made. Weak: tasks of the client live longer than the
+context that they were started in, and would keep it."""
 
 
 class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -168,7 +171,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         if kwargs.get("cache_implementation") is not None:
             raise ConfigError("the KV cache is at the servers: leave cache_implementation out")
-        made: list[ChainCache] = []
+        made: weakref.WeakSet[ChainCache] = weakref.WeakSet()
         token = _made_caches.set(made)
         result: Any = None
         try:
@@ -176,7 +179,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         finally:
             _made_caches.reset(token)
             kept = getattr(result, "past_key_values", None)
-            for cache in made:
+            for cache in list(made):
                 if cache is not kept:
                     cache.close()
         return result
@@ -191,7 +194,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             cache = self._cache_for(None, bool(generation_config.output_hidden_states))
             made = _made_caches.get()
             if made is not None:
-                made.append(cache)
+                made.add(cache)
             model_kwargs["past_key_values"] = cache
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:

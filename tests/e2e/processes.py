@@ -33,11 +33,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "SHOAL_LOG": "info"}
 class Process:
     """A running `shoal`; stdout and stderr are read all the time."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> None:
         self.arguments = arguments
         self.process = subprocess.Popen(
             [SHOAL, *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,6 +76,12 @@ class Process:
             except queue.Empty:
                 raise AssertionError(f"no {text!r} in time: {self.report()}") from None
 
+    def say(self, line: str) -> None:
+        """Write a line to its stdin (a pipe)."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
     def signal(self, number: int) -> None:
         """Send a signal; no error when the process is gone."""
         if self.process.poll() is None:
@@ -102,8 +108,9 @@ class Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            stream.close()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def report(self) -> str:
         """What it said, for a failing test."""

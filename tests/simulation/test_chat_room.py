@@ -2,16 +2,17 @@
 
 import io
 import random
+from contextlib import closing
 from functools import partial
 
 import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
-from shoal.cli.background import BackgroundLoop
 from shoal.cli.chat_room import ChatRoom
 from shoal.cli.chatting import Conversation, template_renderer
 from shoal.cli.transcript import ChatSettings, Transcript, load_transcript
+from shoal.hf.loop import BackgroundLoop
 from shoal.lab.network import SimulatedNetwork
 from shoal.lab.swarm import ServerSpec, SimulatedSwarm
 from tests.simulation.test_chat import END, TOKENIZER, ToyHead
@@ -49,7 +50,7 @@ class Stage:
 
 @pytest.fixture
 def stage(capsys):
-    with BackgroundLoop() as background:
+    with closing(BackgroundLoop()) as background:
         it = Stage(capsys, background)
         it.background = background
         yield it

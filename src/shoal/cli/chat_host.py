@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from shoal.cli.answering import check_served, common_encoding, open_swarm_client
-from shoal.cli.background import CLOSE_S, BackgroundLoop
 from shoal.cli.chatting import Conversation, template_renderer
 from shoal.cli.joining import SwarmChoice, visit
 from shoal.cli.models import OpenModel
 from shoal.hf.head import load_head
+from shoal.hf.loop import BackgroundLoop
 from shoal.wire.tensors import INT8_BLOCK
+
+CLOSE_S: Final = 5.0
+"""How long the good-bye to the servers may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +45,9 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
     """
     tokenizer = target.model.source.tokenizer()
     render = template_renderer(tokenizer, target.template)
-    closing = asyncio.Event()
+    ending = asyncio.Event()
     opened: Future[Conversation] = Future()
-    with BackgroundLoop() as background:
+    with closing(BackgroundLoop("chat")) as background:
 
         async def host() -> None:
             async with visit(target.swarm) as visitor:
@@ -61,13 +65,13 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
                         _end_tokens(target.model, tokenizer),
                     )
                     opened.set_result(conversation)
-                    await closing.wait()
+                    await ending.wait()
                     conversation.close()
 
         hosted = background.start(host())
         hosted.add_done_callback(partial(_hand_on_failure, opened))
         yield background, opened.result()
-        background.call(closing.set)
+        background.call_soon(ending.set)
         hosted.result(CLOSE_S)
 
 

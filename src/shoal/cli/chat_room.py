@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from shoal.base.errors import ConfigError, SessionTooLong, ShoalError
 from shoal.base.ids import short
-from shoal.cli.background import BackgroundLoop
 from shoal.cli.chatting import Conversation, Listener, Reply
 from shoal.cli.transcript import (
     ChatSettings,
@@ -20,6 +19,7 @@ from shoal.cli.transcript import (
     load_transcript,
     save_transcript,
 )
+from shoal.hf.loop import BackgroundLoop
 from shoal.hf.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class ChatRoom:
                 return answer.result()
             except KeyboardInterrupt:
                 self._num_interrupts += 1
-                self._background.call(self._conversation.stop)
+                self._background.call_soon(self._conversation.stop)
                 return answer.result()
         except SessionTooLong as error:
             raise SessionTooLong(

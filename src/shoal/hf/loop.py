@@ -57,7 +57,7 @@ class BackgroundLoop:
             finally:
                 ended.set()
 
-        future = self._submit(noticed())
+        future = self.start(noticed())
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -74,7 +74,18 @@ class BackgroundLoop:
         Raises:
             SessionClosed: the loop was closed.
         """
-        return await asyncio.wrap_future(self._submit(work))
+        return await asyncio.wrap_future(self.start(work))
+
+    def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run `work` as a task; whoever waits for the future may be interrupted, it may not.
+
+        Raises:
+            SessionClosed: the loop was closed.
+        """
+        if not self._thread.is_alive():
+            work.close()
+            raise SessionClosed("the model was closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call_soon(self, act: Callable[[], object]) -> None:
         """Have the loop call `act`; nobody waits. No-op after `close`."""
@@ -88,12 +99,6 @@ class BackgroundLoop:
         self.call_soon(self._loop.stop)
         if not self.is_own_thread:
             self._thread.join()
-
-    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        if not self._thread.is_alive():
-            work.close()
-            raise SessionClosed("the model was closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)

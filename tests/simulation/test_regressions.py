@@ -18,19 +18,16 @@ def turn_away(server, purpose, error=None):
 
     Returns a list that grows by the time of each such stream.
     """
-    serve, times = server._serve_channel, []
+    times = []
 
-    async def serve_channel(channel, wanted):
-        if wanted != purpose:
-            await serve(channel, wanted)
-        elif error is None:
-            times.append(now_s())
+    async def turn(channel):
+        times.append(now_s())
+        if error is None:
             channel.close()
         else:
-            times.append(now_s())
             await channel.refuse(error)
 
-    server._serve_channel = serve_channel
+    server._services = {**server._services, purpose: turn}
     return times
 
 

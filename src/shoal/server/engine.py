@@ -13,13 +13,14 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Protocol
 
 from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import InternalError, SessionLost, SessionTooLong, ShoalError
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
+from shoal.server.fairness import FairLimits, Fairness
 from shoal.server.scheduler import Waiting, choose_batch
 from shoal.server.session import HopSession, SessionKey
 from shoal.server.sessions import RETURN_MARGIN_TOKENS, SessionTable
@@ -54,6 +55,7 @@ class EngineLimits:
     """Rows per iteration: a prompt delays others by at most this many rows' time."""
     run_ahead_bytes: int = RUN_AHEAD_BYTES
     log_bytes_per_session_max: int = LOG_BYTES_PER_SESSION_MAX
+    fair: FairLimits = field(default_factory=FairLimits)
 
 
 class Pace:
@@ -96,6 +98,9 @@ class Engine:
         self._lock = asyncio.Lock()
         self._arrivals = itertools.count(1)
         self._since: dict[int, int] = {}
+        self._fairness = Fairness(limits.fair)
+        self._held_s: float | None = None
+        """How long chunks that may not run yet must wait."""
         self._calls_max = backend.facts.calls_per_sequence_max
 
     def wake(self) -> None:
@@ -129,10 +134,13 @@ class Engine:
                 pass
 
     async def _wait(self) -> None:
-        """Until something changed; sessions that wait for memory look again by themselves."""
+        """Until something changed; who waits for memory or a turn looks again by itself."""
         is_waiting = any(hop.wants_return or hop.queue for hop in self._sessions)
+        timeout_s = ROOM_POLL_S if is_waiting else None
+        if self._held_s is not None:
+            timeout_s = min(ROOM_POLL_S, self._held_s)
         try:
-            async with asyncio.timeout(ROOM_POLL_S if is_waiting else None):
+            async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
         except TimeoutError:
             pass
@@ -155,11 +163,23 @@ class Engine:
             finally:
                 self.running_tokens = 0
             self.pace.add(num_tokens, now() - self.running_since_s)
+            self._account(work, now())
             self.iteration += 1
         done = iter(outcomes)
         for hop, taken in work:
             self._commit(hop, list(islice(done, len(taken))))
         return True
+
+    def _account(self, work: Sequence[tuple[HopSession, list[Call]]], now_s: float) -> None:
+        """Note whose chunks ran."""
+        owners = {
+            hop.plan.owner
+            for hop, calls in work
+            if len(calls) > 1 or calls[0].count > 1 or not calls[0].rows_wanted
+        }
+        if owners:
+            self._fairness.ran_chunks(owners, self.running_since_s, now_s)
+            self._fairness.forget_owners({hop.plan.owner for hop in self._sessions})
 
     def _settle(self) -> None:
         for hop in self._sessions.settle():
@@ -183,8 +203,9 @@ class Engine:
 
     def _next_batch(self) -> list[tuple[HopSession, int]]:
         """The sessions whose first entries run now, and how many entries of each."""
+        now_s = asyncio.get_running_loop().time()
         by_key: dict[SessionKey, HopSession] = {}
-        waiting = []
+        ready = []
         before, self._since = self._since, {}
         for hop in self._sessions:
             if not hop.queue or hop.is_parked:
@@ -193,10 +214,15 @@ class Engine:
             if hop.outbound.backlog_bytes > self._limits.run_ahead_bytes:
                 continue
             by_key[hop.key] = hop
-            waiting.append(self._waiting(hop, since))
-        now_s = asyncio.get_running_loop().time()
+            ready.append(self._waiting(hop, since))
+        waiting = self._in_turn(ready, now_s)
         batch: dict[SessionKey, int] = {}
-        for key in choose_batch(waiting, budget_tokens=self._limits.budget_tokens):
+        chosen = choose_batch(
+            waiting,
+            budget_tokens=self._limits.budget_tokens,
+            rows_per_owner=self._fairness.rows_per_client({w.owner for w in waiting}, now_s),
+        )
+        for key in chosen:
             hop = by_key[key]
             count = self._fitting(hop, batch, now_s)
             if count:
@@ -213,7 +239,18 @@ class Engine:
             num_tokens=sum(entry.count for entry in islice(hop.queue, count)),
             is_replay=hop.queue[0].end <= hop.log.end or len(hop.queue) > 1,
             since=since,
+            owner_turn=self._fairness.last_chunk_s(hop.plan.owner),
         )
+
+    def _in_turn(self, ready: list[Waiting], now_s: float) -> list[Waiting]:
+        """Those that may run now: chunks must leave time to the decode rows of others."""
+        for item in ready:
+            if item.is_decode:
+                self._fairness.decodes(item.owner, now_s)
+        waits = {item.owner: self._fairness.chunk_wait_s(item.owner, now_s) for item in ready}
+        held = [waits[item.owner] for item in ready if not item.is_decode and waits[item.owner]]
+        self._held_s = min(held, default=None)
+        return [item for item in ready if item.is_decode or not waits[item.owner]]
 
     def _fitting(self, hop: HopSession, keep: Collection[SessionKey], now_s: float) -> int:
         """How many of the session's first entries find room: all that suit a run, one or none."""

@@ -20,21 +20,32 @@ class Waiting:
     """Rows that come again to rebuild a cache; they yield to fresh decode rows."""
     since: int
     """Arrival order."""
+    owner_turn: float = 0.0
+    """When a chunk of this owner last ran: who waited longest goes first."""
+
+    @property
+    def is_decode(self) -> bool:
+        """A fresh row of a running answer; everything else is a chunk."""
+        return self.num_tokens == 1 and not self.is_replay
 
 
-def choose_batch(waiting: Iterable[Waiting], *, budget_tokens: int) -> list[SessionKey]:
+def choose_batch(
+    waiting: Iterable[Waiting], *, budget_tokens: int, rows_per_owner: int | None = None
+) -> list[SessionKey]:
     """The sessions whose heads run next, at least one if any waits.
 
-    Decode rows go first, one owner after the other, so that a prompt or a replay never
-    delays them by more than one chunk; what is left of the budget goes to chunks by age.
+    Decode rows go first, one owner after the other and at most `rows_per_owner` of each, so
+    that a prompt or a replay never delays them by more than one chunk; what is left of the
+    budget goes to chunks, first those of the owner who waited longest.
     """
     decodes: list[Waiting] = []
     chunks: list[Waiting] = []
     for item in sorted(waiting, key=lambda item: item.since):
-        (decodes if item.num_tokens == 1 and not item.is_replay else chunks).append(item)
+        (decodes if item.is_decode else chunks).append(item)
+    chunks.sort(key=lambda item: item.owner_turn)
     chosen: list[SessionKey] = []
     left = budget_tokens
-    for item in [*_round_robin(decodes), *chunks]:
+    for item in [*_round_robin(decodes, rows_per_owner), *chunks]:
         if chosen and item.num_tokens > left:
             continue
         chosen.append(item.key)
@@ -44,11 +55,12 @@ def choose_batch(waiting: Iterable[Waiting], *, budget_tokens: int) -> list[Sess
     return chosen
 
 
-def _round_robin(items: list[Waiting]) -> list[Waiting]:
-    """Everybody's first, then everybody's second, and so on."""
+def _round_robin(items: list[Waiting], rounds: int | None) -> list[Waiting]:
+    """Everybody's first, then everybody's second, and so on, for that many rounds."""
     turns: dict[PeerId, int] = {}
     numbered: list[tuple[int, int, Waiting]] = []
     for item in items:
         turn = turns[item.owner] = turns.get(item.owner, -1) + 1
-        numbered.append((turn, item.since, item))
+        if rounds is None or turn < rounds:
+            numbered.append((turn, item.since, item))
     return [item for _, _, item in sorted(numbered, key=lambda entry: entry[:2])]

@@ -1,9 +1,10 @@
 """All sessions of a server: opening, forking, closing, and who gives way when it is full.
 
-Victim order under pressure: sessions that have long been idle, then the youngest by
-opening time, and never one that is older than who asks. The opening time is part of the
-signed route and the same everywhere, so two servers never evict each other's sessions
-in turn.
+Victim order under pressure: sessions that have long been idle, then those of owners who
+hold more than their share of the cache, then the youngest by opening time, and never one
+that is older than who asks. The opening time is part of the signed route and the same
+everywhere, so two servers never evict each other's sessions in turn. It is only what the
+owner says, though: the share keeps one that lies from taking more than its part.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class SessionTable:
             )
         lacking = ledger.lacking(hop.sequence, length)
         victims: list[HopSession] = []
-        for victim in self._victims(hop, now_s):
+        for victim in self._victims(hop, length, now_s) if lacking > 0 else ():
             if lacking <= 0:
                 break
             if victim.key not in keep:
@@ -172,7 +173,12 @@ class SessionTable:
             ledger.hold(hop.sequence, length)
         return victims
 
-    def _victims(self, hop: HopSession, now_s: float) -> list[HopSession]:
+    def _victims(self, hop: HopSession, length: int, now_s: float) -> list[HopSession]:
+        """Who may be parked for `hop`, in order.
+
+        A share is an equal part of the cache for each owner that holds some, at most half.
+        Within it an owner is safe from owners beyond theirs, whatever opening times say.
+        """
         others = [
             other
             for other in self._hops.values()
@@ -181,13 +187,39 @@ class SessionTable:
         idle = [
             other for other in others if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S
         ]
+        busy = [other for other in others if other not in idle]
+        held = self._held_by_owner()
+        share = self.ledger.total // max(2, len(held.keys() | {hop.plan.owner}))
+        mine = held.pop(hop.plan.owner, 0)
+        mine += self.ledger.pages(length) - self.ledger.held(hop.sequence)
+        busy.sort(key=lambda other: other.seniority, reverse=True)
+        greedy: list[HopSession] = []
+        for other in busy if mine <= share else ():
+            pages = held.get(other.plan.owner, 0)
+            if pages > share:
+                greedy.append(other)
+                held[other.plan.owner] = pages - self.ledger.held(other.sequence)
         younger = [
-            other for other in others if other.seniority > hop.seniority and other not in idle
+            other
+            for other in busy
+            if other not in greedy
+            and other.seniority > hop.seniority
+            and (
+                mine <= share
+                or other.plan.owner == hop.plan.owner
+                or held.get(other.plan.owner, 0) > share
+            )
         ]
-        return [
-            *sorted(idle, key=lambda other: other.used_s),
-            *sorted(younger, key=lambda other: other.seniority, reverse=True),
-        ]
+        return [*sorted(idle, key=lambda other: other.used_s), *greedy, *younger]
+
+    def _held_by_owner(self) -> dict[PeerId, int]:
+        """Pages by owner, of those that hold any."""
+        held: dict[PeerId, int] = {}
+        for hop in self._hops.values():
+            pages = self.ledger.held(hop.sequence)
+            if pages:
+                held[hop.plan.owner] = held.get(hop.plan.owner, 0) + pages
+        return held
 
     def _fork_from(self, parent: Fork | None, hop: HopSession) -> bool:
         """Start `hop` as a copy of its parent's cache and log; False when there is none."""

@@ -167,25 +167,28 @@ class Rounds:
         ]
 
 
-async def take_rounds(ways: Mapping[str, Way], wanted: int) -> dict[str, Rounds]:
+async def take_rounds(
+    ways: Mapping[str, Way], wanted: int, read: Callable[[], Reading | None] | None = None
+) -> dict[str, Rounds]:
     """Let the ways take turns until each has so many rounds that count, or too many that don't.
 
-    The first turn warms up and is thrown away.
+    The first turn warms up and is thrown away. `read` gives the system's accounts.
     """
+    read = read or read_accounts
     rounds = {name: Rounds() for name in ways}
     for way in ways.values():
         await way.measure()
     for _ in range(wanted * ROUNDS_PER_WANTED):
         for name, way in ways.items():
             if len(rounds[name].kept) < wanted:
-                rounds[name].taken.append(await _one_round(way))
+                rounds[name].taken.append(await _one_round(way, read))
     return rounds
 
 
-async def _one_round(way: Way) -> Round:
-    before = read_accounts(os.getpid())
+async def _one_round(way: Way, read: Callable[[], Reading | None]) -> Round:
+    before = read()
     value = await way.measure()
-    after = read_accounts(os.getpid())
+    after = read()
     if before is None or after is None:
         return Round(value=value, usage=None)
     return Round(value=value, usage=usage_between(before, after, way.workers))
@@ -206,8 +209,9 @@ def usage_between(before: Reading, after: Reading, workers: Mapping[str, int]) -
     )
 
 
-def read_accounts(root: int, proc: Path = PROC) -> Reading | None:
-    """The accounts of `root` and its descendants; None where the system keeps none."""
+def read_accounts(root: int | None = None, proc: Path = PROC) -> Reading | None:
+    """The accounts of `root` (this process) and its descendants; None where there are none."""
+    root = os.getpid() if root is None else root
     try:
         fields = (proc / "stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
         tick_s = 1.0 / os.sysconf("SC_CLK_TCK")

@@ -42,7 +42,12 @@ PURPOSE_ROWS_IN: Final = "rows-in"
 PURPOSE_WEIGHTS: Final = "weights"
 """The dialler asks for tensors, files and manifests; the dialled peer hands them out."""
 
-PURPOSES: Final = frozenset({PURPOSE_CONTROL, PURPOSE_ROWS_OUT, PURPOSE_ROWS_IN, PURPOSE_WEIGHTS})
+PURPOSE_GOSSIP: Final = "gossip"
+"""Neighbours that keep each other's directory in step."""
+
+PURPOSES: Final = frozenset(
+    {PURPOSE_CONTROL, PURPOSE_ROWS_OUT, PURPOSE_ROWS_IN, PURPOSE_WEIGHTS, PURPOSE_GOSSIP}
+)
 
 AGENT: Final = "shoal"
 """What we call ourselves in Hello; for logs only, nothing is decided by it."""

@@ -5,6 +5,7 @@ Weights are drawn from a seed; nothing is downloaded. All models share one vocab
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,19 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 3.5, 7.0],
+    "original_max_position_embeddings": 64,
 }
 _ALTERNATING = [
     "full_attention" if index % 2 else "sliding_attention" for index in range(NUM_BLOCKS)
@@ -113,6 +127,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": ("phi3", _SMALL),
     "phi3_sliding": ("phi3", _SMALL | {"sliding_window": 9}),
+    "phi3_longrope": (
+        "phi3",
+        _SMALL | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    ),
+    "llama_dynamic": (
+        "llama",
+        _SMALL | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama_yarn": ("llama", _SMALL | {"rope_parameters": _YARN}),
     "gpt_oss": (
         "gpt_oss",
         _SMALL | _HEAD | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -209,7 +232,7 @@ FAMILIES = (*PLAIN_FAMILIES, *OTHER_FAMILIES)
 def tiny_config(family: str = "llama", blocks: int | None = None) -> Any:
     """A config of one of `FAMILIES`, or `wide`; of `OTHER_FAMILIES` with that many blocks."""
     if family in _CONFIGS:
-        model_type, values = _CONFIGS[family]
+        model_type, values = copy.deepcopy(_CONFIGS[family])
         if blocks is not None:
             values = {key: value for key, value in values.items() if key != "n_layer"}
             values["num_hidden_layers"] = blocks

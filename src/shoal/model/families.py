@@ -176,20 +176,30 @@ def session_tokens_max(config: Any) -> int:
 
     Rotary tables that look at the longest position of a call (longrope, dynamic) would give
     a row other values in other company or on replay. They stay fixed at what they are up to
-    the length the model was first trained on, and sessions end there.
+    the length the model was first trained on, and sessions end there; see decision 12. A
+    longrope whose short and long factors are equal has one table only, and no such end.
     """
     longest = getattr(config, "max_position_embeddings", None)
     limits = [int(longest)] if longest else [_UNLIMITED]
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         kind = str(table.get("rope_type", ""))
-        if kind == "longrope" or "dynamic" in kind:
+        if (kind == "longrope" and not _has_one_table(table)) or "dynamic" in kind:
             original = table.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
             if original:
                 limits.append(int(original))
     return min(limits)
+
+
+def _has_one_table(longrope: dict[str, Any]) -> bool:
+    """Whether whatever a longrope says of short sessions it says of long ones too."""
+    return all(
+        longrope.get(key.replace("short_", "long_")) == value
+        for key, value in longrope.items()
+        if key.startswith("short_")
+    )
 
 
 _UNLIMITED: Final = 1 << 20

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from shoal.base.errors import ConfigError, ModelUnsupported
 from shoal.base.spans import Span
 from shoal.model.checkpoint import Checkpoint
-from shoal.model.families import num_blocks, recurrent_blocks
+from shoal.model.families import num_blocks, recurrent_blocks, session_tokens_max
 from shoal.model.known import Progress
 from shoal.model.kv_cache import SequenceCache, block_windows
 from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
@@ -40,6 +40,7 @@ class SpanModel:
         self.config = parts.whole.config
         self.span = span
         self.windows = block_windows(self.config)
+        self._position_max = session_tokens_max(self.config) - 1
         self.recurrent = recurrent_blocks(self.config)
         self.dtype: torch.dtype = parts.whole.dtype
         self.base = parts.core
@@ -111,7 +112,9 @@ class SpanModel:
         setattr(self.base, self._blocks_attribute, self._stack(span))
         output = self.base(
             inputs_embeds=hidden.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            # Some rotary tables change beyond a length. Sessions end before it, but not the
+            # padding of calls that are repeated in their first shape.
+            position_ids=positions.clamp(max=self._position_max).unsqueeze(0),
             use_cache=True,
             **{self._cache_argument: cache},
         )

@@ -1,4 +1,4 @@
-"""Directories to test: a shared static one, and joined ones over the memory network."""
+"""Directories to test: a shared static one, and gossiping ones over the memory network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from shoal.discovery.directory import Directory, Snapshot
 from shoal.discovery.exchange import answer_directory
-from shoal.discovery.joined import JoinConfig, JoinedDirectory
+from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
 from shoal.net.address import Address, ListenAddress, parse_address
-from shoal.net.channel import Channel, accept_channel
+from shoal.net.channel import PURPOSE_GOSSIP, Channel, accept_channel
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import MemoryNetwork
@@ -23,10 +23,9 @@ from shoal.net.transport import Stream
 from shoal.wire.messages import GetRecords, Publish
 from tests.unit.discovery_cases import SWARM, identity, signed
 
-Kind = Literal["static", "joined"]
-KINDS: tuple[Kind, ...] = ("static", "joined")
+Kind = Literal["static", "gossip"]
+KINDS: tuple[Kind, ...] = ("static", "gossip")
 
-PERIOD_S = 30.0
 PASS = SwarmPass.open(SWARM)
 
 Answer = Callable[[Channel], Awaitable[None]]
@@ -64,15 +63,22 @@ async def listen(network: MemoryNetwork, who: Identity, answer: Answer, port: in
     return listener.address
 
 
+def directory_of(
+    network: MemoryNetwork, who: Identity, *joins: Address, is_reader: bool = False
+) -> GossipDirectory:
+    """A gossip directory that nobody can dial yet."""
+    config = GossipConfig(swarm_pass=PASS, joins=joins, is_reader=is_reader)
+    return GossipDirectory(network.transport(who.peer), config, random.Random(who.peer))
+
+
 @asynccontextmanager
-async def open_joined(
+async def open_gossip(
     network: MemoryNetwork, number: int, *joins: Address
 ) -> AsyncIterator[Member]:
-    """A joined directory that also answers, on a peer of its own."""
+    """A gossip directory that also answers, on a peer of its own."""
     who = identity(number)
-    config = JoinConfig(swarm_pass=PASS, joins=joins, period_s=PERIOD_S)
-    directory = JoinedDirectory(network.transport(who.peer), config, random.Random(number))
-    address = await listen(network, who, lambda channel: answer_from(directory.store, channel))
+    directory = directory_of(network, who, *joins)
+    address = await listen_for(network, directory, who)
     try:
         async with directory:
             yield Member(who, directory, str(address))
@@ -80,19 +86,33 @@ async def open_joined(
         await network.transport(who.peer).close()
 
 
+async def listen_for(network: MemoryNetwork, directory: GossipDirectory, who: Identity) -> Address:
+    """Answer for a directory as a server does, on a place that only depends on `who`."""
+
+    async def serve(stream: Stream) -> None:
+        channel, purpose = await accept_channel(stream, PASS)
+        if purpose == PURPOSE_GOSSIP:
+            await directory.serve(channel)
+        else:
+            await answer_from(directory.store, channel)
+
+    where = ListenAddress("memory", who.peer.hex()[:12], 1)
+    return (await network.transport(who.peer).listen(where, serve)).address
+
+
 @asynccontextmanager
 async def open_members(kind: Kind, count: int) -> AsyncIterator[list[Member]]:
-    """Members of one swarm; those of a joined one all join the first."""
+    """Members of one swarm; those of a gossiping one all join the first."""
     async with AsyncExitStack() as stack:
         if kind == "static":
             shared = StaticDirectory(SWARM)
             yield [Member(identity(number), shared) for number in range(1, count + 1)]
             return
         network = MemoryNetwork()
-        members = [await stack.enter_async_context(open_joined(network, 1))]
+        members = [await stack.enter_async_context(open_gossip(network, 1))]
         first = parse_address(members[0].address)
         for number in range(2, count + 1):
-            members.append(await stack.enter_async_context(open_joined(network, number, first)))
+            members.append(await stack.enter_async_context(open_gossip(network, number, first)))
         yield members
 
 

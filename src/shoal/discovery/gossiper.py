@@ -229,6 +229,11 @@ class Gossiper:
         told = self._spreading.publish(signed, call, now_s)
         return told, self.around.take_actions()
 
+    def seek(self, now_s: float) -> list[Action]:
+        """Dial neighbours that are lacking now, not at the next tick."""
+        self._dial_some(now_s)
+        return self.around.take_actions()
+
     def farewell(self) -> list[Action]:
         """Part from all neighbours."""
         for peer in list(self.neighbours):
@@ -278,18 +283,24 @@ class Gossiper:
 
     def _candidates(self, now_s: float) -> list[PeerId]:
         """Servers that could be neighbours and are not."""
-        for known in (self._failed_s, self._shunned_s):
-            limit_s = now_s - REDIAL_S if known is self._failed_s else now_s
-            for peer in [peer for peer, since_s in known.items() if since_s <= limit_s]:
-                del known[peer]
+        self._forget_failures(now_s)
+        records = [PeerId(one.record.peer) for one in self._store.snapshot().records]
+        joins = [peer for peer in self._joins if self._store.find(peer) is None]
         return [
             peer
-            for one in self._store.snapshot().records
-            if self._may_dial(peer := PeerId(one.record.peer)) and not self._store.is_suspect(peer)
+            for peer in (*records, *joins)
+            if self._may_dial(peer) and not self._store.is_suspect(peer)
         ]
+
+    def _forget_failures(self, now_s: float) -> None:
+        redial_s = REDIAL_S if self.neighbours else ALONE_RECONNECT_S
+        for known, limit_s in ((self._failed_s, now_s - redial_s), (self._shunned_s, now_s)):
+            for peer in [peer for peer, since_s in known.items() if since_s <= limit_s]:
+                del known[peer]
 
     def _strays(self, now_s: float) -> list[PeerId]:
         """Servers that vanished, and joins that we have no record of."""
+        self._forget_failures(now_s)
         joins = {peer for peer in self._joins if self._store.find(peer) is None}
         return [p for p in sorted(joins.union(self._store.lost())) if self._may_dial(p)]
 

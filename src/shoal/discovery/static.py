@@ -60,6 +60,10 @@ class StaticDirectory:
         self._take_first()
         return await self._watch.changed(version)
 
+    async def suspected(self) -> None:
+        """Nobody suspects anybody here: never returns."""
+        await asyncio.Event().wait()
+
     def _take_first(self) -> None:
         while self._first:
             accept_own(self.store, self._first.pop())

@@ -24,8 +24,12 @@ from shoal.wire.messages import ControlMessage, GetRecords, Publish
 
 logger = logging.getLogger(__name__)
 
-REPUBLISH_AFTER_S: Final = RECORD_TTL_S / 2
-"""Half a record's life: one lost publication never makes a living server vanish."""
+REPUBLISH_AFTER_S: Final = 0.8 * RECORD_TTL_S
+"""Two minutes before a record's end: neighbours that missed it get it within one of them,
+and a thousand servers that renew more often would fill each other's lines."""
+
+REFUTE_GAP_S: Final = 5.0
+"""Between two records: others take one in 5 s from a peer, and drop the rest as a flood."""
 
 
 class StoreBook:
@@ -56,6 +60,9 @@ class Publisher(Protocol):
 
     async def publish(self, data: bytes) -> None:
         """Make a signed record of ours known."""
+
+    async def suspected(self) -> None:
+        """Return when a peer says that we have gone; maybe never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +108,21 @@ class Announcer:
         await self._directory.publish(sign_record(self._identity, self._record()))
 
     async def keep(self) -> None:
-        """Publish again and again before the record expires, until cancelled."""
+        """Publish again before the record expires and when somebody believes that we have
+        gone, until cancelled.
+
+        Raises:
+            ConfigError: this identity is in use elsewhere.
+        """
         while True:
-            await asyncio.sleep(REPUBLISH_AFTER_S)
+            try:
+                async with asyncio.timeout(REPUBLISH_AFTER_S):
+                    await self._directory.suspected()
+                    logger.info("refuting that we have gone")
+            except TimeoutError:
+                logger.debug("renewing our record")
             await self.announce(self._state)
+            await asyncio.sleep(REFUTE_GAP_S)
 
     async def withdraw(self, timeout_s: float) -> None:
         """Publish a tombstone to whoever can be reached in time; once is enough.

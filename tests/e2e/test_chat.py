@@ -17,6 +17,7 @@ from tests.e2e.processes import (
     START_TIMEOUT_S,
     Process,
     alone,
+    run,
     servers,
     wait_until,
 )
@@ -178,3 +179,21 @@ def test_at_a_terminal_mistakes_do_not_end_it_and_the_second_ctrl_c_does(termina
     terminal.interrupt()
     terminal.wait("interrupted")
     assert terminal.process.wait(30) == 130
+
+
+def test_watching_the_swarm(swarm):
+    join = ("--join", swarm[0].address)
+    shown = run("status", *join, "--count", "2", "--interval", "0.2", "--json")
+    assert shown.returncode == 0, shown.stderr
+    looks = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert len(looks) == 2
+    assert looks[0]["at_s"] < looks[1]["at_s"]
+    assert looks[0]["models"][0]["servers"]
+    watching = Terminal("status", *join, "--watch", "--interval", "0.2")
+    try:
+        watching.wait(swarm[0].peer[:8])
+        watching.wait("q leaves")
+        watching.type("q")
+        assert watching.process.wait(30) == 0
+    finally:
+        watching.end()

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -25,6 +25,20 @@ from shoal.wire.messages import GetLoad, Load, Ping
 RTT_PINGS: Final = 5
 """The quickest of these counts: the others met other traffic."""
 
+WATCH_S: Final = 2.0
+"""Between two looks: often enough to follow, and a few messages per server."""
+
+WATCH_S_MIN: Final = 0.2
+"""Anything quicker asks the servers more than it shows a person."""
+
+WatchOption = Annotated[bool, typer.Option("--watch", help="Go on looking.")]
+IntervalOption = Annotated[
+    float, typer.Option(metavar="S", min=WATCH_S_MIN, help="With --watch: seconds between looks.")
+]
+CountOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Watch, and end after so many looks.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -36,19 +50,35 @@ def status(
     swarm: SwarmOption = None,
     invite: InviteOption = None,
     as_json: JsonOption = False,
+    is_watching: WatchOption = False,
+    interval: IntervalOption = WATCH_S,
+    count: CountOption = None,
 ) -> None:
     """Show who serves what, and which blocks are missing.
 
     Cache is counted in positions: how many are free, of how many. The round trip is
     measured from here. A server that does not answer is shown with the reason.
 
+    With --watch a table follows the swarm until q or Ctrl-C. Without a terminal that is one
+    line per model and look instead, or with --json one object per look, with the time in
+    at_s (Unix time).
+
     \b
     Examples:
       shoal status --join tcp://PEERID@10.0.0.5:4001
       shoal status --join ADDR --json
+      shoal status --join ADDR --watch
+      shoal status --join ADDR --watch --count 10 --json > swarm.jsonl
     """
-    servers = asyncio.run(look(SwarmChoice.parse(join, swarm, invite)))
-    models = as_dicts(servers)
+    choice = SwarmChoice.parse(join, swarm, invite)
+    if is_watching or count is not None:
+        from shoal.cli.watching import WatchSettings, watch_until_stopped
+
+        watch_until_stopped(
+            WatchSettings(swarm=choice, interval_s=interval, count=count, is_json=as_json)
+        )
+        return
+    models = as_dicts(asyncio.run(look(choice)))
     if as_json:
         print(json.dumps({"models": models}), flush=True)
     else:
@@ -72,8 +102,13 @@ async def look(choice: SwarmChoice) -> list[Seen]:
         PeerUnreachable: none of the joins answers.
     """
     async with visit(choice) as visitor:
-        records = [one.record for one in visitor.directory.snapshot().records]
-        return list(await asyncio.gather(*(_ask(visitor, record) for record in records)))
+        return await ask_all(visitor)
+
+
+async def ask_all(visitor: Visitor) -> list[Seen]:
+    """All servers that are known now, asked one by one."""
+    records = [one.record for one in visitor.directory.snapshot().records]
+    return list(await asyncio.gather(*(_ask(visitor, record) for record in records)))
 
 
 async def _ask(visitor: Visitor, record: Record) -> Seen:
@@ -161,14 +196,21 @@ def _print_tables(models: Sequence[dict[str, Any]]) -> None:
 
     # A pipe has no width: rows must not be cut there.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if not models:
-        console.print("no servers")
+    for part in renderables(models):
+        console.print(part)
+
+
+def renderables(models: Sequence[dict[str, Any]]) -> list[Any]:
+    """What rich prints for a person: a table per model, and what is missing."""
+    from rich.text import Text
+
+    parts: list[Any] = [] if models else [Text("no servers")]
     for model in models:
-        console.print(_table(model))
-        for start, end in model["missing"]:
-            console.print(f"missing: blocks [{start},{end})", markup=False)
-        if not model["missing"]:
-            console.print(f"all {model['num_blocks']} blocks are served")
+        parts.append(_table(model))
+        missing = [f"missing: blocks [{start},{end})" for start, end in model["missing"]]
+        served = f"all {model['num_blocks']} blocks are served"
+        parts += [Text(line) for line in missing or [served]]
+    return parts
 
 
 def _table(model: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.spans import Span, missing_blocks
 from shoal.client.client import Client, ClientConfig, open_client
 from shoal.discovery.directory import Snapshot
-from shoal.discovery.joined import JoinConfig, JoinedDirectory
+from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.hf.loop import BackgroundLoop
 from shoal.net.address import Address, parse_address
 from shoal.net.identity import Identity
@@ -93,11 +93,11 @@ class Joining:
         else:
             swarm_pass = SwarmPass.open(self.swarm or DEFAULT_SWARM)
         transport = TcpTransport(identity)
-        join = JoinConfig(swarm_pass=swarm_pass, joins=self.joins)
+        join = GossipConfig(swarm_pass=swarm_pass, joins=self.joins, is_reader=True)
         rng = random.SystemRandom()
         try:
             async with (
-                JoinedDirectory(transport, join, rng) as directory,
+                GossipDirectory(transport, join, rng) as directory,
                 open_client(
                     identity, transport, swarm_pass, directory, config, rng=rng,
                     wall_clock=wall_clock,

@@ -9,6 +9,7 @@ Shapes: B rows, S new columns, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -52,10 +53,6 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
     """
 
     main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -68,7 +65,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         borders: tuple[int, ...] | None = None,
         load_tokenizer: Callable[[], Any] | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(copy.deepcopy(config))
         self.head = head
         self.local_parts = torch.nn.ModuleDict(head.modules())
         self.connection = connection
@@ -94,6 +91,14 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
     def dtype(self) -> torch.dtype:
         """What embedding and head compute in."""
         return self.head.dtype
+
+    def get_correct_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
+        """Of no effect: nothing here attends, whatever the config asks for."""
+        return "eager"
+
+    def get_correct_experts_implementation(self, *args: Any, **kwargs: Any) -> str:
+        """Of no effect: experts are at the servers."""
+        return "eager"
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The token embedding."""

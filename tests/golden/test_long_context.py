@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 def long_source() -> MemorySource:
-    """The same weights, the config changed as docs/decisions/0012 says."""
+    """The same weights, the config changed as decision 12 says."""
     config = tiny_config(FAMILY)
     config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
     return MemorySource(config, tiny_model(FAMILY).state_dict())

@@ -31,6 +31,17 @@ def test_a_model_is_shown_with_its_sizes(tmp_path: Path) -> None:
     assert facts["blocks_by_gib"] == {"float32": {"1": 4}, "bfloat16": {"1": 4}}
 
 
+def test_a_longrope_can_be_given_long_sessions(tmp_path: Path) -> None:
+    save_safetensors(tmp_path, "phi3_longrope")
+    assert "up to 64 tokens of 512" in output_of(str(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    rope = config["rope_parameters"]
+    rope["short_factor"] = rope["long_factor"]
+    path.write_text(json.dumps(config))
+    assert "up to 512 tokens\n" in output_of(str(tmp_path))
+
+
 def test_the_table_has_every_family() -> None:
     text = output_of("--families")
     rows = json.loads(output_of("--families", "--json"))

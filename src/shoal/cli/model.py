@@ -140,11 +140,21 @@ def _facts_dict(facts: ModelFacts, sizes: tuple[float, ...]) -> dict[str, Any]:
     return {**asdict(facts), "cache_tokens": _CACHE_TOKENS, "blocks_by_gib": fit}
 
 
+def _longer(facts: ModelFacts) -> str:
+    if facts.context_tokens <= facts.session_tokens_max:
+        return ""
+    return (
+        f" of {facts.context_tokens}: rotary tables would change beyond\n"
+        "              (longrope: for long sessions copy long_factor over short_factor "
+        "in config.json)"
+    )
+
+
 def _print_facts(facts: ModelFacts, sizes: tuple[float, ...]) -> None:
     print(f"architecture  {facts.support.architecture}{_caution(facts.support)}")
     print(f"blocks        {facts.num_blocks} of {facts.hidden_size} values per row")
     print(f"vocabulary    {facts.vocabulary}")
-    print(f"session       up to {facts.session_tokens_max} tokens")
+    print(f"session       up to {facts.session_tokens_max} tokens{_longer(facts)}")
     print(f"engine        {facts.support.engine}")
     print(f"truncate      {facts.support.truncate}")
     print(f"fork          {facts.support.fork}")

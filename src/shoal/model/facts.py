@@ -53,6 +53,9 @@ class ModelFacts:
     hidden_size: int
     vocabulary: int
     session_tokens_max: int
+    context_tokens: int
+    """The model's context by its config: longer where rotary tables would change on the way,
+    see docs/decisions/0012-caches-and-positions.md."""
     block_bytes: dict[str, list[int]]
     """Weights of each block, by dtype."""
     kv_bytes_per_token: dict[str, list[int]]
@@ -82,12 +85,14 @@ def model_facts(config: Any) -> ModelFacts:
     family = family_of(config)
     support = _support(family, config)
     values = [kv_values(config, index) for index in range(num_blocks(config))]
+    sessions_end = session_tokens_max(config)
     return ModelFacts(
         support=support,
         num_blocks=num_blocks(config),
         hidden_size=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
-        session_tokens_max=session_tokens_max(config),
+        session_tokens_max=sessions_end,
+        context_tokens=getattr(config, "max_position_embeddings", None) or sessions_end,
         block_bytes={dtype: block_bytes(config, dtype) for dtype in DTYPES},
         kv_bytes_per_token={
             name: [count * dtype.itemsize for count in values] for name, dtype in DTYPES.items()

@@ -10,7 +10,8 @@ from shoal.base.spans import Span
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import toy_embedding
 from shoal.server.session import HopPlan
-from shoal.server.sessions import IDLE_VICTIM_S, SESSIONS_PER_OWNER_MAX, SessionTable
+from shoal.server.quotas import SESSIONS_PER_CLIENT
+from shoal.server.sessions import IDLE_VICTIM_S, SessionTable
 from shoal.wire.messages import WANT_ALL, Entry, Fork
 
 PAGE, TOTAL = 16, 12
@@ -144,8 +145,8 @@ def test_a_full_table_of_older_sessions_is_busy():
 
 
 def test_one_owner_cannot_take_all_places():
-    table = make_table(pages=SESSIONS_PER_OWNER_MAX + 2)
-    for number in range(SESSIONS_PER_OWNER_MAX):
+    table = make_table(pages=SESSIONS_PER_CLIENT + 2)
+    for number in range(SESSIONS_PER_CLIENT):
         table.open(make_plan(number), None, NOW_S)
     with pytest.raises(PeerBusy, match="you have"):
         table.open(make_plan(5000), None, NOW_S)

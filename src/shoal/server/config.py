@@ -11,6 +11,7 @@ from shoal.base.limits import IDLE_SESSION_S, ORPHAN_GRACE_S, WINDOW_BYTES
 from shoal.net.address import Address
 from shoal.net.channel import Channel
 from shoal.server.engine import EngineLimits
+from shoal.server.quotas import Quotas
 from shoal.wire.messages import ControlMessage, GetRecords, Publish
 
 StreamService = Callable[[Channel], Awaitable[None]]
@@ -39,6 +40,7 @@ class ServerConfig:
     """Bounds and times of one server."""
 
     engine: EngineLimits = field(default_factory=EngineLimits)
+    quotas: Quotas = field(default_factory=Quotas)
     window_bytes: int = WINDOW_BYTES
     orphan_grace_s: float = ORPHAN_GRACE_S
     idle_session_s: float = IDLE_SESSION_S

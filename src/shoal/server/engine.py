@@ -168,6 +168,7 @@ class Engine:
         done = iter(outcomes)
         for hop, taken in work:
             self._commit(hop, list(islice(done, len(taken))))
+        self._sessions.bound_logs()
         return True
 
     def _account(self, work: Sequence[tuple[HopSession, list[Call]]], now_s: float) -> None:
@@ -306,6 +307,6 @@ class Engine:
                 return
             hop.commit(outcome)
         if hop.log.num_bytes > self._limits.log_bytes_per_session_max:
-            hop.log.trim(min(hop.outbound.acked, (hop.log.start + hop.log.end) // 2))
+            hop.shorten_log()
         self._events.on_output(hop)
         self._events.on_worked_off(hop)

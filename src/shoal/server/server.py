@@ -15,19 +15,17 @@ from shoal.base.backend import BlockBackend
 from shoal.base.errors import (
     BadInput,
     InternalError,
+    PeerBusy,
     PeerMisbehaved,
     PeerRefused,
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
-    SessionTooLong,
     ShoalError,
 )
 from shoal.base.ids import PeerId, SessionId, short
 from shoal.base.limits import (
     DETAIL_CHARS_MAX,
-    PAYLOAD_BYTES_MAX,
-    SESSION_TOKENS_MAX,
 )
 from shoal.link.inbound import Verdict
 from shoal.link.outbound import Outbound
@@ -47,6 +45,7 @@ from shoal.net.transport import Stream, Transport
 from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.engine import Engine
+from shoal.server.intake import Intake
 from shoal.server.routes import read_route
 from shoal.server.session import HopPlan, HopSession
 from shoal.server.sessions import SessionTable
@@ -68,7 +67,6 @@ from shoal.wire.messages import (
     Routed,
     Stale,
 )
-from shoal.wire.tensors import check_payload, row_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +86,16 @@ class Server:
         config: ServerConfig,
     ) -> None:
         self.peer = transport.peer
-        self.sessions = SessionTable(backend, window_bytes=config.window_bytes)
+        self.sessions = SessionTable(
+            backend, window_bytes=config.window_bytes, quotas=config.quotas
+        )
         self.engine = Engine(backend, self.sessions, self, config.engine)
         self._backend = backend
         self._transport = transport
         self._swarm_pass = swarm_pass
         self._book = book
         self._config = config
+        self._intake = Intake(config.quotas, backend.facts, self.sessions, config.window_bytes)
         self._senders = SenderPool(self._dial, self)
         self._receivers: dict[PeerId, RowReceiver] = {}
         self._controls: dict[PeerId, ControlLink] = {}
@@ -158,7 +159,11 @@ class Server:
             await channel.refuse(PeerRefused(f"no streams for {purpose} here"))
             return
         try:
-            await service(channel)
+            with self._intake.stream(channel.peer):
+                await service(channel)
+        except PeerBusy as error:
+            logger.info("stream refused peer=%s reason=%s", short(channel.peer), error)
+            await channel.refuse(error)
         except (PeerUnreachable, PeerTimeout):
             logger.debug("stream ended peer=%s purpose=%s", short(channel.peer), purpose)
         except ProtocolError as error:
@@ -177,7 +182,9 @@ class Server:
                     self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
 
     async def _serve_rows(self, channel: Channel) -> None:
-        receiver = self._receivers[channel.peer] = RowReceiver(channel, self)
+        receiver = self._receivers[channel.peer] = RowReceiver(
+            channel, self, self._intake.pace(channel.peer).take
+        )
         try:
             await receiver.run()
         finally:
@@ -307,12 +314,10 @@ class Server:
             hop.wants_return = True
             self.engine.wake()
             return None
-        if hop.queue_bytes > 4 * self._config.window_bytes + PAYLOAD_BYTES_MAX:
-            hop.is_overrun = True
-        if hop.is_overrun:
+        if not self._intake.takes(hop, entry.payload_bytes):
             return None  # dropped; `on_worked_off` asks for them again
         try:
-            self._check_entry(entry, hop.plan.encoding)
+            self._intake.check_entry(entry, hop.plan.encoding)
         except ShoalError as error:
             self._fail(hop, error, blame=peer if isinstance(error, BadInput) else None)
             return None
@@ -327,19 +332,6 @@ class Server:
                 return hop.inbound.ack_message(hop.settled_length)
             case _:
                 return None
-
-    def _check_entry(self, entry: Entry, output_encoding: str) -> None:
-        facts = self._backend.facts
-        if entry.count * row_bytes(output_encoding, facts.hidden_size) > PAYLOAD_BYTES_MAX:
-            raise SessionTooLong(f"{entry.count} rows at once are too many for one frame")
-        check_payload(entry.encoding, facts.hidden_size, entry.count, entry.payload_bytes)
-        if entry.encoding not in facts.encodings:
-            raise BadInput(f"encoding {entry.encoding!r} is not served here")
-        end = entry.position + entry.count
-        if end > min(facts.session_tokens_max, SESSION_TOKENS_MAX):
-            raise SessionTooLong(
-                f"position {end} is beyond the model's context of {facts.session_tokens_max}"
-            )
 
     # --- rows out: PoolEvents --------------------------------------------------------
 
@@ -381,9 +373,8 @@ class Server:
     def on_worked_off(self, hop: HopSession) -> None:
         """Queued rows were worked off."""
         length = hop.take_ack()
-        if hop.is_overrun and hop.queue_bytes < self._config.window_bytes:
-            hop.is_overrun = False
-            self.on_held_changed(hop)
+        for freed in self._intake.reopened(hop):
+            self.on_held_changed(freed)
         if length is not None:
             self._answer(hop, hop.inbound.ack_message(length))
 
@@ -417,6 +408,9 @@ class Server:
     def _forget(self, hop: HopSession) -> None:
         self._senders.detach(hop.outbound)
         self.sessions.close(hop)
+        self.sessions.line.departed(asyncio.get_running_loop().time())
+        if not self.sessions.of_owner(hop.plan.owner):
+            self._intake.forget(hop.plan.owner)
         self.engine.wake()
 
     def _tell_owner(self, hop: HopSession, message: Broken | Failed) -> None:

@@ -140,6 +140,10 @@ class HopSession:
         self.lose_cache(length)
         self.log.restart(length)
 
+    def shorten_log(self) -> None:
+        """Forget the older half of the log, as far as the successor acknowledged it."""
+        self.log.trim(min(self.outbound.acked, (self.log.start + self.log.end) // 2))
+
     def due_truncation(self) -> int | None:
         """Where the backend must truncate the cache now; None when nothing is due."""
         if self.running or self._valid_until is None:

@@ -16,20 +16,12 @@ from shoal.base.backend import BackendFacts, BlockBackend, SequenceId
 from shoal.base.errors import PeerBusy, SessionTooLong
 from shoal.base.ids import PeerId, SessionId
 from shoal.server.pages import PageLedger
+from shoal.server.quotas import RETRY_AFTER_S, SESSIONS_MAX, Line, Quotas, owners_over
 from shoal.server.session import HopPlan, HopSession, SessionKey
 from shoal.wire.messages import Fork
 
 IDLE_VICTIM_S: Final = 30.0
 """Idle this long, a session gives way to any other: nobody waits for its next token."""
-
-RETRY_AFTER_S: Final = 2.0
-"""When to come back to a full server: the length of a short answer."""
-
-SESSIONS_MAX: Final = 4096
-"""Hops at one server: bounds what parked ones cost, which hold no cache."""
-
-SESSIONS_PER_OWNER_MAX: Final = 1024
-"""Hops of one client at one server: a quarter, so that no client can fill it alone."""
 
 RETURN_MARGIN_TOKENS: Final = 64
 """An evicted session returns only when this much more than its length fits."""
@@ -38,9 +30,13 @@ RETURN_MARGIN_TOKENS: Final = 64
 class SessionTable:
     """The hops this server runs, and the cache they hold."""
 
-    def __init__(self, backend: BlockBackend, *, window_bytes: int) -> None:
+    def __init__(
+        self, backend: BlockBackend, *, window_bytes: int, quotas: Quotas | None = None
+    ) -> None:
         self._backend = backend
         self._window_bytes = window_bytes
+        self._quotas = quotas or Quotas()
+        self.line = Line()
         self._hops: dict[SessionKey, HopSession] = {}
         self._by_border: dict[SessionKey, HopSession] = {}
         """The same hops by (session, end block)."""
@@ -81,14 +77,13 @@ class SessionTable:
 
         Raises:
             PeerBusy: too many sessions, or no cache page is free and nobody here is
-                younger or idle.
+                younger or idle; says when to come back, and keeps a place until then.
         """
         self._check_count(plan)
         hop = HopSession(plan, self._take_sequence(), window_bytes=self._window_bytes)
         hop.used_s = now_s
         if not self._fork_from(parent, hop):
-            if self.make_room(hop, 1, now_s) is None:
-                raise PeerBusy("all KV cache is in use", retry_after_s=RETRY_AFTER_S)
+            self._find_place(hop, now_s)
             self.settle()
             try:
                 self._backend.open(hop.sequence, plan.span)
@@ -102,12 +97,30 @@ class SessionTable:
         self._by_border[(plan.session, plan.span.end)] = hop
         return hop
 
+    def _find_place(self, hop: HopSession, now_s: float) -> None:
+        """Take the first page; free ones go to those first who wait in line for them.
+
+        Raises:
+            PeerBusy: there is none yet.
+        """
+        session = hop.plan.session
+        ahead = self.line.ahead_of(session, now_s)
+        is_taken = self.ledger.free <= ahead and not self._victims(hop, 1, now_s)
+        if is_taken or self.make_room(hop, 1, now_s) is None:
+            place, eta_s = self.line.wait(session, now_s)
+            raise PeerBusy(
+                f"all KV cache is in use; place {place} in line, expected in {eta_s:.0f} s",
+                retry_after_s=eta_s,
+            )
+        self.line.leave(session)
+
     def _check_count(self, plan: HopPlan) -> None:
         if len(self._hops) >= SESSIONS_MAX:
             raise PeerBusy(f"{SESSIONS_MAX} sessions are open", retry_after_s=RETRY_AFTER_S)
-        if len(self.of_owner(plan.owner)) >= SESSIONS_PER_OWNER_MAX:
+        limit = self._quotas.sessions_per_client
+        if len(self.of_owner(plan.owner)) >= limit:
             raise PeerBusy(
-                f"you have {SESSIONS_PER_OWNER_MAX} sessions open here",
+                f"you have {limit} sessions open here",
                 retry_after_s=RETRY_AFTER_S,
             )
 
@@ -242,6 +255,17 @@ class SessionTable:
         self.ledger.hold(hop.sequence, max(1, actual))
         hop.start_from(source.log.fork(parent.rev, actual))
         return True
+
+    def bound_logs(self) -> None:
+        """Let those with most give up acknowledged rows when all logs together are too long."""
+        held: dict[PeerId, int] = {}
+        for hop in self._hops.values():
+            held[hop.plan.owner] = held.get(hop.plan.owner, 0) + hop.log.num_bytes
+        if sum(held.values()) <= self._quotas.log_bytes_max:
+            return
+        for owner in owners_over(held, self._quotas.log_bytes_max):
+            for hop in self.of_owner(owner):
+                hop.shorten_log()
 
     def park(self, hop: HopSession) -> None:
         """Take the hop's cache away; it returns by replay when there is room."""

@@ -24,6 +24,7 @@ from shoal.base.errors import (
 )
 from shoal.base.ids import PeerId, short
 from shoal.net.channel import Channel, error_message
+from shoal.server.pace import Pace
 from shoal.wire.messages import Message
 from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 
@@ -78,25 +79,6 @@ class WeightsConfig:
             raise ConfigError(f"a rate of {self.rate_bytes_per_s} bytes per second: at least 1")
         if not 0 < self.busy_share <= 1:
             raise ConfigError(f"busy_share {self.busy_share}: above 0, at most 1")
-
-
-class Pace:
-    """Sends out turns at a rate: whoever takes `num_bytes` waits until its turn is over.
-
-    The line is one moment in time behind which the next turn begins, so callers are served
-    in the order in which they ask.
-    """
-
-    def __init__(self, rate: Callable[[], float]) -> None:
-        self._rate = rate
-        self._free_s = 0.0
-
-    async def take(self, num_bytes: int) -> None:
-        """Wait for our turn. Cancelling gives nothing back: it is one piece at most."""
-        now_s = asyncio.get_running_loop().time()
-        start_s = max(self._free_s, now_s)
-        self._free_s = start_s + num_bytes / self._rate()
-        await asyncio.sleep(start_s - now_s)
 
 
 class WeightServer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shoal.base.errors import ConfigError
 from shoal.cli.options import DEFAULT_SWARM
-from shoal.discovery.joined import JoinConfig, JoinedDirectory
+from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.net.address import Address, parse_address
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass, join_by_invite
@@ -60,7 +60,7 @@ class Visitor:
     identity: Identity
     transport: TcpTransport
     swarm_pass: SwarmPass
-    directory: JoinedDirectory
+    directory: GossipDirectory
 
 
 @asynccontextmanager
@@ -76,9 +76,9 @@ async def visit(choice: SwarmChoice) -> AsyncIterator[Visitor]:
     identity = Identity.generate()
     swarm_pass = choice.pass_for(identity)
     transport = TcpTransport(identity)
-    config = JoinConfig(swarm_pass=swarm_pass, joins=choice.joins)
+    config = GossipConfig(swarm_pass=swarm_pass, joins=choice.joins, is_reader=True)
     try:
-        async with JoinedDirectory(transport, config, random.SystemRandom()) as directory:
+        async with GossipDirectory(transport, config, random.SystemRandom()) as directory:
             yield Visitor(
                 identity=identity,
                 transport=transport,

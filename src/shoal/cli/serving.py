@@ -21,16 +21,18 @@ from shoal.cli.joining import SwarmChoice, wall_clock
 from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
 from shoal.cli.placing import find_place
-from shoal.discovery.joined import JoinConfig, JoinedDirectory
+from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.quantize import quantization
 from shoal.model.rows import encodings_for, torch_dtype
 from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen
+from shoal.net.channel import PURPOSE_GOSSIP
 from shoal.net.identity import Identity
 from shoal.net.tasks import first_failure
 from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
+from shoal.server.config import ServerConfig
 from shoal.server.door import Door
 from shoal.server.server import open_server
 
@@ -88,10 +90,11 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
     async with AsyncExitStack() as stack:
         transport = TcpTransport(identity)
         stack.push_async_callback(transport.close)
-        join = JoinConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
-        directory = JoinedDirectory(transport, join, random.SystemRandom())
+        gossip = GossipConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
+        directory = GossipDirectory(transport, gossip, random.SystemRandom())
         book = StoreBook(directory.store)
-        door = Door(swarm_pass, book, facts)
+        services = {PURPOSE_GOSSIP: directory.serve}
+        door = Door(swarm_pass, book, facts, services)
         listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
         address = public_address(listener.address, settings.announce)
         await stack.enter_async_context(directory)
@@ -105,17 +108,31 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         announcer = Announcer(identity, directory, announcement)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("joining")
+        keeping = asyncio.create_task(announcer.keep(), name="announcer")
+        stack.push_async_callback(_end, keeping)
         backend = await _load(model, facts.span, config)
         stack.push_async_callback(backend.aclose)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        server = await stack.enter_async_context(open_server(backend, transport, swarm_pass, book))
+        server = await stack.enter_async_context(
+            open_server(backend, transport, swarm_pass, book, ServerConfig(services=services))
+        )
         door.open(server)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={address} blocks={facts.span}", flush=True)
-        await first_failure(announcer.keep(), server.wait_broken())
+        await first_failure(_wait_for(keeping), server.wait_broken())
+
+
+async def _wait_for(task: asyncio.Task[None]) -> None:
+    await task
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """A server that leaves renews nothing any more."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _placed(settings: ServeSettings, model: OpenModel) -> ServeSettings:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from shoal.base.spans import Span
+from shoal.model.onednn_linear import OneDnnLinear
 from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
@@ -120,7 +121,7 @@ def _kinds(modules: Sequence[Any], names: Sequence[str]) -> list[Any]:
 def _is_linear(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_plain = isinstance(weight, torch.Tensor) and weight.dim() == 2
-    if isinstance(module, Int8Linear | Int4Linear):
+    if isinstance(module, Int8Linear | Int4Linear | OneDnnLinear):
         return True
     return is_plain and isinstance(module, torch.nn.Linear | Conv1D)
 
@@ -130,6 +131,9 @@ def _widths(linear: torch.nn.Module) -> list[tuple[int, int]]:
     if isinstance(linear, Int8Linear | Int4Linear):
         # Their own arithmetic; the model's rows are as wide or wider in bytes.
         item_bytes = torch.bfloat16.itemsize
+        return [(linear.in_features, item_bytes), (linear.out_features, item_bytes)]
+    if isinstance(linear, OneDnnLinear):
+        item_bytes = linear.item_bytes
         return [(linear.in_features, item_bytes), (linear.out_features, item_bytes)]
     return [
         (width, weight.element_size()) for weight in linear.parameters() for width in weight.shape
@@ -161,6 +165,13 @@ def _cancelling_linear(linear: torch.nn.Module) -> _Cancelling:
         generator = torch.Generator().manual_seed(20_26)
         quantized, rows = cancelling_copy(linear, TILE_ROWS_MAX, generator)
         return _Cancelling(lambda tile: quantized(tile.unsqueeze(0))[0], rows)
+    if isinstance(linear, OneDnnLinear):
+        plain = torch.nn.Linear(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.dtype
+        )
+        copied, rows = _with_cancelling_weight(plain, is_transposed=False)
+        packed = OneDnnLinear(copied)
+        return _Cancelling(lambda tile: packed(tile.unsqueeze(0))[0], rows)
     copied, rows = _with_cancelling_weight(linear, is_transposed=isinstance(linear, Conv1D))
     return _Cancelling(lambda tile: copied(tile.unsqueeze(0))[0], rows)
 

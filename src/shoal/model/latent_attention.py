@@ -25,6 +25,12 @@ class LatentAttention:
         self._unrotated = int(module.qk_nope_head_dim)
         self._value_size = int(module.v_head_dim)
 
+    @property
+    def product(self) -> torch.nn.Module:
+        """The layer that expands: it runs for one sequence at a time."""
+        layer: torch.nn.Module = self._module.kv_b_proj
+        return layer
+
     def placeholders(
         self, latents: torch.Tensor, _rotated: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

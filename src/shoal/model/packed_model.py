@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from shoal.base.spans import Span
-from shoal.model.latent_attention import use_latent_attention
+from shoal.model.latent_attention import latent_of, use_latent_attention
+from shoal.model.onednn_linear import OneDnnLinear, use_onednn
 from shoal.model.packed_attention import PackedStep, Piece, use_packed_attention
 from shoal.model.span_model import SpanModel
 from shoal.model.tiled_experts import TiledExperts
@@ -24,6 +25,7 @@ class PackedModel:
         use_packed_attention(model.base.config)
         for block in model.blocks():
             use_latent_attention(block)
+            use_onednn(block)
         self.span = model.span
         self.windows = model.windows
         self.dtype = model.dtype
@@ -59,14 +61,19 @@ class PackedModel:
             )
         return output[:count]
 
-    def parameters(self) -> list[torch.Tensor]:
-        """The weights that are held."""
-        return self._model.parameters()
+    @property
+    def kernels(self) -> str:
+        """Whose linear layers these are, for numerics classes."""
+        blocks = self._model.blocks()
+        has_onednn = any(isinstance(m, OneDnnLinear) for block in blocks for m in block.modules())
+        return "onednn" if has_onednn else "torch"
 
     def block_kinds(self) -> list[int]:
         """The first block of each kind: equal parameter shapes and windows are one kind."""
         return self._model.block_kinds()
 
     def modules(self, block: int) -> list[torch.nn.Module]:
-        """All modules of one block."""
-        return list(self._model.block(block).modules())
+        """The modules of one block that the rows of a pass go through together."""
+        modules = list(self._model.block(block).modules())
+        by_row = [latent.product for module in modules if (latent := latent_of(module))]
+        return [module for module in modules if module not in by_row]

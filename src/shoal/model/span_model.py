@@ -122,11 +122,17 @@ class SpanModel:
         return rows
 
     def block_kinds(self) -> list[int]:
-        """The first block of each kind: equal parameter shapes and windows are one kind."""
+        """The first block of each kind: equal shapes and windows are one kind."""
         kinds: dict[object, int] = {}
         for index, block in self._blocks.items():
-            shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
-            kinds.setdefault((shapes, self.windows[index]), index)
+            shapes = [(name, tuple(weight.shape)) for name, weight in block.named_parameters()]
+            # Layers that keep their weights in a form of their own.
+            shapes += [
+                (name, (module.in_features, module.out_features))
+                for name, module in block.named_modules()
+                if hasattr(module, "in_features")
+            ]
+            kinds.setdefault((tuple(shapes), self.windows[index]), index)
         return list(kinds.values())
 
     def _stack(self, span: Span) -> tuple[Callable[..., Any], ...]:

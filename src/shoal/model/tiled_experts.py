@@ -64,6 +64,11 @@ class TiledExperts:
             for experts in self.experts
         ) and all(hasattr(router, "weight") for router in self.routers)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether tiles, if any are used, cost hardly any padding."""
+        return self.tiles is None or self.tiles.is_free
+
     def use(self, tiles: RowTiles, router_tiles: RowTiles) -> None:
         """Compute in tiles from now on."""
         ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)

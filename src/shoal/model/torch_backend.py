@@ -118,7 +118,7 @@ def load_backend(
         thread.stop()
         raise
     said = (tiles.counts, tiles.probe) if tiles else "packed"
-    numerics = _numerics_with(numerics, f"batched {said}")
+    numerics = _numerics_with(numerics, f"batched {packed.kernels} {said}")
     facts = replace(
         _facts(model, config, numerics, is_exact=tiles is not None),
         calls_per_sequence_max=CALLS_PER_SEQUENCE_MAX,
@@ -143,7 +143,8 @@ def _choose_tiles(model: PackedModel, config: BackendConfig) -> RowTiles | None:
     if config.exact == "never":
         return None
     tiles = find_tiles(model, config.device)
-    if tiles is None or (config.exact == "auto" and not tiles.is_free):
+    is_free = tiles is not None and tiles.is_free and model.experts.is_free
+    if config.exact == "auto" and not is_free:
         model.experts.reset()
         return None
     return tiles
@@ -154,8 +155,7 @@ def _probe_alone(model: SpanModel, config: BackendConfig) -> str | None:
         return None
     experts = TiledExperts(model.base.config, model.blocks())
     probe = probe_alone(model, experts, config.device)
-    is_free = experts.tiles is None or experts.tiles.is_free
-    if config.exact == "auto" and not is_free:
+    if config.exact == "auto" and not experts.is_free:
         experts.reset()
         return None
     return probe

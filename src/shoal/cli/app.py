@@ -21,7 +21,17 @@ from shoal.base.errors import BadInput, ConfigError, ModelUnknown, ShoalError
 from shoal.cli.logs import configure_logging
 from shoal.cli.settings import default_map, find_file, global_settings, load_file
 
-COMMANDS: Final = ("model", "serve", "generate", "chat", "status", "swarm", "simulate", "config")
+COMMANDS: Final = (
+    "model",
+    "serve",
+    "generate",
+    "chat",
+    "status",
+    "doctor",
+    "swarm",
+    "simulate",
+    "config",
+)
 """Modules of this package with a `register(app)`, in the order of the help."""
 
 INTERRUPTED: Final = 130

@@ -131,6 +131,15 @@ async def _ask(visitor: Visitor, record: Record) -> Seen:
 
 
 async def _measure(channel: Channel, record: Record) -> Seen:
+    rtt_s = await measure_rtt(channel)
+    await channel.send(GetLoad(RTT_PINGS + 1))
+    message, _ = await channel.receive()
+    load = message if isinstance(message, Load) else None
+    return Seen(record=record, rtt_s=rtt_s, load=load)
+
+
+async def measure_rtt(channel: Channel) -> float:
+    """Seconds that a message takes there and back, at best."""
     clock = asyncio.get_running_loop().time
     rtts = []
     for call in range(1, RTT_PINGS + 1):
@@ -138,10 +147,7 @@ async def _measure(channel: Channel, record: Record) -> Seen:
         await channel.send(Ping(call))
         await channel.receive()
         rtts.append(clock() - started_s)
-    await channel.send(GetLoad(RTT_PINGS + 1))
-    message, _ = await channel.receive()
-    load = message if isinstance(message, Load) else None
-    return Seen(record=record, rtt_s=min(rtts), load=load)
+    return min(rtts)
 
 
 def as_dicts(servers: Sequence[Seen]) -> list[dict[str, Any]]:

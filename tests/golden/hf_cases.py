@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from shoal.hf import AutoDistributedModelForCausalLM, DistributedModelForCausalLM, LocalSwarm
 from tests.models import VOCABULARY, tiny_model, tiny_source
@@ -90,3 +91,17 @@ def padded(lengths: list[int], *, seed: int = 1) -> tuple[torch.Tensor, torch.Te
     ids = prompts(len(lengths), columns, seed=seed)
     mask = torch.tensor([[int(at >= columns - n) for at in range(columns)] for n in lengths])
     return ids.masked_fill(mask == 0, PAD), mask
+
+
+class Collected(BaseStreamer):  # type: ignore[misc]
+    """A streamer that keeps everything."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.has_ended = True

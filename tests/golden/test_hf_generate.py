@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from shoal.base.errors import BadInput, ConfigError
 from shoal.hf import ChainCache
-from tests.golden.hf_cases import Pair, padded, pair, prompts
+from tests.golden.hf_cases import Collected, Pair, padded, pair, prompts
 from tests.models import tiny_model
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "bloom")
@@ -145,18 +144,6 @@ def test_given_embeddings(both: Pair) -> None:
 def test_prefill_in_chunks_and_without_a_cache(llama: Pair) -> None:
     llama.generate(prompts(1, 40), prefill_chunk_size=16, **GREEDY)
     llama.generate(prompts(2, 7), use_cache=False, max_new_tokens=4, do_sample=False)
-
-
-class Collected(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.has_ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.has_ended = True
 
 
 class AfterTokens(StoppingCriteria):

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from shoal.base.errors import ConfigError, NoRouteError
+from shoal.base.errors import ConfigError, NoRouteError, SessionClosed
 from shoal.base.spans import Span, missing_blocks
 from shoal.client.client import Client, ClientConfig, open_client
 from shoal.discovery.directory import Snapshot
@@ -128,6 +128,11 @@ class Connection:
             if self._is_loop_ours:
                 self.loop.close()
             raise
+
+    def check_open(self) -> None:
+        """Raise SessionClosed after `close`."""
+        if self._is_closed:
+            raise SessionClosed("the model was closed: open it again with from_pretrained")
 
     def close(self) -> None:
         """Close the client, its sessions and streams. Idempotent; from any thread."""

@@ -50,6 +50,7 @@ class LocalSwarm:
         model: as for `from_pretrained`.
         borders: where one server's span ends and the next one's begins; from 0 to the
             number of blocks. Default: three spans of about equal length.
+        spans: (start, end) of each server instead, with gaps and overlaps as you like.
         replicas: servers of each span.
         dtype: what they compute in.
         cache_dir: where known models are kept (default: ~/.cache/shoal).
@@ -60,6 +61,7 @@ class LocalSwarm:
         model: str | Path | ModelSource,
         *,
         borders: Sequence[int] | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
         replicas: int = 1,
         dtype: str = "float32",
         cache_dir: str | Path | None = None,
@@ -73,7 +75,7 @@ class LocalSwarm:
         directory = default_cache_dir({}) if cache_dir is None else Path(cache_dir)
         source = open_source(model, directory) if isinstance(model, str | Path) else model
         blocks = num_blocks(source.config)
-        spans = _spans(borders, blocks) * replicas
+        served = _spans(borders, blocks) if spans is None else [Span(*span) for span in spans]
         config = BackendConfig(
             model=model_hash(source, directory), dtype=dtype, cache_tokens=CACHE_TOKENS
         )
@@ -81,7 +83,7 @@ class LocalSwarm:
         self._stack = AsyncExitStack()
         self._loop = BackgroundLoop("shoal local swarm")
         try:
-            backends = [load_backend(source, span, config) for span in spans]
+            backends = [load_backend(source, span, config) for span in served * replicas]
             self._loop.run(self._start(backends))
         except BaseException:
             self._loop.close()

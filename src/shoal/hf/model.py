@@ -88,6 +88,11 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return self.head.device
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the embedding knows."""
+        return self.head.vocab_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """What embedding and head compute in."""
         return self.head.dtype
@@ -221,7 +226,9 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
         Raises:
             ConfigError: borders that are none.
+            SessionClosed: the model was closed.
         """
+        self.connection.check_open()
         chosen = self._check_borders(borders or (0, self.num_blocks))
         return ChainCache(self.connection.loop, self._chains, chosen)
 
@@ -256,6 +263,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
     def hidden_borders(self) -> tuple[int, ...]:
         """Where `output_hidden_states` looks: the borders given to `from_pretrained`, or
         those between the servers of the chain that a session would take now."""
+        self.connection.check_open()
         if self._borders is None:
             return self.connection.loop.run(_chain_borders(self._chains, self.num_blocks))
         return self._borders

@@ -37,15 +37,18 @@ def room_of(problem: Problem, placement: Placement) -> list[int]:
     return [free_bytes(problem, placement, server) for server in range(len(problem.servers))]
 
 
-def seats_on(problem: Problem, chain: Chain, room: Sequence[int]) -> int:
-    """How many sessions fit on `chain` into `room` bytes by server."""
+def needs_on(problem: Problem, chain: Chain) -> Counter[int]:
+    """By server: the bytes that a session on `chain` needs there."""
     needs: Counter[int] = Counter()
     for hop in chain:
         needs[hop.server] += problem.session_bytes(hop.span)
-    return min(
-        (room[server] // need if need else SEATS_MAX for server, need in needs.items()),
-        default=0,
-    )
+    return needs
+
+
+def seats_on(problem: Problem, chain: Chain, room: Sequence[int]) -> int:
+    """How many sessions fit on `chain` into `room` bytes by server."""
+    needs = needs_on(problem, chain)
+    return min(room[server] // need if need else SEATS_MAX for server, need in needs.items())
 
 
 def take(problem: Problem, chain: Chain, room: list[int], sessions: int) -> None:
@@ -74,6 +77,8 @@ def compose_chains(
         if found is None:
             break
         count = min(left, seats_on(problem, found.chain, room))
+        if not count:
+            break  # It comes to a server twice, which has no room for both runs together.
         take(problem, found.chain, room, count)
         left -= count
         chains.append(Seated(chain=found.chain, seconds=found.seconds, seats=count))
@@ -124,10 +129,10 @@ class Scorer:
             search = Search(problem, placement, price) if left else None
             while left and search is not None:
                 found = search.cheapest(room=room)
-                if found is None:
+                count = min(left, seats_on(problem, found.chain, room)) if found else 0
+                if found is None or not count:
                     unplaced += left
                     break
-                count = min(left, seats_on(problem, found.chain, room))
                 take(problem, found.chain, room, count)
                 total += count * found.seconds
                 left -= count

@@ -1,7 +1,7 @@
 """The cheapest chain through a placement: the search behind planned and simulated routing.
 
-A session runs to the end of each span that it enters, as Petals' does, unless told that
-it may leave anywhere. `shoal.plan.shortest` is the search of the live router, which also
+Whether a session runs to the end of each span that it enters is a matter of the problem
+(`Problem.exits`). `shoal.plan.shortest` is the search of the live router, which also
 weighs things that are no times (draining servers, hops to keep); with hub prices and
 exits anywhere both find the same chains, and a test says so.
 """
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from shoal.base.spans import Span
 from shoal.plan.cost import Chain, Hop, Prices, hop_s
 from shoal.plan.placement import Placement
-from shoal.plan.spec import Problem
-
-Exits = Literal["end", "anywhere"]
+from shoal.plan.spec import Exits, Problem
 
 Extra = Callable[[Span], float]
 """Seconds on top of running a span at one server; infinite: not possible now."""
@@ -31,8 +29,8 @@ class Found(NamedTuple):
     chain: Chain
 
 
-_Entry = tuple[int, int, float, int]
-"""A run from a border: server, end, price of its blocks (and, hub, of getting there), bytes."""
+_Entry = tuple[float, int, int]
+"""A run: price of its blocks (with hub prices also of getting there), server, bytes."""
 
 
 class _Way(NamedTuple):
@@ -49,13 +47,18 @@ class Search:
     """All ways through one placement at given prices; built once, asked often."""
 
     def __init__(
-        self, problem: Problem, placement: Placement, prices: Prices, exits: Exits = "end"
+        self,
+        problem: Problem,
+        placement: Placement,
+        prices: Prices,
+        exits: Exits | None = None,
     ) -> None:
+        exits = exits or problem.exits
         self._prices = prices
         self._num_blocks = problem.num_blocks
         self._is_hub = prices.between is None
-        self._entries: list[list[_Entry]] = [[] for _ in range(problem.num_blocks)]
-        """By border: the runs that start there."""
+        self._entries: list[dict[int, list[_Entry]]] = [{} for _ in range(problem.num_blocks)]
+        """By border: the runs that start there, by where they end, the cheapest first."""
         hosted = placement.hosted()
         starts = {0, *(span.end for _, span in hosted)}
         if exits == "anywhere":
@@ -68,9 +71,11 @@ class Search:
             for start in ordered[low:high]:
                 for end in range(span.end if exits == "end" else start + 1, span.end + 1):
                     need = problem.session_bytes(Span(start, end))
-                    self._entries[start].append(
-                        (server, end, hop_s(arrive, block, end - start), need)
-                    )
+                    entry = (hop_s(arrive, block, end - start), server, need)
+                    self._entries[start].setdefault(end, []).append(entry)
+        for ends in self._entries:
+            for entries in ends.values():
+                entries.sort()
 
     def cheapest(
         self,
@@ -93,20 +98,22 @@ class Search:
         best = [math.inf] * (self._num_blocks + 1)
         best[0] = 0.0
         last = [(-1, -1)] * (self._num_blocks + 1)
-        for start, entries in enumerate(self._entries):
+        for start, ends in enumerate(self._entries):
             so_far = best[start]
             if so_far == math.inf:
                 continue
-            for server, end, price, need in entries:
-                seconds = so_far + price
-                if seconds < best[end] and (room is None or need <= room[server]):
+            for end, entries in ends.items():
+                least = best[end] - so_far
+                for price, server, need in entries:
+                    if price >= least:
+                        break
+                    if room is not None and need > room[server]:
+                        continue
                     extra = None if extras is None else extras[server]
-                    if extra is not None:
-                        seconds += extra(Span(start, end))
-                        if not seconds < best[end]:
-                            continue
-                    best[end] = seconds
-                    last[end] = server, start
+                    seconds = price if extra is None else price + extra(Span(start, end))
+                    if seconds < least:
+                        least = seconds
+                        best[end], last[end] = so_far + seconds, (server, start)
         if best[-1] == math.inf:
             return None
         hops: list[Hop] = []
@@ -121,12 +128,12 @@ class Search:
         self, room: Sequence[int] | None, extras: Sequence[Extra | None] | None
     ) -> Found | None:
         ways: list[dict[int, _Way]] = [{} for _ in range(self._num_blocks + 1)]
-        for start, entries in enumerate(self._entries):
+        for start, ends in enumerate(self._entries):
             before = sorted(ways[start].values(), key=lambda way: way.seconds)
             if start and not before:
                 continue
             arrivals: dict[int, tuple[float, _Way | None]] = {}
-            for server, end, price, need in entries:
+            for end, (price, server, need) in _each(ends):
                 if room is not None and need > room[server]:
                     continue
                 if server not in arrivals:
@@ -169,3 +176,7 @@ class Search:
             hops.append(Hop(way.server, Span(way.start, way.end)))
             way = way.before
         return Found(final.seconds + leave[final.server], tuple(reversed(hops)))
+
+
+def _each(ends: Mapping[int, Sequence[_Entry]]) -> Iterator[tuple[int, _Entry]]:
+    return ((end, entry) for end, entries in ends.items() for entry in entries)

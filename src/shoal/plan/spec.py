@@ -21,6 +21,10 @@ from shoal.plan.memory import CacheShape, log_bytes
 Flow = Literal["hub", "push"]
 """Who carries hidden states between servers: the client, or the servers themselves."""
 
+Exits = Literal["end", "anywhere"]
+"""Where a session may leave a span: only at its end, as Petals does and the papers assume,
+or at any border, as Shoal's router does."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
@@ -186,6 +190,7 @@ class Problem:
     servers: tuple[ServerSpec, ...]
     links: Links
     workload: Workload
+    exits: Exits = "end"
 
     def __post_init__(self) -> None:
         count = len(self.servers)

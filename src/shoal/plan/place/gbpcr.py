@@ -12,7 +12,7 @@ from typing import Final
 
 from shoal.base.spans import Span
 from shoal.plan.bounds import mean_response_s
-from shoal.plan.compose import composed
+from shoal.plan.compose import composed, scorer
 from shoal.plan.cost import mean_prices, typical_entries
 from shoal.plan.placement import Placement, covering, uncovered
 from shoal.plan.spec import Problem
@@ -30,9 +30,10 @@ def place_gbpcr(
     """Chains of servers, each server with cache for `reservation` sessions.
 
     By default the reservation whose GCA chains have the least lower bound on the mean
-    response time at the workload's rate; with no stable one, or without a rate, the one
-    with the highest rate of service. All servers are placed, also those beyond the
-    chains that the rate needs.
+    response time at the workload's rate; where no reservation is stable, the one with the
+    highest rate of service. Without a rate, the one whose chains are fastest for the
+    workload's sessions. All servers are placed, also those beyond the chains that the
+    rate needs.
 
     Raises:
         NoRouteError: not one chain can be completed.
@@ -46,11 +47,13 @@ def place_gbpcr(
     return min(covers, key=lambda placement: _merit(problem, placement))
 
 
-def _merit(problem: Problem, placement: Placement) -> tuple[float, float]:
+def _merit(problem: Problem, placement: Placement) -> tuple[float, ...]:
+    wanted = problem.workload.requests_per_s
+    if not wanted:
+        return scorer(problem, currency="request")(placement)
     chains = composed(problem, placement)
     rate = sum(chain.seats / chain.seconds for chain in chains if chain.seconds)
-    wanted = problem.workload.requests_per_s
-    response_s = mean_response_s(chains, wanted)[0] if wanted and chains else math.inf
+    response_s = mean_response_s(chains, wanted)[0] if chains else math.inf
     return response_s, -rate
 
 

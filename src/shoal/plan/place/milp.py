@@ -5,9 +5,9 @@ the sessions of a client flow over block boundaries through the windows. Its lin
 relaxation is tight, and its size does not depend on the number of sessions: 10 to 100
 times faster than the published form (`shoal.plan.place.bigm`), with the same optimum.
 
-By default sessions may leave a span before its end: a relaxation of the published rule,
-and what Shoal's router does. Hub prices only: with push a hop's price depends on the one
-before it, for which this form has no variables.
+Where sessions may leave a span anywhere (`Problem.exits`) its size is smaller still, and
+its optimum at most that of the published rule. Hub prices only: with push a hop's price
+depends on the one before it, for which this form has no variables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from shoal.base.spans import Span
 from shoal.plan.cost import Currency, Prices, prices
 from shoal.plan.place.program import Program, Solution
 from shoal.plan.placement import Placement, covering
-from shoal.plan.search import Exits
 from shoal.plan.spec import Problem
 
 SpansOf = Callable[[Sequence[float]], Sequence[Span | None]]
@@ -60,7 +59,6 @@ def plan_milp(
     problem: Problem,
     *,
     currency: Currency = "token",
-    exits: Exits = "anywhere",
     limit_s: float = LIMIT_S,
 ) -> Planned:
     """The placement with the least mean price over all the workload's sessions.
@@ -70,7 +68,7 @@ def plan_milp(
     Raises:
         NoRouteError, ConfigError: see `place_milp`.
     """
-    program = _Windows(problem, currency, exits)
+    program = _Windows(problem, currency)
     return planned(problem, program.program.solve(limit_s=limit_s), program.spans)
 
 
@@ -107,7 +105,7 @@ class _Server:
 class _Windows:
     """The program; see the module's docstring."""
 
-    def __init__(self, problem: Problem, currency: Currency, exits: Exits) -> None:
+    def __init__(self, problem: Problem, currency: Currency) -> None:
         self.problem = problem
         self.program = Program()
         each = [prices(problem, client, currency) for client in range(problem.num_clients)]
@@ -118,7 +116,7 @@ class _Windows:
         self.servers = [_Server() for _ in problem.servers]
         for server in range(len(self.servers)):
             self._add_windows(server)
-            if exits == "end":
+            if problem.exits == "end":
                 self._add_runs_to_end(server, each)
             else:
                 self._add_runs(server, each)

@@ -12,7 +12,7 @@ from shoal.base.spans import Span
 from shoal.plan.cost import Prices, prices
 from shoal.plan.placement import Placement
 from shoal.plan.route.contract import Choice, Load, Router, no_chain
-from shoal.plan.search import Exits, Found, Search
+from shoal.plan.search import Found, Search
 from shoal.plan.spec import Problem
 
 PETALS_HANDLING_S: Final = 0.018
@@ -28,10 +28,10 @@ PETALS_DELAY_S_MAX: Final = 5.0
 """and the most it believes of half a measured one."""
 
 
-def route_shortest(problem: Problem, placement: Placement, *, exits: Exits = "end") -> Router:
+def route_shortest(problem: Problem, placement: Placement) -> Router:
     """The chain with the least response time if nobody had to wait."""
     searches = [
-        Search(problem, placement, prices(problem, client, "request"), exits)
+        Search(problem, placement, prices(problem, client, "request"))
         for client in range(problem.num_clients)
     ]
     return _Blind(problem, placement, [search.cheapest() for search in searches])
@@ -60,7 +60,7 @@ class _Petals:
     def __init__(self, problem: Problem, placement: Placement) -> None:
         self.problem = problem
         self.searches = [
-            Search(problem, placement, petals_prices(problem, client))
+            Search(problem, placement, petals_prices(problem, client), exits="end")
             for client in range(problem.num_clients)
         ]
         self.needs = [

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from shoal.base.errors import NoRouteError
 from shoal.base.spans import Span
-from shoal.plan.compose import room_of
+from shoal.plan.compose import needs_on, room_of
 from shoal.plan.cost import Chain
 from shoal.plan.placement import Placement, uncovered
 from shoal.plan.spec import Problem
@@ -55,7 +55,8 @@ class Load:
 
     def chain_wait_s(self, problem: Problem, chain: Chain) -> float:
         """Seconds until a session could hold all its memory along `chain`."""
-        return max(self.wait_s(hop.server, problem.session_bytes(hop.span)) for hop in chain)
+        needs = needs_on(problem, chain)
+        return max(self.wait_s(server, need) for server, need in needs.items())
 
 
 def load_of(

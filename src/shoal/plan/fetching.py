@@ -16,12 +16,15 @@ from shoal.base.ids import PeerId
 BATCH_BYTES: Final = 8 << 20
 """Small tensors are asked for together up to this: norms cost no round trip each."""
 
+BATCH_ITEMS: Final = 64
+"""Tensors asked for together: each has an open file."""
+
 TAKEOVER_FACTOR: Final = 2.0
 """Whoever takes over must be done in less than the other's time divided by this; else two
 peers of equal speed would take from each other for ever."""
 
 TAKEOVER_MIN_S: Final = 5.0
-"""A rest that is done sooner stays where it is."""
+"""A rest that is done sooner stays where it is, and so does a flight younger than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class Flight:
     left_bytes: int
     bytes_per_s: float
     """Measured in this flight; 0: nothing came yet."""
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ class FetchView:
 
 
 def choose_batch(view: FetchView, peer: PeerId) -> tuple[bytes, ...]:
-    """What an idle peer should send next, in order: at most BATCH_BYTES, or one tensor."""
+    """What an idle peer should send next, in order: up to BATCH_BYTES, or one tensor."""
     held = view.holders.get(peer, frozenset())
     mine = [one for one in view.wanted if one.content in held]
     mine.sort(key=lambda one: (
@@ -68,7 +72,7 @@ def choose_batch(view: FetchView, peer: PeerId) -> tuple[bytes, ...]:
             continue
         batch.append(one.content)
         left -= one.left_bytes
-        if left <= 0:
+        if left <= 0 or len(batch) == BATCH_ITEMS:
             break
     return tuple(batch)
 
@@ -84,6 +88,8 @@ def choose_takeover(view: FetchView, peer: PeerId, bytes_per_s: float) -> PeerId
     held = view.holders.get(peer, frozenset())
     best: tuple[float, PeerId] | None = None
     for flight in view.flights:
+        if flight.age_s < TAKEOVER_MIN_S:
+            continue  # too young to be judged
         if flight.peer == peer or not held.issuperset(flight.contents):
             continue
         rest_s = flight.left_bytes / flight.bytes_per_s if flight.bytes_per_s else float("inf")
@@ -100,7 +106,7 @@ def held_by_nobody(wanted: Iterable[Wanted], view: FetchView) -> tuple[bytes, ..
     return tuple(one.content for one in wanted if not _num_holders(view, one.content))
 
 
-def agreed_files(offers: Mapping[PeerId, str]) -> dict[str, list[PeerId]]:
+def files_on_offer(offers: Mapping[PeerId, str]) -> dict[str, list[PeerId]]:
     """Which sets of side files (by name) are offered, and by whom; most peers first."""
     by_name: dict[str, list[PeerId]] = {}
     for peer in sorted(offers):

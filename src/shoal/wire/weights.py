@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -59,3 +60,18 @@ class Piece(WireMessage, tag=43, frozen=True):
     """The bytes asked for are the frame's payload: all of them, never fewer."""
 
     call: Count
+
+
+def pack_held(held: Sequence[bool]) -> bytes:
+    """`Holdings.held`: bit i is whether tensor i is held."""
+    packed = bytearray((len(held) + 7) // 8)
+    for index, is_held in enumerate(held):
+        packed[index // 8] |= is_held << (index % 8)
+    return bytes(packed)
+
+
+def unpack_held(packed: bytes) -> frozenset[int]:
+    """The numbers of the tensors that are held."""
+    return frozenset(
+        8 * place + bit for place, byte in enumerate(packed) for bit in range(8) if byte >> bit & 1
+    )

@@ -66,10 +66,12 @@ class BlockRows:
         Whatever a cut of `committed` positions by up to ROLLBACK_TOKENS needs stays.
         """
         end = start + keys.shape[2]
-        if self._held is None or end - self.first > self.capacity:
-            self._make_room((keys, values), start, end, committed)
-        for buffer, rows in zip(self.read(start, end), (keys, values), strict=True):
-            buffer.copy_(rows)
+        held = self._held
+        if held is None or end - self.first > held[0].shape[2]:
+            held = self._make_room((keys, values), start, end, committed)
+        here, there = start - self.first, end - self.first
+        held[0][:, :, here:there] = keys
+        held[1][:, :, here:there] = values
 
     def read(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values of positions `start` to `end` (not included).
@@ -78,11 +80,11 @@ class BlockRows:
             InternalError: positions that are not held (our bug).
         """
         here, there = start - self.first, end - self.first
-        if self._held is None or here < 0 or there > self.capacity:
-            held = f"{self.first} to {self.first + self.capacity}"
-            raise InternalError(f"positions {start} to {end} of a cache of {held}")
-        keys, values = self._held
-        return keys[:, :, here:there], values[:, :, here:there]
+        held = self._held
+        if held is None or here < 0 or there > held[0].shape[2]:
+            places = f"{self.first} to {self.first + self.capacity}"
+            raise InternalError(f"positions {start} to {end} of a cache of {places}")
+        return held[0][:, :, here:there], held[1][:, :, here:there]
 
     def can_continue_at(self, position: int) -> bool:
         """Whether everything is held that attention at `position` sees of the past."""
@@ -98,12 +100,13 @@ class BlockRows:
 
     def _make_room(
         self, like: tuple[torch.Tensor, torch.Tensor], start: int, end: int, committed: int
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """New buffers up to `end`, with what must be kept of the rows before `start`."""
         first = self._first_kept(committed)
         # Taken over only when both are made: a failure leaves the block as it was.
-        self._held = self._moved(like, first, start, max(end, first + self._roomy()))
-        self.first = first
+        held = self._moved(like, first, start, max(end, first + self._roomy()))
+        self._held, self.first = held, first
+        return held
 
     def _roomy(self) -> int:
         """Positions to make room for, so that the next growth is far away."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,7 +78,7 @@ class WeightStream:
             raise PeerMisbehaved(f"{short(self.peer)} does not say what weights it has")
         return answer
 
-    async def pieces(self, wanted: Iterable[Wish]) -> AsyncIterator[tuple[Wish, memoryview]]:
+    async def pieces(self, wanted: Iterable[Wish]) -> AsyncGenerator[tuple[Wish, memoryview], None]:
         """The pieces, each with its bytes, in the order in which they are wanted.
 
         Raises:

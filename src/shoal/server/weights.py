@@ -23,6 +23,7 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.ids import PeerId, short
+from shoal.base.limits import PIECE_BYTES_MAX
 from shoal.net.channel import Channel, error_message
 from shoal.server.pace import Pace
 from shoal.wire.messages import Message
@@ -32,6 +33,12 @@ logger = logging.getLogger(__name__)
 
 RATE_BYTES_PER_S: Final = 32 << 20
 """Weights handed out, over all peers: a quarter of gigabit Ethernet is left to nobody else."""
+
+RATE_BYTES_PER_S_MIN: Final = 64 << 10
+"""A quarter of it, while sessions are served, still sends a piece in 16 s."""
+
+TURN_S: Final = 10.0
+"""Each of the streams gets a piece within this, at the lowest rate; peers wait twice as long."""
 
 BUSY_SHARE: Final = 0.25
 """Part of the rate that is used while the engine has work."""
@@ -75,8 +82,11 @@ class WeightsConfig:
     streams_max: int = STREAMS_MAX
 
     def __post_init__(self) -> None:
-        if self.rate_bytes_per_s < 1:
-            raise ConfigError(f"a rate of {self.rate_bytes_per_s} bytes per second: at least 1")
+        if self.rate_bytes_per_s < RATE_BYTES_PER_S_MIN:
+            raise ConfigError(
+                f"a rate of {self.rate_bytes_per_s} bytes per second for weights: at least "
+                f"{RATE_BYTES_PER_S_MIN}, or peers take a slow piece for a dead server"
+            )
         if not 0 < self.busy_share <= 1:
             raise ConfigError(f"busy_share {self.busy_share}: above 0, at most 1")
 
@@ -95,6 +105,9 @@ class WeightServer:
         self._config = config or WeightsConfig()
         self._is_busy = is_busy
         self._pace = Pace(self._rate)
+        slowest = self._config.rate_bytes_per_s * self._config.busy_share
+        turns = int(slowest * TURN_S / PIECE_BYTES_MAX)
+        self._streams_max = max(1, min(self._config.streams_max, turns))
         self._streams: Counter[PeerId] = Counter()
         self.sent_bytes = 0
         """Bytes of pieces that were handed out."""
@@ -116,7 +129,7 @@ class WeightServer:
         """
         peer = channel.peer
         if (
-            self._streams.total() >= self._config.streams_max
+            self._streams.total() >= self._streams_max
             or self._streams[peer] >= STREAMS_PER_PEER_MAX
         ):
             busy = PeerBusy("hands out weights to enough peers now", retry_after_s=BUSY_RETRY_S)

@@ -49,6 +49,7 @@ class BackgroundLoop:
         if self.is_own_thread:
             work.close()
             raise InternalError("a call that waits was made on the event loop itself")
+        self._check_running(work)
         ended = threading.Event()
 
         async def noticed() -> T:
@@ -82,10 +83,13 @@ class BackgroundLoop:
         Raises:
             SessionClosed: the loop was closed.
         """
-        if not self._thread.is_alive():
+        self._check_running(work)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _check_running(self, work: Coroutine[Any, Any, Any]) -> None:
+        if not self.is_running:
             work.close()
             raise SessionClosed("the model was closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call_soon(self, act: Callable[[], object]) -> None:
         """Have the loop call `act`; nobody waits. No-op after `close`."""

@@ -72,6 +72,7 @@ def unpack(data: bytes, hidden_size: int) -> SavedSession:
     """
     try:
         header = _header(data)
+        model = header["model"]
         tensors = load(data)
         borders = json.loads(header["borders"])
         generation_config = json.loads(header["generation_config"])
@@ -88,7 +89,7 @@ def unpack(data: bytes, hidden_size: int) -> SavedSession:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"this is no saved session ({FORMAT}): {error}") from error
     return SavedSession(
-        model=header["model"],
+        model=model,
         borders=tuple(borders),
         chunks=chunks,
         generation_config=generation_config,

@@ -178,6 +178,18 @@ async def test_a_truncation_that_loses_more_than_asked(it):
     assert reader.session.epoch == 1
 
 
+@scene("a 0:2, b 2:4", coarse_truncate=1 << 20)
+async def test_a_truncation_that_loses_everything(it):
+    """Sliding windows behind their margin: all rows come again, with the same results."""
+    reader = await it.read(30)
+    for length in (27, 18, 6):
+        reader.truncate(length)
+        await reader.decode(2)
+    child = await reader.fork(4)
+    await child.decode(2)
+    assert reader.session.epoch == 1
+
+
 # --- encodings and answers ---------------------------------------------------------------
 
 

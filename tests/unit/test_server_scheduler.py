@@ -1,5 +1,7 @@
 """Which rows run next: properties of every batch."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +22,9 @@ def waiting_of(*items):
     ]  # fmt: skip
 
 
-def choose(items, budget_tokens):
+def choose(items, budget_tokens, **limits):
     """Indices of the chosen, in order."""
-    keys = choose_batch(waiting_of(*items), budget_tokens=budget_tokens)
+    keys = choose_batch(waiting_of(*items), budget_tokens=budget_tokens, **limits)
     return [session[0] for session, _ in keys]
 
 
@@ -79,3 +81,20 @@ def test_a_batch_is_filled_with_what_fits():
     assert choose(items, 42) == [2, 0, 3]
     assert choose([(0, 600, False), (1, 1, False)], 512) == [1]
     assert choose([(0, 600, False)], 512) == [0]
+
+
+@given(queues, budgets, st.integers(1, 3), st.integers(0, 2))
+def test_no_owner_gets_more_than_its_rows_and_no_more_chunks_than_may_run(
+    items, budget, rows, chunks
+):
+    chosen = choose(items, budget, rows_per_owner=rows, chunks_max=chunks)
+    decodes = [items[index][0] for index in chosen if items[index][1:] == (1, False)]
+    assert all(decodes.count(owner) <= rows for owner in decodes)
+    assert len(chosen) - len(decodes) <= chunks
+
+
+def test_the_owner_who_waited_longest_for_a_chunk_is_next():
+    first, second, third = waiting_of((0, 5, False), (1, 5, False), (2, 5, False))
+    turns = [replace(first, owner_turn=3.0), replace(second, owner_turn=1.0), third]
+    keys = choose_batch(turns, budget_tokens=10)
+    assert keys == [third.key, second.key]

@@ -9,8 +9,8 @@ from shoal.base.ids import PeerId, SessionId
 from shoal.base.spans import Span
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import toy_embedding
-from shoal.server.session import HopPlan
 from shoal.server.quotas import SESSIONS_PER_CLIENT
+from shoal.server.session import HopPlan
 from shoal.server.sessions import IDLE_VICTIM_S, SessionTable
 from shoal.wire.messages import WANT_ALL, Entry, Fork
 
@@ -189,4 +189,31 @@ def test_what_cannot_be_forked_starts_empty(parent, owner, span, held):
     table.open(make_plan(1), None, NOW_S)
     child = table.open(make_plan(7, owner=owner, span=span), parent, NOW_S)
     assert child.inbound.have == held
+    check_pages(table)
+
+
+# --- shares and the line ------------------------------------------------------------------
+
+
+def test_a_free_page_goes_to_who_waits_in_line_for_it():
+    table = make_table(pages=2)
+    hops = [table.open(make_plan(number, opened_ms=number), None, NOW_S) for number in (1, 2)]
+    with pytest.raises(PeerBusy, match="place 1 in line"):
+        table.open(make_plan(3, opened_ms=3), None, NOW_S)
+    table.close(hops[0])
+    with pytest.raises(PeerBusy, match="place 2 in line"):
+        table.open(make_plan(4, opened_ms=4), None, NOW_S)
+    table.open(make_plan(3, opened_ms=3), None, NOW_S)
+    assert table.line.ahead_of(make_plan(4).session, NOW_S) == 0
+    check_pages(table)
+
+
+def test_beyond_its_share_an_owner_takes_nothing_from_others_however_old_it_says_it_is():
+    table = make_table(pages=8)
+    mine = table.open(make_plan(1, opened_ms=50), None, NOW_S)
+    table.make_room(mine, 3 * PAGE, NOW_S)
+    liar = table.open(make_plan(2, opened_ms=0, owner=b"p"), None, NOW_S)
+    assert table.make_room(liar, 5 * PAGE, NOW_S) == []
+    assert table.make_room(liar, 6 * PAGE, NOW_S) is None
+    assert table.make_room(mine, 4 * PAGE, NOW_S) == [liar]
     check_pages(table)

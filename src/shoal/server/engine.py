@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import InternalError, SessionLost, SessionTooLong, ShoalError
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
-from shoal.server.fairness import FairLimits, Fairness
+from shoal.server.fairness import FairLimits, Fairness, Ran
 from shoal.server.scheduler import Waiting, choose_batch
 from shoal.server.session import HopSession, SessionKey
 from shoal.server.sessions import RETURN_MARGIN_TOKENS, SessionTable
@@ -172,15 +172,18 @@ class Engine:
         return True
 
     def _account(self, work: Sequence[tuple[HopSession, list[Call]]], now_s: float) -> None:
-        """Note whose chunks ran."""
-        owners = {
-            hop.plan.owner
+        """Note who decoded and whose chunks ran."""
+        ran = [
+            Ran(
+                hop.sequence,
+                hop.plan.owner,
+                hop.plan.num_hops,
+                is_decode=len(calls) == 1 and calls[0].count == 1 and calls[0].rows_wanted == 1,
+            )
             for hop, calls in work
-            if len(calls) > 1 or calls[0].count > 1 or not calls[0].rows_wanted
-        }
-        if owners:
-            self._fairness.ran_chunks(owners, self.running_since_s, now_s)
-            self._fairness.forget_owners({hop.plan.owner for hop in self._sessions})
+        ]
+        self._fairness.ran(ran, self.running_since_s, now_s)
+        self._fairness.forget_owners({hop.plan.owner for hop in self._sessions})
 
     def _settle(self) -> None:
         for hop in self._sessions.settle():
@@ -218,10 +221,13 @@ class Engine:
             ready.append(self._waiting(hop, since))
         waiting = self._in_turn(ready, now_s)
         batch: dict[SessionKey, int] = {}
+        owners = {item.owner for item in waiting if item.is_decode}
+        is_in_company = self._fairness.is_in_company(owners, now_s)
         chosen = choose_batch(
             waiting,
             budget_tokens=self._limits.budget_tokens,
-            rows_per_owner=self._fairness.rows_per_client({w.owner for w in waiting}, now_s),
+            rows_per_owner=self._limits.fair.rows_per_client if is_in_company else None,
+            chunks_max=1 if is_in_company else None,
         )
         for key in chosen:
             hop = by_key[key]
@@ -245,9 +251,6 @@ class Engine:
 
     def _in_turn(self, ready: list[Waiting], now_s: float) -> list[Waiting]:
         """Those that may run now: chunks must leave time to the decode rows of others."""
-        for item in ready:
-            if item.is_decode:
-                self._fairness.decodes(item.owner, now_s)
         waits = {item.owner: self._fairness.chunk_wait_s(item.owner, now_s) for item in ready}
         held = [waits[item.owner] for item in ready if not item.is_decode and waits[item.owner]]
         self._held_s = min(held, default=None)

@@ -1,34 +1,48 @@
 """What one client's load may cost the others: how engine time is shared between owners.
 
 Nothing here binds a client that is alone. As soon as another one decodes, a client gets a
-few decode rows per iteration, which cost the others little, and prefill chunks (replays
-too) take at most a share of the time: after a chunk that took d seconds, d seconds belong
-to decode rows. So whoever decodes keeps at least half of its speed, whatever others send.
+few decode rows per iteration, which cost the others little, and one prefill chunk at a
+time (replays too), after which the others' answers go on for a while: for so many tokens
+that the delay by the chunk, at every hop of their chains, makes their mean time per token
+at most twice as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Final
+import math
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
+from shoal.base.backend import SequenceId
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
 
 ACTIVE_S: Final = 1.0
 """Who decoded a row this recently will send the next one soon: longer than a token takes on
-most chains, so that a client isn't forgotten while its token is elsewhere."""
+most chains, so that a client isn't forgotten while its token is elsewhere. Chunks on its way
+come on top."""
 
 ROWS_PER_CLIENT: Final = 16
 """Decode rows of one client per iteration while others decode too. Measured (1.1B shape,
 bfloat16, one core): 16 rows take 1.3 times as long as one, 32 take 1.5 times."""
 
-CHUNK_SHARE: Final = 0.5
-"""Share of the time that chunks may take while another client decodes: with half of it, a
-decoding client's mean time per token at most doubles."""
+SLOWDOWN_MAX: Final = 2.0
+"""How many times as long a token may take, on average, because of other clients' chunks."""
+
+HOLD_MAX: Final = 20.0
+"""A chunk that took d seconds makes the next one wait at most this many times d, so that a
+prompt gets on even where hundreds decode."""
 
 CLOCK_STEP_S: Final = 1e-6
 """Waits below this are none: a timer may fire that much early."""
+
+_INTERVALS = 64
+"""The quickest of a session's last tokens tells how long one takes undisturbed."""
+
+_DECODE_RUNS = 16
+"""The quickest of the last iterations without a chunk tells what a row takes here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,57 +50,117 @@ class FairLimits:
     """How much of the engine one client may take while others want it."""
 
     rows_per_client: int = ROWS_PER_CLIENT
-    chunk_share: float = CHUNK_SHARE
+    slowdown_max: float = SLOWDOWN_MAX
 
     def __post_init__(self) -> None:
         if self.rows_per_client < 1:
             raise ConfigError("a client needs at least 1 row per iteration")
-        if not 0 < self.chunk_share <= 1:
-            raise ConfigError(f"a chunk share of {self.chunk_share} is not in (0, 1]")
+        if not self.slowdown_max > 1:
+            raise ConfigError(f"a slowdown of {self.slowdown_max}: it must be above 1")
+
+
+class Ran(NamedTuple):
+    """A session whose rows were in an iteration."""
+
+    sequence: SequenceId
+    owner: PeerId
+    num_hops: int
+    is_decode: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class _Answer:
+    """A session that decodes."""
+
+    owner: PeerId
+    num_hops: int
+    ran_s: float
+    intervals: deque[float] = field(default_factory=lambda: deque(maxlen=_INTERVALS))
+    tokens_due: int = 0
+    """Tokens that it must get before the next chunk of somebody else."""
+
+    def until_s(self, chunk_s: float) -> float:
+        """When it is forgotten, unless it goes on; chunks take `chunk_s`."""
+        return self.ran_s + ACTIVE_S + 2 * self.num_hops * chunk_s
 
 
 class Fairness:
-    """Who decoded lately, and when chunks ran. Clocks are handed in."""
+    """Who decodes, and when chunks may run. Clocks are handed in."""
 
     def __init__(self, limits: FairLimits) -> None:
         self._limits = limits
-        self._decoded_s: dict[PeerId, float] = {}
-        """When each owner last had a decode row; only the last `ACTIVE_S`."""
+        self._answers: dict[SequenceId, _Answer] = {}
+        """Sessions that decode."""
         self._chunks_s: dict[PeerId, float] = {}
         """When each owner's chunks last ran."""
         self._free_s = 0.0
-        """From when on chunks may run again while others decode."""
+        """From when on chunks may run again in any case."""
+        self._chunk_s = 0.0
+        """How long the last iteration with chunks took."""
+        self._decode_runs_s: deque[float] = deque(maxlen=_DECODE_RUNS)
 
-    def decodes(self, owner: PeerId, now_s: float) -> None:
-        """The owner has a decode row."""
-        self._decoded_s.pop(owner, None)
-        self._decoded_s[owner] = now_s
+    def ran(self, items: Iterable[Ran], started_s: float, ended_s: float) -> None:
+        """An iteration ran rows of these sessions."""
+        chunk_owners: set[PeerId] = set()
+        for item in items:
+            if item.is_decode:
+                self._decoded(item, started_s)
+            else:
+                self._answers.pop(item.sequence, None)
+                chunk_owners.add(item.owner)
+                self._chunks_s[item.owner] = ended_s
+        duration_s = ended_s - started_s
+        if not chunk_owners:
+            self._decode_runs_s.append(duration_s)
+            return
+        self._chunk_s = duration_s
+        self._free_s = ended_s + HOLD_MAX * duration_s
+        for answer in self._answers.values():
+            if chunk_owners != {answer.owner}:
+                answer.tokens_due = self._tokens_due(answer, duration_s)
 
-    def ran_chunks(self, owners: Collection[PeerId], started_s: float, ended_s: float) -> None:
-        """An iteration ran chunks of these owners."""
-        for owner in owners:
-            self._chunks_s[owner] = ended_s
-        share = self._limits.chunk_share
-        self._free_s = ended_s + (ended_s - started_s) * (1 - share) / share
+    def _tokens_due(self, answer: _Answer, chunk_s: float) -> int:
+        """Tokens over which a delay of `chunk_s` at each hop is bearable.
+
+        A token takes at least a decode iteration at each hop. That it takes longer (slow
+        links) is believed only after many tokens, since chunks may have delayed the first.
+        """
+        row_s = min(self._decode_runs_s, default=0.0)
+        token_s = max(answer.num_hops * row_s, chunk_s / HOLD_MAX)
+        if len(answer.intervals) == _INTERVALS:
+            token_s = max(token_s, min(answer.intervals))
+        delay = chunk_s * answer.num_hops / token_s
+        # One more: a row that comes amid a chunk may find the next one beside it.
+        return 1 + math.ceil(delay / (self._limits.slowdown_max - 1))
+
+    def _decoded(self, item: Ran, started_s: float) -> None:
+        answer = self._answers.pop(item.sequence, None)
+        if answer is None:
+            answer = _Answer(owner=item.owner, num_hops=item.num_hops, ran_s=started_s)
+        else:
+            answer.intervals.append(started_s - answer.ran_s)
+            answer.ran_s = started_s
+            answer.tokens_due = max(0, answer.tokens_due - 1)
+        self._answers[item.sequence] = answer
 
     def forget_owners(self, known: Collection[PeerId]) -> None:
         """Keep no more than the owners that still have sessions."""
-        self._chunks_s = {
-            owner: at_s for owner, at_s in self._chunks_s.items() if owner in known
-        }  # fmt: skip
+        self._chunks_s = {owner: at_s for owner, at_s in self._chunks_s.items() if owner in known}
 
-    def rows_per_client(self, owners: Collection[PeerId], now_s: float) -> int | None:
-        """Decode rows that each of these waiting owners may run now; None: all."""
+    def is_in_company(self, owners: Collection[PeerId], now_s: float) -> bool:
+        """Whether more than one client decodes; `owners` have decode rows that wait."""
         self._expire(now_s)
-        active = self._decoded_s.keys() | set(owners)
-        return self._limits.rows_per_client if len(active) > 1 else None
+        return len({answer.owner for answer in self._answers.values()} | set(owners)) > 1
 
     def chunk_wait_s(self, owner: PeerId, now_s: float) -> float:
-        """How long the owner's chunks must wait yet; 0: they may run."""
+        """How long the owner's chunks must wait yet, if no token comes; 0: they may run."""
         self._expire(now_s)
-        if all(other == owner for other in self._decoded_s):
-            return 0.0
-        wait_s = self._free_s - now_s
+        due = [
+            answer.until_s(self._chunk_s) - now_s
+            for answer in self._answers.values()
+            if answer.tokens_due and answer.owner != owner
+        ]
+        wait_s = min(self._free_s - now_s, max(due, default=0.0))
         return wait_s if wait_s > CLOCK_STEP_S else 0.0
 
     def last_chunk_s(self, owner: PeerId) -> float:
@@ -94,8 +168,6 @@ class Fairness:
         return self._chunks_s.get(owner, 0.0)
 
     def _expire(self, now_s: float) -> None:
-        while self._decoded_s:
-            owner, at_s = next(iter(self._decoded_s.items()))
-            if at_s > now_s - ACTIVE_S:
-                return
-            del self._decoded_s[owner]
+        for sequence, answer in list(self._answers.items()):
+            if answer.until_s(self._chunk_s) <= now_s:
+                del self._answers[sequence]

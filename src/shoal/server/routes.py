@@ -90,5 +90,6 @@ def _hop_plan(body: RouteBody, index: int, session: SessionId, facts: BackendFac
         successor=after,
         is_last=index + 1 == len(body.hops),
         encoding=hop.encoding,
+        num_hops=sum(1 for other in body.hops if other.end > other.start),
         is_fresh=hop.is_fresh,
     )

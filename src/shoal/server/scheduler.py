@@ -30,13 +30,17 @@ class Waiting:
 
 
 def choose_batch(
-    waiting: Iterable[Waiting], *, budget_tokens: int, rows_per_owner: int | None = None
+    waiting: Iterable[Waiting],
+    *,
+    budget_tokens: int,
+    rows_per_owner: int | None = None,
+    chunks_max: int | None = None,
 ) -> list[SessionKey]:
     """The sessions whose heads run next, at least one if any waits.
 
     Decode rows go first, one owner after the other and at most `rows_per_owner` of each, so
     that a prompt or a replay never delays them by more than one chunk; what is left of the
-    budget goes to chunks, first those of the owner who waited longest.
+    budget goes to at most `chunks_max` chunks, first those of the owner who waited longest.
     """
     decodes: list[Waiting] = []
     chunks: list[Waiting] = []
@@ -45,7 +49,7 @@ def choose_batch(
     chunks.sort(key=lambda item: item.owner_turn)
     chosen: list[SessionKey] = []
     left = budget_tokens
-    for item in [*_round_robin(decodes, rows_per_owner), *chunks]:
+    for item in [*_round_robin(decodes, rows_per_owner), *chunks[:chunks_max]]:
         if chosen and item.num_tokens > left:
             continue
         chosen.append(item.key)

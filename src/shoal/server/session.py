@@ -49,6 +49,8 @@ class HopPlan:
     is_last: bool
     """Whether this hop answers the owner, with the rows that are wanted."""
     encoding: str
+    num_hops: int = 1
+    """Hops of the whole chain."""
     is_fresh: bool = False
     """Whether what is held from earlier epochs must be forgotten."""
 

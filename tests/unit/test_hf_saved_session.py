@@ -50,7 +50,8 @@ def test_what_is_packed_is_unpacked(kinds: list[tuple[Any, int]]) -> None:
     again = unpack(pack(saved), HIDDEN)
     assert (again.model, again.borders) == (saved.model, saved.borders)
     assert again.generation_config == saved.generation_config
-    assert again.rng_state is not None and saved.rng_state is not None
+    assert again.rng_state is not None
+    assert saved.rng_state is not None
     assert torch.equal(again.rng_state, saved.rng_state)
     assert len(again.chunks) == len(saved.chunks)
     for mine, theirs in zip(again.chunks, saved.chunks, strict=True):

@@ -96,6 +96,7 @@ class GossipDirectory:
         self._running: set[GossipLink] = set()
         """All streams that are open, those that we part from too."""
         self._tasks = TaskSet(f"gossip {short(transport.peer)}")
+        self._ticks: asyncio.Task[None] | None = None
         self._calls = 0
         self._untaken: dict[int, set[PeerId]] = {}
         """For each record that we publish, who has not taken it yet."""
@@ -115,10 +116,12 @@ class GossipDirectory:
             raise PeerUnreachable(f"none of the peers to join answers: {reasons}")
         if joins:
             await self._read_more()
-        self._tasks.spawn(self._tick(), "ticks")
+        self._ticks = self._tasks.spawn(self._tick(), "ticks")
 
     async def close(self) -> None:
         """Part from the neighbours and stop. What is known stays readable. Idempotent."""
+        if self._ticks is not None:
+            self._ticks.cancel()  # or it would dial others in place of those we part from
         self._do(self.gossiper.farewell())
         try:
             async with asyncio.timeout(FAREWELL_S):

@@ -68,6 +68,11 @@ PROBE_TIMEOUT_S: Final = 3.0
 """How long a neighbour that fell silent has to answer: with SILENCE_S and SUSPECT_S a dead
 machine is forgotten everywhere in less than 15 s."""
 
+DOUBT_AFTER_S: Final = 150.0
+"""A server that can't be dialled, and whose last record is older, is suspected though it was
+no neighbour. One that is only unreachable from here refutes by a fresh record, so it is
+asked to at most this often, whoever tries."""
+
 REDIAL_S: Final = 30.0
 """A server that did not answer is not chosen as neighbour again for this long."""
 
@@ -168,12 +173,15 @@ class Gossiper:
         self._settle(peer)
 
     def undialled(self, peer: PeerId, now_s: float) -> list[Action]:
-        """A Dial failed: a neighbour that had fallen silent is gone for all we know."""
-        was_probe = peer in self._probing
+        """A Dial failed: a neighbour that had fallen silent is gone for all we know.
+
+        So is a server whose record is not fresh: all its neighbours may have gone with it.
+        """
+        is_doubted = peer in self._probing or self._store.age_s(peer, now_s) > DOUBT_AFTER_S
         self._settle(peer)
         self._failed_s[peer] = now_s
         held = self._store.find(peer)
-        if was_probe and held is not None and peer not in self.neighbours:
+        if is_doubted and held is not None and peer not in self.neighbours:
             self._accuse(held, now_s)
         return self.around.take_actions()
 

@@ -59,6 +59,7 @@ class GossipPeer:
     gossiper: Gossiper
     streams: dict[PeerId, _Stream] = field(default_factory=dict)
     is_up: bool = True
+    is_leaving: bool = False
     counter: int = 0
     boot: int = 1
     sent_bytes: int = 0
@@ -122,7 +123,8 @@ class GossipSwarm:
         """End a peer politely: a tombstone, then Part."""
         self._publish(one, self._sign(one, state="offline", addresses=[]))
         self._do(one, one.gossiper.farewell())
-        one.is_up = False
+        one.is_leaving = True
+        self._at(self.now_s + 2 * DELAY_S[1], self._end, one)
 
     def split(self, *sides: Sequence[GossipPeer]) -> None:
         """Peers reach only those of their own side, until `heal`."""
@@ -135,7 +137,7 @@ class GossipSwarm:
 
     def living(self) -> list[GossipPeer]:
         """Those that are up."""
-        return [one for one in self.peers.values() if one.is_up]
+        return [one for one in self.peers.values() if one.is_up and not one.is_leaving]
 
     def run(self, seconds: float, until: Callable[[], bool] | None = None) -> float:
         """Let time pass; how much did, if `until` (asked every 0.25 s) held before the end."""
@@ -206,8 +208,12 @@ class GossipSwarm:
     def _start_ticks(self, one: GossipPeer) -> None:
         self._at(self.now_s + self._rng.uniform(0.0, TICK_S), self._tick, one)
 
+    @staticmethod
+    def _end(one: GossipPeer) -> None:
+        one.is_up = False
+
     def _tick(self, one: GossipPeer) -> None:
-        if one.is_up:
+        if one.is_up and not one.is_leaving:
             self._do(one, one.gossiper.tick(self.now_s))
             self._at(self.now_s + TICK_S, self._tick, one)
 
@@ -267,7 +273,11 @@ class GossipSwarm:
     def _open_stream(self, one: GossipPeer, to: GossipPeer, delay_s: float) -> None:
         if not one.is_up:
             return
-        if not self._reaches(one.peer, to.peer) or to.gossiper.admits(one.peer, self.now_s):
+        if (
+            not self._reaches(one.peer, to.peer)
+            or to.is_leaving
+            or to.gossiper.admits(one.peer, self.now_s)
+        ):
             self._fail(one, to.peer)
             return
         if not (

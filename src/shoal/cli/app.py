@@ -28,6 +28,7 @@ COMMANDS: Final = (
     "chat",
     "status",
     "doctor",
+    "bench",
     "swarm",
     "simulate",
     "config",

@@ -1,0 +1,171 @@
+"""Options of `shoal serve` about strangers: who may come in, and what one client may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Final
+
+import typer
+
+from shoal.base.errors import ConfigError
+from shoal.base.ids import PeerId, parse_peer
+from shoal.base.limits import IDLE_SESSION_S
+from shoal.cli.sizes import parse_size
+from shoal.server.config import ServerConfig, StreamService
+from shoal.server.engine import EngineLimits
+from shoal.server.fairness import ROWS_PER_CLIENT, SLOWDOWN_MAX, FairLimits
+from shoal.server.quotas import SESSIONS_PER_CLIENT, STREAMS_PER_PEER, Quotas
+
+PANEL: Final = "Strangers"
+
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PEER",
+        rich_help_panel=PANEL,
+        help="Let only this peer in (its id, as ready lines print it); repeat for more.",
+    ),
+]
+DenyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PEER",
+        rich_help_panel=PANEL,
+        help="Never let this peer in, nor whom it invited; repeat for more.",
+    ),
+]
+ClientSessionsOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=1, rich_help_panel=PANEL, help="Sessions that one client may have here."
+    ),
+]
+ClientStreamsOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=1, rich_help_panel=PANEL, help="Streams that one peer may have open."
+    ),
+]
+ClientRateOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=PANEL,
+        help="Rows taken in from one peer per second, in bytes; whoever is faster waits.",
+    ),
+]
+ClientRowsOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        rich_help_panel=PANEL,
+        help="Tokens of one client that are computed at once while other clients want some too.",
+    ),
+]
+SlowdownOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        rich_help_panel=PANEL,
+        help="How many times as long a client's token may take, on average, because of long "
+        "prompts of others. Lower: prompts take longer.",
+    ),
+]
+QueueMemoryOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", rich_help_panel=PANEL, help="Memory for rows of one client that wait."
+    ),
+]
+LogMemoryOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=PANEL,
+        help="Memory for what was sent on, kept to repair chains; beyond it, repairs start "
+        "further up the chain.",
+    ),
+]
+IdleTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        metavar="S",
+        min=1.0,
+        rich_help_panel=PANEL,
+        help="Seconds after which a session without a new token is closed.",
+    ),
+]
+
+CLIENT_SESSIONS: Final = SESSIONS_PER_CLIENT
+CLIENT_STREAMS: Final = STREAMS_PER_PEER
+CLIENT_RATE: Final = "125MB"
+CLIENT_ROWS: Final = ROWS_PER_CLIENT
+SLOWDOWN: Final = SLOWDOWN_MAX
+QUEUE_MEMORY: Final = "256MiB"
+LOG_MEMORY: Final = "4GiB"
+IDLE_TIMEOUT: Final = IDLE_SESSION_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Who may come in, and what one peer may take; checked."""
+
+    allow: frozenset[PeerId] | None = None
+    deny: frozenset[PeerId] = frozenset()
+    quotas: Quotas = field(default_factory=Quotas)
+    fair: FairLimits = field(default_factory=FairLimits)
+    idle_session_s: float = IDLE_SESSION_S
+
+    def server_config(self, services: dict[str, StreamService]) -> ServerConfig:
+        """What the server is opened with."""
+        return ServerConfig(
+            engine=EngineLimits(fair=self.fair),
+            quotas=self.quotas,
+            idle_session_s=self.idle_session_s,
+            services=services,
+        )
+
+
+def parse_bounds(
+    *,
+    allow: Sequence[str] | None,
+    deny: Sequence[str] | None,
+    client_sessions: int,
+    client_streams: int,
+    client_rate: str,
+    client_rows: int,
+    slowdown: float,
+    queue_memory: str,
+    log_memory: str,
+    idle_timeout: float,
+) -> Bounds:
+    """The options, checked.
+
+    Raises:
+        ConfigError: no peer id, no size, or a number that makes no sense; names the option.
+    """
+    return Bounds(
+        allow=frozenset(_peers(allow, "--allow")) if allow else None,
+        deny=frozenset(_peers(deny, "--deny")),
+        quotas=Quotas(
+            sessions_per_client=client_sessions,
+            streams_per_peer=client_streams,
+            bytes_per_s_per_peer=parse_size(client_rate, "--client-rate"),
+            queue_bytes_per_client=parse_size(queue_memory, "--queue-memory"),
+            log_bytes_max=parse_size(log_memory, "--log-memory"),
+        ),
+        fair=FairLimits(rows_per_client=client_rows, slowdown_max=slowdown),
+        idle_session_s=idle_timeout,
+    )
+
+
+def _peers(texts: Sequence[str] | None, option: str) -> list[PeerId]:
+    peers = []
+    for text in texts or ():
+        try:
+            peers.append(parse_peer(text))
+        except ConfigError as error:
+            raise ConfigError(f"{option} {text}: {error.detail}") from error
+    return peers

@@ -30,7 +30,7 @@ REPEATS: Final = 3
 OptionalModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         show_default=False,
         help="A directory, a .gguf file or a known name. Without it the suite of the "
         "checkout is run.",

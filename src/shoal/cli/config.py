@@ -42,7 +42,7 @@ def show(
     command: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[COMMAND]...",
+            metavar="COMMAND",
             show_default=False,
             help="Only this command, for example: chat, or: model inspect.",
         ),

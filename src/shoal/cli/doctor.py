@@ -21,7 +21,7 @@ from shoal.cli.threads import set_threads
 OptionalModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         show_default=False,
         help="A model to look at too: a directory, a .gguf file or a known name.",
     ),

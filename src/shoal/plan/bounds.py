@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 from shoal.base.spans import Span
 from shoal.plan.compose import Seated
 from shoal.plan.cost import Currency, Prices, prices
 from shoal.plan.place.cgbp import amortised
 from shoal.plan.spec import Problem
+
+NEGLIGIBLE: Final = -80.0
+"""Natural logarithm of a share far below the rounding of a float (e^-37)."""
 
 
 def cgbp_guarantee_s(problem: Problem, sessions: int) -> float:
@@ -61,12 +65,7 @@ def _mean_jobs(order: Sequence[Seated], rate: float, capacity: float) -> float:
 
     In logarithms, scaled by the largest term: the products underflow for 100 places.
     """
-    logs = [0.0]
-    speed = 0.0
-    for one in order:
-        for _ in range(one.seats):
-            speed += 1 / one.seconds
-            logs.append(logs[-1] + math.log(rate / speed))
+    logs = _log_terms(order, rate)
     peak = max(logs)
     terms = [math.exp(value - peak) for value in logs]
     places, busy = len(terms) - 1, rate / capacity
@@ -76,16 +75,37 @@ def _mean_jobs(order: Sequence[Seated], rate: float, capacity: float) -> float:
     return (jobs + full * (busy / (1 - busy) ** 2 + places / (1 - busy))) / normal
 
 
+def _log_terms(order: Sequence[Seated], rate: float) -> list[float]:
+    """Logarithms of the unscaled probabilities of 0, 1, ... jobs, up to all places taken.
+
+    The steps only fall, so once a term is `NEGLIGIBLE` beside the largest all later are.
+    """
+    logs = [0.0]
+    speed, peak = 0.0, 0.0
+    for one in order:
+        for _ in range(one.seats):
+            speed += 1 / one.seconds
+            logs.append(logs[-1] + math.log(rate / speed))
+            peak = max(peak, logs[-1])
+            if logs[-1] < peak + NEGLIGIBLE:
+                return logs
+    return logs
+
+
 def request_bound_s(problem: Problem, *, currency: Currency = "token") -> float:
-    """No placement serves a session faster than this on average over the clients, seconds.
+    """No placement serves the workload's sessions faster than this on average, seconds.
 
     The best one session alone could get: servers in any order, each with as many blocks
     as it can hold beside that session, no hop cheaper than its cheapest way in. Infinite
     when all servers together can't hold the blocks.
     """
-    clients = range(problem.num_clients)
-    bounds = [_single(problem, prices(problem, client, currency)) for client in clients]
-    return sum(bounds) / len(bounds)
+    sessions = problem.workload.sessions
+    bounds = [
+        share * _single(problem, prices(problem, client, currency))
+        for client, share in enumerate(problem.shares(sessions))
+        if share
+    ]
+    return sum(bounds) / sessions
 
 
 def _single(problem: Problem, price: Prices) -> float:

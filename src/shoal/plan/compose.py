@@ -123,9 +123,8 @@ class Scorer:
         if holes:
             return Score(holes, self.sessions, 0.0)
         total, unplaced = 0.0, 0
-        clients = len(self.prices)
-        for client, price in enumerate(self.prices):
-            left = len(range(client, self.sessions, clients))
+        shares = problem.shares(self.sessions)
+        for left, price in zip(shares, self.prices, strict=True):
             search = Search(problem, placement, price) if left else None
             while left and search is not None:
                 found = search.cheapest(room=room)

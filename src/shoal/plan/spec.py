@@ -129,9 +129,11 @@ class ServerSpec:
     def __post_init__(self) -> None:
         if self.memory_bytes < 0:
             raise ConfigError(f"{self.name}: memory must be at least 0 bytes")
-        if not min(self.prefill_s_per_block, self.prefill_s_per_block_token) >= 0:
+        times = (self.prefill_s_per_block, self.prefill_s_per_block_token)
+        if not all(0 <= time < math.inf for time in times):
             raise ConfigError(f"{self.name}: times must be at least 0 s")
-        if not min(self.link_bytes_per_s, self.network_rows_per_s) > 0:
+        rates = (self.link_bytes_per_s, self.network_rows_per_s, self.forward_rows_per_s or 1.0)
+        if not all(rate > 0 for rate in rates):
             raise ConfigError(f"{self.name}: rates must be above 0")
 
     @property
@@ -213,6 +215,11 @@ class Problem:
     @property
     def num_clients(self) -> int:
         return len(self.links.client_rtt_s)
+
+    def shares(self, sessions: int) -> list[int]:
+        """By client: how many of so many sessions are its own, one after the other."""
+        clients = self.num_clients
+        return [len(range(client, sessions, clients)) for client in range(clients)]
 
     @cached_property
     def _weights(self) -> list[int]:

@@ -7,16 +7,17 @@ number packs more blocks into each server and often still seats all sessions.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
 from shoal.base.spans import Span
-from shoal.plan.compose import Scorer, scorer
+from shoal.plan.compose import Scorer, mean_s, scorer
 from shoal.plan.cost import typical_entries
 from shoal.plan.petals import choose_span
-from shoal.plan.placement import Placement, covering
+from shoal.plan.placement import Placement, covering, uncovered
 from shoal.plan.spec import Problem
 
 TIE: Final = 1e-9
@@ -62,6 +63,36 @@ def place_cgbp_sweep(
     numbers.sort(key=lambda number: number != sessions)
     candidates = dict.fromkeys(cgbp(problem, number) for number in numbers)
     return covering(problem, min(candidates, key=score))
+
+
+def choose_sessions(problem: Problem) -> int:
+    """The design number R for the workload's rate (BPRR, choice of R).
+
+    The mean number of requests in the system plus one standard deviation of a Poisson
+    number, if each took as long as one alone under CG-BP(1); at most what memory surely
+    allows, and lowered until CG-BP covers all blocks.
+
+    Raises:
+        NoRouteError: CG-BP covers them for no number.
+    """
+    alone = covering(problem, cgbp(problem, 1))
+    jobs = problem.workload.requests_per_s * mean_s(problem, alone, currency="request", sessions=1)
+    wanted = 1 if math.isinf(jobs) else max(1, round(jobs + math.sqrt(jobs)))
+    number = min(wanted, max(1, sessions_surely(problem)))
+    while number > 1 and uncovered(problem, cgbp(problem, number).spans):
+        number -= 1
+    return number
+
+
+def sessions_surely(problem: Problem) -> int:
+    """R_max: with at most so many sessions CG-BP covers all blocks; 0 promises nothing.
+
+    `(sum M_j - s_m (L + J)) / (s_c (L + J))` (BPRR); of unequal blocks the largest count.
+    """
+    weights, session = problem.worst_bytes(1)
+    places = problem.num_blocks + len(problem.servers)
+    left = sum(server.memory_bytes for server in problem.servers) - weights * places
+    return max(0, left // (session * places)) if session else problem.workload.sessions
 
 
 def amortised(problem: Problem, sessions: int) -> list[Amortised]:

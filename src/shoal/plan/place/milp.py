@@ -111,8 +111,7 @@ class _Windows:
         each = [prices(problem, client, currency) for client in range(problem.num_clients)]
         if each[0].between is not None:
             raise ConfigError("the exact rule plans for hub prices only (use anneal for push)")
-        sessions, clients = problem.workload.sessions, problem.num_clients
-        self.counts = [len(range(client, sessions, clients)) for client in range(clients)]
+        self.counts = problem.shares(problem.workload.sessions)
         self.servers = [_Server() for _ in problem.servers]
         for server in range(len(self.servers)):
             self._add_windows(server)

@@ -72,6 +72,12 @@ class Program:
 
     def solve(self, *, limit_s: float | None = None, gap: float = 1e-6) -> Solution:
         """The best solution, or the best within `limit_s` seconds of the machine's clock."""
+        if not self._costs:
+            holds = all(
+                low <= 0 <= high for low, high in zip(self._row_lows, self._row_highs, strict=True)
+            )
+            least = 0.0 if holds else math.inf
+            return Solution(values=(), objective=least, bound=least)
         options: dict[str, float] = {"mip_rel_gap": gap}
         if limit_s is not None:
             options["time_limit"] = limit_s

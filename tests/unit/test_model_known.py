@@ -30,6 +30,7 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         file_name="tiny.gguf",
         num_bytes=len(CONTENT),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
+        model="0" * 32,
         licence="none",
     )
     monkeypatch.setitem(KNOWN_MODELS, NAME, model)

@@ -16,6 +16,8 @@ from shoal.base.errors import ConfigError
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
+    CacheLimitOption,
+    FromPeersOption,
     InviteOption,
     JoinOption,
     JsonOption,
@@ -23,6 +25,7 @@ from shoal.cli.options import (
     SwarmOption,
     ThreadsOption,
 )
+from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 
 PATIENCE_S: Final = 60.0
@@ -81,6 +84,8 @@ def generate(
     compress: CompressOption = False,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
+    weights_from_peers: FromPeersOption = False,
+    cache_limit: CacheLimitOption = "50GB",
     swarm: SwarmOption = None,
     invite: InviteOption = None,
     as_json: JsonOption = False,
@@ -91,6 +96,10 @@ def generate(
     the servers hold: embedding and head are computed here. If a server fails, another one
     with the same blocks takes over and the text goes on.
 
+    With --weights-from-peers config, tokenizer, embedding, norm and head come from the swarm.
+    A model's hash does not cover the tokenizer: peers must offer the same one, or you name the
+    one you trust as HASH.FILES.
+
     With --json the last line on stdout is an object: text, token_ids (new ones only),
     prompt_tokens, time_to_first_token_s (from the start of opening the session),
     tokens_per_s (without the first token), chain, recoveries, numerics.
@@ -100,6 +109,7 @@ def generate(
       shoal generate smollm2-135m-instruct --join ADDR --prompt "The sea is"
       shoal generate smollm2-135m-instruct --join ADDR --prompt-file story.txt \\
           --temperature 0.8 --seed 7 --max-new-tokens 200 --json
+      shoal generate 2150765b1495 --join ADDR --weights-from-peers --prompt "The sea is"
     """
     set_threads(threads)
     choice = SwarmChoice.parse(join, swarm, invite)
@@ -119,7 +129,13 @@ def generate(
             is_compressed=compress,
             patience_s=patience,
         )
-        opened = open_model(model)
+        limit_bytes = parse_size(cache_limit, "--cache-limit")
+        if weights_from_peers:
+            from shoal.cli.peer_weights import fetch_for_client
+        else:
+            opened = open_model(model)
+    if weights_from_peers:
+        opened = asyncio.run(fetch_for_client(model, choice, limit_bytes))
     show = _discard if as_json else _print_piece
     text, answer = asyncio.run(answer_prompt(settings, opened, show))
     if as_json:

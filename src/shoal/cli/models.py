@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shoal.cli.logs import progress_bar
 
 if TYPE_CHECKING:
+    from shoal.model.manifest import Manifest
     from shoal.model.source import ModelSource
 
 
@@ -31,6 +32,11 @@ class OpenModel:
     """Its hash, which is its name on the wire."""
     num_blocks: int
     hidden_size: int
+    manifest: Manifest | None = None
+    is_from_peers: bool = False
+    """Its tensors are in the store of fetched weights, or still to be fetched."""
+    limit_bytes: int = 0
+    """How large that store may get."""
 
 
 def quiet_transformers() -> None:
@@ -63,15 +69,16 @@ def open_model(given: str) -> OpenModel:
         ModelError: unknown, broken or unsupported.
     """
     source = open_given(given)
-    from shoal.model.manifest import model_hash
+    from shoal.model.manifest import build_manifest
     from shoal.model.span_model import num_blocks
 
     with progress_bar(is_bytes=True) as progress:
-        name = model_hash(source, cache_dir(), progress)
+        manifest = build_manifest(source, cache_dir(), progress)
     return OpenModel(
         given=given,
         source=source,
-        name=name,
+        name=manifest.model_name(),
         num_blocks=num_blocks(source.config),
         hidden_size=int(source.config.hidden_size),
+        manifest=manifest,
     )

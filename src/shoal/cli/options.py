@@ -47,3 +47,20 @@ ThreadsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+FromPeersOption = Annotated[
+    bool,
+    typer.Option(
+        "--weights-from-peers",
+        help="Fetch what is needed of the model from the swarm, each tensor checked against its "
+        "hash. MODEL is then the model's hash (see: shoal status), its beginning, or a known "
+        "name.",
+    ),
+]
+CacheLimitOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="How large the store of fetched weights may get; what was not used for longest "
+        "goes first.",
+    ),
+]

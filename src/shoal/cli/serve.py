@@ -11,9 +11,38 @@ from typing import Annotated
 import typer
 
 from shoal.base.spans import parse_span
+from shoal.cli.bounds import (
+    CLIENT_RATE,
+    CLIENT_ROWS,
+    CLIENT_SESSIONS,
+    CLIENT_STREAMS,
+    IDLE_TIMEOUT,
+    LOG_MEMORY,
+    QUEUE_MEMORY,
+    SLOWDOWN,
+    AllowOption,
+    ClientRateOption,
+    ClientRowsOption,
+    ClientSessionsOption,
+    ClientStreamsOption,
+    DenyOption,
+    IdleTimeoutOption,
+    LogMemoryOption,
+    QueueMemoryOption,
+    SlowdownOption,
+    parse_bounds,
+)
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
-from shoal.cli.options import InviteOption, ModelArgument, SwarmOption, ThreadsOption
+from shoal.cli.options import (
+    CacheLimitOption,
+    FromPeersOption,
+    InviteOption,
+    ModelArgument,
+    SwarmOption,
+    ThreadsOption,
+)
+from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 
 BlocksOption = Annotated[
@@ -74,6 +103,14 @@ IdentityOption = Annotated[
         help="Key file of this peer, made if it is missing (default: a new peer each time).",
     ),
 ]
+WeightsRateOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes per second at which other peers may fetch weights from here, a quarter of "
+        "it while sessions are served; 0 hands out none.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -93,9 +130,22 @@ def serve(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     cache_tokens: CacheOption = 8192,
+    weights_from_peers: FromPeersOption = False,
+    cache_limit: CacheLimitOption = "50GB",
+    weights_rate: WeightsRateOption = "32MiB",
     identity: IdentityOption = None,
     swarm: SwarmOption = None,
     invite: InviteOption = None,
+    allow: AllowOption = None,
+    deny: DenyOption = None,
+    client_sessions: ClientSessionsOption = CLIENT_SESSIONS,
+    client_streams: ClientStreamsOption = CLIENT_STREAMS,
+    client_rate: ClientRateOption = CLIENT_RATE,
+    client_rows: ClientRowsOption = CLIENT_ROWS,
+    slowdown: SlowdownOption = SLOWDOWN,
+    queue_memory: QueueMemoryOption = QUEUE_MEMORY,
+    log_memory: LogMemoryOption = LOG_MEMORY,
+    idle_timeout: IdleTimeoutOption = IDLE_TIMEOUT,
 ) -> None:
     """Serve a span of a model's blocks.
 
@@ -107,11 +157,16 @@ def serve(
     The address works unchanged as --join. Ctrl-C or SIGTERM stops it; sessions that run
     here go on at other servers with the same blocks.
 
+    With --weights-from-peers this machine needs no copy of the model: only the blocks' own
+    tensors are fetched, from several peers at once, and handed on to others. A download that
+    was stopped goes on where it was.
+
     \b
     Examples:
       shoal serve smollm2-135m-instruct --blocks 0:15
       shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
       shoal serve smollm2-135m-instruct --num-blocks 10 --join tcp://PEERID@10.0.0.5:4001
+      shoal serve 2150765b1495 --blocks 15:30 --join ADDR --weights-from-peers
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -133,8 +188,27 @@ def serve(
                 device=device,
                 threads=thread_count,
                 cache_tokens=cache_tokens,
+                weights_bytes_per_s=parse_size(weights_rate, "--weights-rate"),
+                bounds=parse_bounds(
+                    allow=allow,
+                    deny=deny,
+                    client_sessions=client_sessions,
+                    client_streams=client_streams,
+                    client_rate=client_rate,
+                    client_rows=client_rows,
+                    slowdown=slowdown,
+                    queue_memory=queue_memory,
+                    log_memory=log_memory,
+                    idle_timeout=idle_timeout,
+                ),
             )
-            opened = open_model(model)
+            limit_bytes = parse_size(cache_limit, "--cache-limit")
+            if weights_from_peers:
+                from shoal.cli.peer_weights import find_model
+            else:
+                opened = open_model(model)
+        if weights_from_peers:
+            opened = asyncio.run(find_model(model, settings.swarm, limit_bytes))
         asyncio.run(serve_until_stopped(settings, opened))
     except KeyboardInterrupt:
         pass  # before the event loop took the signals over; nothing to clean up yet

@@ -17,24 +17,30 @@ from shoal.base.backend import BackendFacts, BlockBackend
 from shoal.base.errors import ConfigError, ShoalError
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
+from shoal.cli.bounds import Bounds
 from shoal.cli.joining import SwarmChoice, wall_clock
 from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
+from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
 from shoal.cli.placing import find_place
+from shoal.cli.shelves import ThreadedShelf
 from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.quantize import quantization
 from shoal.model.rows import encodings_for, torch_dtype
+from shoal.model.shelf import ModelShelf
+from shoal.model.store_source import StoreSource
 from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen
-from shoal.net.channel import PURPOSE_GOSSIP
+from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
 from shoal.net.tasks import first_failure
 from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
-from shoal.server.config import ServerConfig
+from shoal.server.config import StreamService
 from shoal.server.door import Door
 from shoal.server.server import open_server
+from shoal.server.weights import WeightsConfig, WeightServer
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,9 @@ class ServeSettings:
     device: str
     threads: int
     cache_tokens: int
+    bounds: Bounds
+    weights_bytes_per_s: int
+    """At which others may fetch weights from here; 0: not at all."""
 
 
 async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None:
@@ -86,14 +95,19 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
     settings = await _placed(settings, model)
     facts, config = _plan(settings, model)
     identity = _identity(settings.identity)
-    swarm_pass = settings.swarm.pass_for(identity)
+    swarm_pass = replace(
+        settings.swarm.pass_for(identity), allow=settings.bounds.allow, deny=settings.bounds.deny
+    )
     async with AsyncExitStack() as stack:
         transport = TcpTransport(identity)
         stack.push_async_callback(transport.close)
         gossip = GossipConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
         directory = GossipDirectory(transport, gossip, random.SystemRandom())
         book = StoreBook(directory.store)
-        services = {PURPOSE_GOSSIP: directory.serve}
+        services: dict[str, StreamService] = {PURPOSE_GOSSIP: directory.serve}
+        weights = _weight_server(settings, model)
+        if weights is not None:
+            services[PURPOSE_WEIGHTS] = weights.serve
         door = Door(swarm_pass, book, facts, services)
         listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
         address = public_address(listener.address, settings.announce)
@@ -110,19 +124,40 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         await announcer.announce("joining")
         keeping = asyncio.create_task(announcer.keep(), name="announcer")
         stack.push_async_callback(_end, keeping)
+        if model.is_from_peers:
+            await _fetch(model, facts.span, Swarm(transport, swarm_pass, directory.snapshot), stack)
         backend = await _load(model, facts.span, config)
         stack.push_async_callback(backend.aclose)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         server = await stack.enter_async_context(
-            open_server(backend, transport, swarm_pass, book, ServerConfig(services=services))
+            open_server(
+                backend, transport, swarm_pass, book, settings.bounds.server_config(services)
+            )
         )
+        if weights is not None:
+            weights.yield_to(lambda: server.engine.running_tokens > 0)
         door.open(server)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={address} blocks={facts.span}", flush=True)
         await first_failure(_wait_for(keeping), server.wait_broken())
+
+
+def _weight_server(settings: ServeSettings, model: OpenModel) -> WeightServer | None:
+    if not settings.weights_bytes_per_s or model.manifest is None:
+        return None
+    holds = model.source.holds if isinstance(model.source, StoreSource) else None
+    shelf = ThreadedShelf(ModelShelf(model.source, model.manifest, holds))
+    return WeightServer(shelf, WeightsConfig(rate_bytes_per_s=settings.weights_bytes_per_s))
+
+
+async def _fetch(model: OpenModel, span: Span, swarm: Swarm, stack: AsyncExitStack) -> None:
+    """Get the span's tensors; nobody removes them from the store while we live."""
+    items = await asyncio.to_thread(span_items, model, span)
+    stack.enter_context(weight_store().pinned(item.content.hex() for item in items))
+    await fetch_items(model, items, swarm)
 
 
 async def _wait_for(task: asyncio.Task[None]) -> None:

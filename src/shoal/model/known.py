@@ -42,6 +42,8 @@ class KnownModel:
     """Its name in the cache."""
     num_bytes: int
     sha256: str
+    model: str
+    """The hash of its manifest: its name on the wire."""
     licence: str
 
 
@@ -52,6 +54,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        model="2150765b149576ba2d3dfb4602587eaf",
         licence="Apache-2.0",
     ),
 }

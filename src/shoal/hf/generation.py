@@ -32,6 +32,13 @@ class TokenHead(Protocol):
         """Logits of each row, shape (rows, vocabulary)."""
 
 
+class RowScores(Protocol):
+    """The head for one row at a time: see `shoal.hf.head_batch.HeadBatch`."""
+
+    async def logits(self, row: bytes, encoding: str) -> torch.Tensor:
+        """Logits of this row, shape (vocabulary,)."""
+
+
 class TokenSampler(Protocol):
     """Chooses the next token: see `shoal.hf.sampling.Sampler`."""
 
@@ -101,10 +108,12 @@ async def generate(
     max_new_tokens: int,
     sampler: TokenSampler,
     eos_ids: Collection[int] = (),
+    batch: RowScores | None = None,
 ) -> AsyncIterator[Token]:
     """New tokens after `prompt_ids`, as they come; an end token is given, then it ends.
 
-    The session is appended to where it stands and stays open; all tokens but the last
+    With `batch`, shared by several of these, the head runs once for all rows that came
+    together. The session is appended to where it stands and stays open; all tokens but the last
     one are in it afterwards.
 
     Raises:
@@ -122,7 +131,10 @@ async def generate(
     log.append(prompt_ids)
     rows = await session.step(log.rows, len(prompt_ids))
     for left in range(max_new_tokens - 1, -1, -1):
-        token_id = sampler.choose(head.logits(rows, encoding)[-1], session.length)
+        scores = (
+            head.logits(rows, encoding)[-1] if batch is None else await batch.logits(rows, encoding)
+        )
+        token_id = sampler.choose(scores, session.length)
         is_last = left == 0 or token_id in eos_ids
         yield Token(id=token_id, at_s=clock(), is_last=is_last)
         if is_last:

@@ -238,4 +238,4 @@ class Bench:
         assert len(actual) == len(expected)
         pairs = zip(array.array("f", actual), array.array("f", expected), strict=True)
         for mine, theirs in pairs:
-            assert abs(mine - theirs) <= self.subject.tolerance * (1 + abs(theirs))
+            assert abs(mine - theirs) <= self.subject.tolerance * (1 + abs(theirs)), (mine, theirs)

@@ -6,6 +6,7 @@ is done once. Measured, one thread of an AVX-512 processor without AMX, weights 
 shape, against `torch.nn.Linear`: float32 1.5 to 2 times as fast at one row, 2 to 4 times at
 8 to 512; bfloat16 twice at 1 to 8 rows, equal at 512. It also has fewer classes of row counts
 (`row_tiles.py`): in float32 {1} and {2..32}, where torch has {1}, {2, 3} and {4..32}.
+The first call with a new number of rows takes milliseconds: its kernel is made then.
 
 The operators are torch's own; its compiler uses them for frozen models.
 """
@@ -18,6 +19,10 @@ import torch
 
 _KEPT: Final = ("kv_b_proj",)
 """Layers whose weights are taken apart elsewhere: see `latent_attention.py`."""
+
+
+_VALUES_MIN: Final = 1 << 16
+"""Smaller layers are in the processor's cache, and calls cost 8 us more: nothing to gain."""
 
 
 class OneDnnLinear(torch.nn.Module):
@@ -54,7 +59,7 @@ def use_onednn(block: torch.nn.Module) -> None:
 
 
 def _is_taken(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn or weight.numel() < _VALUES_MIN:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

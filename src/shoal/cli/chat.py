@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
     InviteOption,
     JoinOption,
+    LanOption,
     ModelArgument,
     SwarmOption,
     ThreadsOption,
@@ -68,7 +70,8 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     model: ModelArgument,
-    join: JoinOption,
+    join: JoinOption = None,
+    lan: LanOption = False,
     system: SystemOption = None,
     load: LoadOption = None,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
@@ -101,7 +104,7 @@ def chat(
       echo "Why is the sea salty?" | shoal chat smollm2-135m-instruct --join ADDR
     """
     set_threads(threads)
-    choice = SwarmChoice.parse(join, swarm, invite)
+    choice = SwarmChoice.to_visit(join, swarm, invite, lan)
     settings = ChatSettings(
         temperature=temperature,
         top_p=top_p,
@@ -126,10 +129,18 @@ def chat(
             is_compressed=compress,
             patience_s=patience,
         )
+    _quiet_warnings()
     with hosting(target) as (background, conversation):
         room = ChatRoom(background, conversation, transcript, settings)
         room.greet(target.model.given)
         room.talk(is_terminal=sys.stdin.isatty())
+
+
+def _quiet_warnings() -> None:
+    """A chat tells of repairs and errors itself: no log lines amid an answer by default."""
+    logger = logging.getLogger("shoal")
+    if logger.level == logging.WARNING:
+        logger.setLevel(logging.ERROR)
 
 
 def _read_template(path: Path) -> str:

@@ -21,6 +21,7 @@ from shoal.cli.options import (
     InviteOption,
     JoinOption,
     JsonOption,
+    LanOption,
     ModelArgument,
     SwarmOption,
     ThreadsOption,
@@ -74,7 +75,8 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     model: ModelArgument,
-    join: JoinOption,
+    join: JoinOption = None,
+    lan: LanOption = False,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
@@ -112,7 +114,7 @@ def generate(
       shoal generate 2150765b1495 --join ADDR --weights-from-peers --prompt "The sea is"
     """
     set_threads(threads)
-    choice = SwarmChoice.parse(join, swarm, invite)
+    choice = SwarmChoice.to_visit(join, swarm, invite, lan)
     text = read_prompt(prompt, prompt_file)
     with noticing_interrupts(signal.SIGINT):
         from shoal.cli.answering import GenerateSettings, answer_prompt, as_dict, summary

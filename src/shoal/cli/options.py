@@ -27,10 +27,18 @@ ModelArgument = Annotated[
     ),
 ]
 JoinOption = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         metavar="ADDR",
         help="Address of any server of the swarm, as its ready line prints it; repeat for more.",
+    ),
+]
+LanOption = Annotated[
+    bool,
+    typer.Option(
+        "--lan",
+        help="Find the swarm's servers in the local network (multicast DNS), with or without "
+        "--join.",
     ),
 ]
 SwarmOption = Annotated[

@@ -45,6 +45,9 @@ from shoal.cli.options import (
 from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 
+LISTEN = "tcp://127.0.0.1:0"
+LISTEN_LAN = "tcp://0.0.0.0:0"
+
 BlocksOption = Annotated[
     str | None, typer.Option(metavar="A:B", help="Blocks A to B-1 (default: all).")
 ]
@@ -79,6 +82,14 @@ JoinsOption = Annotated[
         metavar="ADDR",
         help="Address of a server of the swarm, as its ready line prints it; repeat for "
         "more. Without it a new swarm begins.",
+    ),
+]
+LanServeOption = Annotated[
+    bool,
+    typer.Option(
+        "--lan",
+        help="Announce this server in the local network and find others there (multicast DNS). "
+        f"Without --listen it then listens on {LISTEN_LAN}.",
     ),
 ]
 DtypeOption = Annotated[
@@ -122,9 +133,10 @@ def serve(
     model: ModelArgument,
     blocks: BlocksOption = None,
     num_blocks: NumBlocksOption = None,
-    listen: ListenOption = "tcp://127.0.0.1:0",
+    listen: ListenOption = LISTEN,
     announce: AnnounceOption = None,
     join: JoinsOption = None,
+    lan: LanServeOption = False,
     dtype: DtypeOption = "float32",
     quantize: QuantizeOption = "none",
     device: DeviceOption = "cpu",
@@ -167,6 +179,7 @@ def serve(
       shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
       shoal serve smollm2-135m-instruct --num-blocks 10 --join tcp://PEERID@10.0.0.5:4001
       shoal serve 2150765b1495 --blocks 15:30 --join ADDR --weights-from-peers
+      shoal serve smollm2-135m-instruct --blocks 15:30 --lan
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -177,8 +190,8 @@ def serve(
             from shoal.cli.serving import ServeSettings, serve_until_stopped
 
             settings = ServeSettings(
-                swarm=SwarmChoice.parse(join or [], swarm, invite),
-                listen=listen,
+                swarm=SwarmChoice.parse(join, swarm, invite, lan),
+                listen=LISTEN_LAN if lan and listen == LISTEN else listen,
                 announce=announce,
                 identity=identity,
                 span=None if blocks is None else parse_span(blocks),

@@ -7,6 +7,7 @@ import logging
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from shoal.base.errors import ConfigError, ShoalError
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
 from shoal.cli.bounds import Bounds
-from shoal.cli.joining import SwarmChoice, wall_clock
+from shoal.cli.joining import SwarmChoice, keep_on_lan, wall_clock
 from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
@@ -31,7 +32,7 @@ from shoal.model.rows import encodings_for, torch_dtype
 from shoal.model.shelf import ModelShelf
 from shoal.model.store_source import StoreSource
 from shoal.model.torch_backend import BackendConfig, load_backend
-from shoal.net.address import parse_listen
+from shoal.net.address import Address, parse_listen
 from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
 from shoal.net.tasks import first_failure
@@ -110,19 +111,23 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
             services[PURPOSE_WEIGHTS] = weights.serve
         door = Door(swarm_pass, book, facts, services)
         listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
-        address = public_address(listener.address, settings.announce)
+        addresses, hosts = _addresses(settings, listener.address)
         await stack.enter_async_context(directory)
         announcement = Announcement(
             swarm=swarm_pass.name,
             boot_ms=int(wall_clock() * 1000),
-            addresses=(str(address),),
+            addresses=tuple(map(str, addresses)),
             facts=facts,
             version=shoal.__version__,
         )
         announcer = Announcer(identity, directory, announcement)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("joining")
-        keeping = asyncio.create_task(announcer.keep(), name="announcer")
+        keeping = [asyncio.create_task(announcer.keep(), name="announcer")]
+        if settings.swarm.is_lan:
+            said = (swarm_pass.name, facts.model)
+            on_lan = keep_on_lan(directory, listener.address, hosts, said)
+            keeping.append(asyncio.create_task(on_lan, name="lan"))
         stack.push_async_callback(_end, keeping)
         if model.is_from_peers:
             await _fetch(model, facts.span, Swarm(transport, swarm_pass, directory.snapshot), stack)
@@ -141,8 +146,26 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("online")
         peer = peer_text(identity.peer)
-        print(f"ready peer={peer} address={address} blocks={facts.span}", flush=True)
-        await first_failure(_wait_for(keeping), server.wait_broken())
+        print(f"ready peer={peer} address={addresses[0]} blocks={facts.span}", flush=True)
+        await first_failure(*map(_wait_for, keeping), server.wait_broken())
+
+
+def _addresses(
+    settings: ServeSettings, listening: Address
+) -> tuple[tuple[Address, ...], tuple[str, ...]]:
+    """Where others can dial us, and our hosts in the local network if we are to be found there.
+
+    Raises:
+        ConfigError: malformed, or no network.
+    """
+    if not settings.swarm.is_lan:
+        return (public_address(listening, settings.announce),), ()
+    from shoal.discovery.lan import lan_hosts
+
+    hosts = lan_hosts(listening.host)
+    if settings.announce is not None:
+        return (public_address(listening, settings.announce),), hosts
+    return tuple(replace(listening, host=host) for host in hosts), hosts
 
 
 def _weight_server(settings: ServeSettings, model: OpenModel) -> WeightServer | None:
@@ -164,10 +187,11 @@ async def _wait_for(task: asyncio.Task[None]) -> None:
     await task
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    """A server that leaves renews nothing any more."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """A server that leaves renews and announces nothing any more."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _placed(settings: ServeSettings, model: OpenModel) -> ServeSettings:

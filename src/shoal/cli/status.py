@@ -16,7 +16,7 @@ from shoal.base.ids import peer_text
 from shoal.base.limits import CALL_TIMEOUT_S
 from shoal.base.spans import Span, missing_blocks
 from shoal.cli.joining import SwarmChoice, Visitor, visit
-from shoal.cli.options import InviteOption, JoinOption, JsonOption, SwarmOption
+from shoal.cli.options import InviteOption, JoinOption, JsonOption, LanOption, SwarmOption
 from shoal.discovery.records import Record
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_CONTROL, Channel, open_channel
@@ -46,7 +46,8 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    join: JoinOption,
+    join: JoinOption = None,
+    lan: LanOption = False,
     swarm: SwarmOption = None,
     invite: InviteOption = None,
     as_json: JsonOption = False,
@@ -70,7 +71,7 @@ def status(
       shoal status --join ADDR --watch
       shoal status --join ADDR --watch --count 10 --json > swarm.jsonl
     """
-    choice = SwarmChoice.parse(join, swarm, invite)
+    choice = SwarmChoice.to_visit(join, swarm, invite, lan)
     if is_watching or count is not None:
         from shoal.cli.watching import WatchSettings, watch_until_stopped
 

@@ -260,6 +260,10 @@ class GossipDirectory:
         else:
             channel.close()
 
+    def meet(self, addresses: Sequence[Address]) -> None:
+        """Take addresses of one peer as those of a join."""
+        self.gossiper.meet(addresses[0].peer, tuple(map(str, addresses)))
+
     async def _tick(self) -> None:
         if self._config.is_reader:
             await asyncio.sleep(READER_DELAY_S)

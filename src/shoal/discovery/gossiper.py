@@ -90,6 +90,9 @@ hundreds come at once."""
 ROTATE_S: Final = 120.0
 """One neighbour is exchanged this often, so that the graph stays random whatever was lost."""
 
+JOINS_MAX: Final = 64
+"""Joins that are kept, those found in the local network too: strangers may claim many."""
+
 SHUN_S: Final = 600.0
 """A peer that handed over bad records is no neighbour for this long."""
 
@@ -236,6 +239,11 @@ class Gossiper:
         """Hand our record, which the store has taken, to all neighbours; who will answer."""
         told = self._spreading.publish(signed, call, now_s)
         return told, self.around.take_actions()
+
+    def meet(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        """Somebody who may be dialled without a record, like a join."""
+        if peer != self._me and (peer in self._joins or len(self._joins) < JOINS_MAX):
+            self._joins[peer] = addresses
 
     def seek(self, now_s: float) -> list[Action]:
         """Dial neighbours that are lacking now, not at the next tick."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -155,6 +155,33 @@ async def find_on_lan(
     Raises:
         ConfigError: this machine can't send multicasts.
     """
+    found: dict[PeerId, tuple[Address, ...]] = {}
+    clock = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(browse_s) as deadline:
+
+            def on_found(addresses: tuple[Address, ...]) -> None:
+                if not found:
+                    deadline.reschedule(clock() + gather_s)
+                if len(found) < FOUND_MAX:
+                    found.setdefault(addresses[0].peer, addresses)
+
+            await watch_lan(swarm, on_found, interfaces)
+    except TimeoutError:
+        logger.info("looked at the local network swarm=%s found=%d", swarm, len(found))
+    return tuple(address for addresses in found.values() for address in addresses)
+
+
+async def watch_lan(
+    swarm: str,
+    on_found: Callable[[tuple[Address, ...]], None],
+    interfaces: Sequence[str] | None = None,
+) -> None:
+    """Call `on_found` with the addresses of each server of a swarm, until cancelled.
+
+    Raises:
+        ConfigError: this machine can't send multicasts.
+    """
     names: asyncio.Queue[str] = asyncio.Queue(maxsize=4 * FOUND_MAX)
 
     def on_change(
@@ -163,23 +190,15 @@ async def find_on_lan(
         if state_change is ServiceStateChange.Added and not names.full():
             names.put_nowait(name)
 
-    found: dict[PeerId, tuple[Address, ...]] = {}
     async with _open(InterfaceChoice.All if interfaces is None else list(interfaces)) as zeroconf:
         browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[on_change])
         try:
-            async with asyncio.timeout(browse_s) as deadline:
-                while len(found) < FOUND_MAX:
-                    addresses = await _resolve(zeroconf.zeroconf, await names.get(), swarm)
-                    if addresses and not found:
-                        clock = asyncio.get_running_loop().time
-                        deadline.reschedule(min(deadline.when() or 0.0, clock() + gather_s))
-                    if addresses:
-                        found.setdefault(addresses[0].peer, addresses)
-        except TimeoutError:
-            logger.info("looked at the local network swarm=%s found=%d", swarm, len(found))
+            while True:
+                addresses = await _resolve(zeroconf.zeroconf, await names.get(), swarm)
+                if addresses:
+                    on_found(addresses)
         finally:
             await browser.async_cancel()
-    return tuple(address for addresses in found.values() for address in addresses)
 
 
 def none_found(swarm: str) -> PeerUnreachable:

@@ -7,7 +7,7 @@ At the end an idle peer takes over from a slow one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -99,11 +99,6 @@ def choose_takeover(view: FetchView, peer: PeerId, bytes_per_s: float) -> PeerId
         if best is None or rest_s > best[0]:
             best = (rest_s, flight.peer)
     return None if best is None else best[1]
-
-
-def held_by_nobody(wanted: Iterable[Wanted], view: FetchView) -> tuple[bytes, ...]:
-    """What none of the peers in use holds."""
-    return tuple(one.content for one in wanted if not _num_holders(view, one.content))
 
 
 def files_on_offer(offers: Mapping[PeerId, str]) -> dict[str, list[PeerId]]:

@@ -62,6 +62,8 @@ class ChatRoom:
         self._num_interrupts = 0
         """Ctrl-C since the last line."""
         self._is_over = False
+        self._is_midline = False
+        """Whether the answer that comes has left the cursor within a line."""
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
             "reset": self._reset,
@@ -142,8 +144,13 @@ class ChatRoom:
             top_k=self.settings.top_k,
             top_p=self.settings.top_p,
         )
-        reply = self._wait(before.messages(question), sampler)
-        print(flush=True)
+        try:
+            reply = self._wait(before.messages(question), sampler)
+        except BaseException:
+            if self._is_midline:
+                _print_piece("\n")
+            raise
+        _print_piece("\n")
         if reply.is_stopped and not reply.text:
             note("stopped before the first word; /retry asks again")
             return
@@ -152,7 +159,8 @@ class ChatRoom:
         self._tell(reply)
 
     def _wait(self, messages: list[dict[str, str]], sampler: Sampler) -> Reply:
-        listener = Listener(text=_print_piece, repaired=_tell_repair)
+        self._is_midline = False
+        listener = Listener(text=self._show, repaired=self._show_repair)
         answer = self._background.start(
             self._conversation.answer(messages, sampler, self.settings.max_new_tokens, listener)
         )
@@ -167,6 +175,15 @@ class ChatRoom:
             raise SessionTooLong(
                 f"{error.detail}; the conversation is too long: /undo, or /reset"
             ) from error
+
+    def _show(self, text: str) -> None:
+        self._is_midline = not text.endswith("\n")
+        _print_piece(text)
+
+    def _show_repair(self, recovery: Recovery) -> None:
+        if self._is_midline and sys.stdout.isatty():
+            note("")
+        _tell_repair(recovery)
 
     def _tell(self, reply: Reply) -> None:
         ending = ", stopped" if reply.is_stopped else ""

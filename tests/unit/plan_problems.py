@@ -221,24 +221,20 @@ def cheapest_of_all(
 
 
 def every_placement(problem: Problem) -> Iterator[Placement]:
-    """Every placement whose weights and one session fit; some servers may be empty."""
+    """Every placement whose weights fit; some servers may be empty."""
     options: list[list[Span | None]] = []
     for one in range(len(problem.servers)):
         spans: list[Span | None] = [None]
         for start in range(problem.num_blocks):
             for end in range(start + 1, problem.num_blocks + 1):
                 span = Span(start, end)
-                if free_bytes(problem, _alone(problem, one, span), one) > 0:
+                if problem.can_host(one, span):
                     spans.append(span)
         options.append(spans)
     for chosen in product(*options):
         placement = Placement(spans=chosen)
         if not uncovered(problem, chosen):
             yield placement
-
-
-def _alone(problem: Problem, one: int, span: Span) -> Placement:
-    return Placement(spans=(None,) * len(problem.servers)).moved(one, span)
 
 
 def least_mean_s(problem: Problem) -> float | None:

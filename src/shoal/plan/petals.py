@@ -129,6 +129,18 @@ def choose_move(
     return target
 
 
+def settled(hostings: Sequence[Hosting], num_blocks: int, rng: random.Random) -> list[Span]:
+    """Where all would be once everybody had moved to the best place, again and again.
+
+    Raises:
+        ConfigError: a span reaches beyond the model.
+    """
+    throughputs = block_throughputs(hostings, num_blocks)
+    spans = [hosting.span for hosting in hostings]
+    _settle(throughputs, spans, hostings, rng)
+    return spans
+
+
 def _settle(
     throughputs: list[float],
     spans: list[Span],

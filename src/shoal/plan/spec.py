@@ -248,6 +248,12 @@ class Problem:
         """Caches and log of one session at a hop that runs `span`, at its full length."""
         return self._caches[span.end] - self._caches[span.start] + self.log_bytes
 
+    def can_host(self, server: int, span: Span) -> bool:
+        """Whether a server may host `span`: its weights fit, if perhaps no session does."""
+        spec = self.servers[server]
+        most = self.num_blocks if spec.num_blocks_max is None else spec.num_blocks_max
+        return len(span) <= most and self.weight_bytes(span) <= spec.memory_bytes
+
     @cached_property
     def _worst(self) -> list[tuple[int, int]]:
         """By number of blocks: most weights, most cache of any span of so many."""

@@ -131,9 +131,10 @@ class _Windows:
 
     def _add_windows(self, server: int) -> None:
         windows = self.servers[server].windows
-        most = self.problem.blocks_max(server, 1)
         for start in range(self.problem.num_blocks):
-            for end in range(start + 1, min(start + most, self.problem.num_blocks) + 1):
+            for end in range(start + 1, self.problem.num_blocks + 1):
+                if not self.problem.can_host(server, Span(start, end)):
+                    break
                 windows[Span(start, end)] = self.program.variable(high=1, integer=True)
         self.program.row(dict.fromkeys(windows.values(), 1.0), high=1)
 

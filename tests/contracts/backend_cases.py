@@ -81,7 +81,7 @@ def _odd(family: str, engine: EngineChoice, exact: ExactChoice = "never") -> Sub
         name=f"{family}-{engine}{'-exact' * (exact == 'always')}",
         make=partial(_family, family, engine, exact),
         is_bit_exact=False,
-        num_examples=4 if is_sliding else 6,
+        num_examples=4,
         # Sliding windows of 9 tokens: far beyond them, their margin and whole pages.
         length_max=180 if is_sliding else 24,
         chunk_max=60 if is_sliding else 9,

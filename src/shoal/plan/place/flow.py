@@ -68,7 +68,8 @@ def plan_flow(problem: Problem, *, rates: Rates | None = None, limit_s: float = 
 
     First by Petals' rule, every server at the length at which it does the most work: that
     is quick and often nearly all that can be had. Then, unless it is, by the solver, first
-    with these lengths and then with all; where its time runs out, what it has found depends on the machine.
+    with these lengths and then with all; where its time runs out, what it has found
+    depends on the machine.
 
     Servers that the flow does not need join where rows per second are fewest.
 

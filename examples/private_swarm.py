@@ -2,8 +2,8 @@
 
     python examples/private_swarm.py MODEL
 
-Starts two `shoal serve` processes on this machine; on real machines, run the printed
-commands there. Whoever has the invite can join, so treat it as a password.
+Starts `shoal serve` processes on this machine; elsewhere, run the printed commands on the
+friends' machines. Whoever has the invite can join, so treat it as a password.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 from shoal.base.errors import PeerError
@@ -23,6 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
 parser.add_argument("prompt", nargs="?", default="The sea is")
 parser.add_argument("--blocks", type=int, default=30, help="how many the model has")
+parser.add_argument("--servers", type=int, default=2)
 parser.add_argument("--tokens", type=int, default=20)
 arguments = parser.parse_args()
 
@@ -49,9 +51,11 @@ with ExitStack() as stack:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     invite = made.stdout.splitlines()[-1]
-    half = arguments.blocks // 2
-    first = serve(stack, "--blocks", f"0:{half}", "--invite", invite)
-    serve(stack, "--blocks", f"{half}:{arguments.blocks}", "--invite", invite, "--join", first)
+    borders = [n * arguments.blocks // arguments.servers for n in range(arguments.servers + 1)]
+    spans = [f"{start}:{end}" for start, end in pairwise(borders)]
+    first = serve(stack, "--blocks", spans[0], "--invite", invite)
+    for span in spans[1:]:
+        serve(stack, "--blocks", span, "--invite", invite, "--join", first)
 
     try:
         AutoDistributedModelForCausalLM.from_pretrained(arguments.model, join=first)

@@ -33,7 +33,7 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 def saved_gguf(shape: str) -> Path:
     """The same weights as `saved_folder`'s, beside them; written the first time."""
     folder = saved_folder(shape)
-    path = folder.with_suffix(".gguf")
+    path = folder.with_name(f"{folder.name}.gguf")  # shape names have dots
     if not path.exists():
         print(f"writing {path}", file=sys.stderr)
         started = path.with_suffix(".part")

@@ -8,6 +8,7 @@ from shoal.base.errors import BadInput, SessionClosed
 from shoal.base.ids import PeerId, SessionId
 from shoal.base.limits import ENTRY_TOKENS_MAX, STALL_MIN_S
 from shoal.base.spans import Span
+from shoal.client.chain_session import choose_chunk
 from shoal.client.session import Recovery, SessionState, Trouble, split_chunks
 from shoal.plan.view import Stage
 from shoal.wire.messages import WANT_ALL, WANT_LAST, WANT_NONE, Ack, Cut, Entry, Gap, Stale
@@ -224,3 +225,10 @@ def test_a_fork_begins_with_what_its_parent_sent_and_received():
     assert child.chain == RELAYED
     child.truncate(2)
     assert (parent.length, parent.received_length) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk"), [(1, 128), (512, 128), (1024, 128), (1500, 160), (2048, 256), (9000, 256)]
+)
+def test_chunks_depend_on_the_prompts_length_alone(count, chunk):
+    assert choose_chunk(count) == chunk

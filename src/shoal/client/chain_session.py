@@ -13,9 +13,27 @@ from shoal.wire.messages import WANT_LAST, Fork, Want
 if TYPE_CHECKING:
     from shoal.client.client import Client
 
-CHUNK_TOKENS: Final = 256
-"""Rows per prefill chunk: while one server runs a chunk, the one before runs the next.
-Also the longest that a prompt delays other sessions' tokens."""
+CHUNK_TOKENS_MAX: Final = 256
+"""Rows per prefill chunk of a long prompt: while one server runs a chunk, the one before runs
+the next. Also the longest that a prompt delays other sessions' tokens."""
+
+CHUNK_TOKENS_MIN: Final = 128
+"""Rows per chunk of a short one. Below this, products of matrices lose speed (measured: 64
+rows at a time are 30 % slower than 512)."""
+
+CHUNKS_MIN: Final = 8
+"""Chunks of a prompt, where its length allows: k chunks keep two servers busy for k of k + 1
+turns."""
+
+
+def choose_chunk(count: int) -> int:
+    """Rows per chunk for a prompt of `count` rows.
+
+    Only the length counts, not the chain: another chain gives the same chunks, so that
+    the same prompt gives the same bits there.
+    """
+    size = count // CHUNKS_MIN // 32 * 32  # whole tiles of the matrix units
+    return min(CHUNK_TOKENS_MAX, max(CHUNK_TOKENS_MIN, size))
 
 
 class ChainSession:
@@ -75,11 +93,12 @@ class ChainSession:
 
     async def step(
         self, payload: Payload, count: int, *, want: Want = WANT_LAST,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> bytes:  # fmt: skip
         """Run `count` more rows through the chain; returns the rows that `want` names.
 
-        Long inputs travel as chunks of `chunk_tokens`, in a pipeline over the servers.
+        Long inputs travel as chunks of `chunk_tokens` (default: by the length), in a
+        pipeline over the servers.
 
         Raises:
             BadInput: rows of a wrong size, or values that a server refuses.
@@ -93,7 +112,7 @@ class ChainSession:
 
     def append(
         self, payload: Payload, count: int, *, want: Want = WANT_LAST,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:  # fmt: skip
         """Send `count` more rows without waiting for the answer.
 
@@ -103,7 +122,8 @@ class ChainSession:
         state = self._state
         state.check_open()
         offset = 0
-        for size, chunk_want in split_chunks(state.length, count, chunk_tokens, want):
+        chunk = chunk_tokens or choose_chunk(count)
+        for size, chunk_want in split_chunks(state.length, count, chunk, want):
             if callable(payload):
                 part: Payload = payload
             else:

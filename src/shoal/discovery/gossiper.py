@@ -168,6 +168,8 @@ class Gossiper:
         neighbour = new_neighbour(peer, now_s, is_dialled=is_dialled)
         self.around.neighbours[peer] = neighbour
         self._spreading.greet(neighbour, now_s)
+        if not self._is_reader and (suspects := self._store.suspects()):
+            self.around.send(peer, Suspects([name_of(one) for one in suspects]), now_s)
         self._trim(now_s)
         return self.around.take_actions()
 

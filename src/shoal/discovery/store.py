@@ -27,7 +27,7 @@ LOST_MAX: Final = RECORDS_MAX
 """Servers that vanished without a farewell whose records are kept aside, to dial them now
 and then: that is how the halves of a split swarm find each other again."""
 
-RESTORE_AFTER_S: Final = 20.0
+RESTORE_AFTER_S: Final = 30.0
 """Whoever still holds a server this long after we dropped it as a suspect was not reached by
 the suspicion, so lived in another half of a split swarm: it may be right. Sooner it is
 behind, and must be told."""
@@ -175,6 +175,10 @@ class RecordStore:
     def is_suspect(self, peer: PeerId) -> bool:
         """Whether the peer is accused of being gone and may still refute."""
         return peer in self._suspects
+
+    def suspects(self) -> tuple[SignedRecord, ...]:
+        """The records of those who are accused of being gone and may still refute."""
+        return tuple(self._held[peer].signed for peer in self._suspects)
 
     def lost(self) -> tuple[PeerId, ...]:
         """Servers that vanished without a farewell, the latest last."""

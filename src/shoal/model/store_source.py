@@ -42,6 +42,9 @@ BLOCKS_MAX: Final = 65_535
 
 _ARCHITECTURE: Final = "general.architecture"
 
+_BLOCK_COUNTS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "block_count")
+"""Keys that say how many blocks there are; each has at least one tensor."""
+
 _NOT_TAKEN: Final = ("auto_map", "attn_implementation", "experts_implementation")
 """Config keys by which a model could name code to load; those that begin with _ go too."""
 
@@ -65,14 +68,13 @@ class StoreSource:
             name: stored_num_bytes(entry.shape, entry.dtype)
             for name, entry in self._entries.items()
         }
+        _check_counts(manifest)
         self._architecture = manifest.identity.get(_ARCHITECTURE)
         if self._architecture is None:
             self.config = _config_of(manifest)
         else:
             self.config = _gguf_config_of(manifest, self._sizes)
         family_of(self.config)
-        if not 0 < int(self.config.num_hidden_layers) <= BLOCKS_MAX:
-            raise ModelUnsupported(f"a model of {self.config.num_hidden_layers} blocks")
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -166,20 +168,40 @@ class StoreSource:
             ) from error
 
 
+def _check_counts(manifest: Manifest) -> None:
+    """Before a config is made of them: a list per block is made with it."""
+    for key, value in manifest.identity.items():
+        if key.endswith(_BLOCK_COUNTS) and not (
+            type(value) is int and 0 < value <= min(BLOCKS_MAX, len(manifest.tensors))
+        ):
+            raise ModelUnsupported(
+                f"the manifest says {key} = {value!r:.40}, of {len(manifest.tensors)} tensors"
+            )
+
+
 def _config_of(manifest: Manifest) -> Any:
-    values = {
-        key: value
-        for key, value in manifest.identity.items()
-        if key not in _NOT_TAKEN and not key.startswith("_")
-    }
-    model_type = values.pop("model_type", None)
+    model_type = manifest.identity.get("model_type")
     if not isinstance(model_type, str):
         raise ModelUnsupported("the manifest names no architecture")
     try:
+        values = {
+            key: _with_floats(value)
+            for key, value in manifest.identity.items()
+            if key not in _NOT_TAKEN and not key.startswith("_")
+        }
         config: Any = CONFIG_MAPPING[model_type].from_dict(values)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelUnsupported(f"transformers rejects the manifest's config: {error}") from error
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """Infinity and NaN, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _gguf_config_of(manifest: Manifest, sizes: Mapping[str, int]) -> Any:

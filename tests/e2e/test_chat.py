@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.processes import (
     ENVIRONMENT,
+    READY,
     SHOAL,
     START_TIMEOUT_S,
     Process,
@@ -30,7 +31,19 @@ STATS = re.compile(r"\[(\d+) tokens.*; (\d+) before them, (\d+) already there\]"
 
 @pytest.fixture(scope="module")
 def swarm(model, serve):
-    return serve(model, ("0:3", "3:7", "3:7"))
+    """Three servers; the second one finds its place by itself."""
+    (first,) = serve(model, ["0:3"])
+    second = Process(
+        "serve", str(model), "--num-blocks", "4", "--threads", "1", "--join", first.address
+    )
+    try:
+        match = READY.fullmatch(second.wait_line(second.out, "ready "))
+        assert match["blocks"] == "[3,7)"
+        second.peer, second.address = match["peer"], match["address"]
+        (spare,) = serve(model, ["3:7"], join=first.address)
+        yield [first, second, spare]
+    finally:
+        second.end()
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +133,14 @@ def test_ctrl_c_stops_an_answer_and_a_repair_is_told(model, swarm, command):
 class Terminal:
     """A `shoal chat` at a terminal of its own."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, kind="dumb"):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [SHOAL, *command],
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**ENVIRONMENT, "TERM": "dumb", "SHOAL_LOG": "warning"},
+            env={**ENVIRONMENT, "TERM": kind, "SHOAL_LOG": "warning"},
             start_new_session=True,
         )
         os.close(slave)
@@ -189,7 +202,7 @@ def test_watching_the_swarm(swarm):
     assert len(looks) == 2
     assert looks[0]["at_s"] < looks[1]["at_s"]
     assert looks[0]["models"][0]["servers"]
-    watching = Terminal("status", *join, "--watch", "--interval", "0.2")
+    watching = Terminal("status", *join, "--watch", "--interval", "0.2", kind="xterm")
     try:
         watching.wait(swarm[0].peer[:8])
         watching.wait("q leaves")

@@ -15,6 +15,8 @@ from shoal.cli.generate import PATIENCE_S, CompressOption, DtypeOption, Patience
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
+    CacheLimitOption,
+    FromPeersOption,
     InviteOption,
     JoinOption,
     LanOption,
@@ -22,6 +24,7 @@ from shoal.cli.options import (
     SwarmOption,
     ThreadsOption,
 )
+from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 from shoal.cli.transcript import ChatSettings, Transcript, load_transcript
 
@@ -84,6 +87,8 @@ def chat(
     compress: CompressOption = False,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
+    weights_from_peers: FromPeersOption = False,
+    cache_limit: CacheLimitOption = "50GB",
     swarm: SwarmOption = None,
     invite: InviteOption = None,
 ) -> None:
@@ -106,33 +111,31 @@ def chat(
     set_threads(threads)
     choice = SwarmChoice.to_visit(join, swarm, invite, lan)
     settings = ChatSettings(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens
     )
     transcript = Transcript() if load is None else load_transcript(load)
     if system is not None:
         transcript = Transcript(system=system or None, turns=transcript.turns)
     written = None if template is None else _read_template(template)
+    limit_bytes = parse_size(cache_limit, "--cache-limit") if weights_from_peers else None
     with noticing_interrupts(signal.SIGINT):
-        from shoal.cli.chat_host import ChatTarget, hosting
+        from shoal.cli.chat_host import ChatTarget, fetch_model, hosting
         from shoal.cli.chat_room import ChatRoom
         from shoal.cli.models import open_model
 
-        target = ChatTarget(
-            swarm=choice,
-            model=open_model(model),
-            template=written,
-            dtype=dtype,
-            is_compressed=compress,
-            patience_s=patience,
-        )
+        opened = open_model(model) if limit_bytes is None else None
+    target = ChatTarget(
+        swarm=choice,
+        model=opened or fetch_model(model, choice, limit_bytes or 0),
+        template=written,
+        dtype=dtype,
+        is_compressed=compress,
+        patience_s=patience,
+    )
     _quiet_warnings()
     with hosting(target) as (background, conversation):
         room = ChatRoom(background, conversation, transcript, settings)
-        room.greet(target.model.given)
+        room.greet(model)
         room.talk(is_terminal=sys.stdin.isatty())
 
 

@@ -14,6 +14,7 @@ from shoal.cli.answering import check_served, common_encoding, open_swarm_client
 from shoal.cli.chatting import Conversation, template_renderer
 from shoal.cli.joining import SwarmChoice, visit
 from shoal.cli.models import OpenModel
+from shoal.cli.peer_weights import fetch_for_client
 from shoal.hf.head import load_head
 from shoal.hf.loop import BackgroundLoop
 from shoal.wire.tensors import INT8_BLOCK
@@ -33,6 +34,15 @@ class ChatTarget:
     """None: what most servers compute in."""
     is_compressed: bool
     patience_s: float
+
+
+def fetch_model(given: str, swarm: SwarmChoice, limit_bytes: int) -> OpenModel:
+    """What a client needs of the model, fetched from the swarm.
+
+    Raises:
+        ModelError, ConfigError, PeerError: it can't be had; says why.
+    """
+    return asyncio.run(fetch_for_client(given, swarm, limit_bytes))
 
 
 @contextmanager

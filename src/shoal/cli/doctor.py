@@ -15,7 +15,7 @@ import typer
 
 from shoal.cli.findings import Finding
 from shoal.cli.joining import SwarmChoice
-from shoal.cli.options import InviteOption, JsonOption, SwarmOption
+from shoal.cli.options import InviteOption, JsonOption, LanOption, SwarmOption
 from shoal.cli.threads import set_threads
 
 OptionalModelArgument = Annotated[
@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
 def doctor(
     model: OptionalModelArgument = None,
     join: JoinsOption = None,
+    lan: LanOption = False,
     listen: ListenOption = "tcp://127.0.0.1:0",
     swarm: SwarmOption = None,
     invite: InviteOption = None,
@@ -52,8 +53,8 @@ def doctor(
     """Check this machine, a model and the way to a swarm; each problem comes with its fix.
 
     Looks at packages, device, threads, memory, disk, the limit of open files, the clock and
-    the port; with MODEL at how it can be served here; with --join at the servers. Nothing is
-    changed. The exit code is 1 if something failed; warnings don't count.
+    the port; with MODEL at how it can be served here; with --join or --lan at the servers.
+    Nothing is changed. The exit code is 1 if something failed; warnings don't count.
 
     With --json the last line is an object: findings (each with name, level ok, warn or fail,
     text, fix) and ok (whether nothing failed).
@@ -64,7 +65,7 @@ def doctor(
       shoal doctor smollm2-135m-instruct --join tcp://PEERID@10.0.0.5:4001
       shoal doctor --listen tcp://0.0.0.0:4001 --json
     """
-    choice = SwarmChoice.parse(join or [], swarm, invite)
+    choice = SwarmChoice.parse(join, swarm, invite, lan)
     omp = os.environ.get("OMP_NUM_THREADS")
     set_threads(None)
     from shoal.cli.examining import (
@@ -78,7 +79,7 @@ def doctor(
     findings.append(asyncio.run(examine_port(listen)))
     if model is not None:
         findings += examine_model(model)
-    if choice.joins:
+    if choice.joins or choice.is_lan:
         findings += asyncio.run(examine_swarm(choice))
     is_ok = all(finding.level != "fail" for finding in findings)
     if as_json:

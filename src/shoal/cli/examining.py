@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import shoal
-from shoal.base.errors import ConfigError, PeerTimeout, ShoalError
+from shoal.base.errors import ConfigError, PeerTimeout, PeerUnreachable, ShoalError
 from shoal.base.ids import short
 from shoal.base.limits import CALL_TIMEOUT_S
 from shoal.base.spans import Span
@@ -222,11 +222,15 @@ def _model_fix(error: Exception) -> str:
 async def examine_swarm(choice: SwarmChoice) -> list[Finding]:
     """Each join, and what those that answer know of the swarm."""
     findings = list(await asyncio.gather(*(_examine_join(choice, one) for one in choice.joins)))
-    if all(finding.level == "fail" for finding in findings):
+    if not choice.is_lan and all(finding.level == "fail" for finding in findings):
         return findings
     now_s = wall_clock()
-    async with visit(choice) as visitor:
-        seen = await ask_all(visitor)
+    try:
+        async with visit(choice) as visitor:
+            seen = await ask_all(visitor)
+    except PeerUnreachable as error:
+        fix = "is a server up that was started with --lan, and does this network pass multicasts?"
+        return [*findings, Finding(name="lan", level="fail", text=error.detail, fix=fix)]
     silent = {short(one.record.peer): one.error for one in seen if one.error}
     ahead_s = {short(one.record.peer): one.record.boot_ms / 1000 - now_s for one in seen}
     missing = {

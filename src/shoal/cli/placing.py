@@ -11,7 +11,7 @@ import random
 from statistics import median
 from typing import Final
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import ConfigError, PeerUnreachable
 from shoal.base.spans import Span
 from shoal.cli.joining import SwarmChoice, visit
 from shoal.cli.models import OpenModel
@@ -53,7 +53,7 @@ def choose_blocks(view: SwarmView, num_blocks: int, wanted: int) -> Span:
 
 
 async def find_place(swarm: SwarmChoice, model: OpenModel, wanted: int, rng: random.Random) -> Span:
-    """Look at the swarm and choose; without anybody to join, the model's first blocks.
+    """Look at the swarm and choose; without anybody to join or find, the first blocks.
 
     Raises:
         ConfigError: the model has fewer blocks.
@@ -61,12 +61,17 @@ async def find_place(swarm: SwarmChoice, model: OpenModel, wanted: int, rng: ran
     """
     empty = SwarmView(model=model.name, num_blocks=model.num_blocks, hidden_size=model.hidden_size)
     alone = choose_blocks(empty, model.num_blocks, wanted)
-    if not swarm.joins:
+    if not swarm.joins and not swarm.is_lan:
         return alone
     await asyncio.sleep(rng.uniform(0, JITTER_S))
-    async with visit(swarm) as visitor:
-        shape = (model.num_blocks, model.hidden_size)
-        view = visitor.directory.snapshot().view(model.name, shape)
+    try:
+        async with visit(swarm) as visitor:
+            shape = (model.num_blocks, model.hidden_size)
+            view = visitor.directory.snapshot().view(model.name, shape)
+    except PeerUnreachable:
+        if swarm.joins:
+            raise
+        return alone  # nobody in the local network yet: we are the first
     return choose_blocks(view, model.num_blocks, wanted)
 
 

@@ -34,7 +34,7 @@ FILE_NAME: Final = "shoal.toml"
 FILE_BYTES_MAX: Final = 1 << 20
 """Nobody types more than a megabyte of options; a larger file is some other file."""
 
-SHARED: Final = ("model", "join", "swarm", "invite", "threads")
+SHARED: Final = ("model", "join", "lan", "swarm", "invite", "threads")
 """Options that mean the same in every command: at the top of the file, or as SHOAL_NAME."""
 
 GLOBAL: Final = ("log", "cache")

@@ -226,7 +226,7 @@ def _table(model: dict[str, Any]) -> Any:
 
     table = Table(title=f"model {model['model']}", title_justify="left")
     for name in ("peer", "blocks", "state", "numerics", "cache free", "sessions", "round trip"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name in ("peer", "blocks", "state"))
     for server in model["servers"]:
         start, end = server["blocks"]
         is_seen = not server["error"]

@@ -36,14 +36,18 @@ def watch_until_stopped(settings: WatchSettings) -> None:
     Raises:
         PeerUnreachable: none of the joins answers.
     """
-    is_terminal = sys.stdout.isatty() and not settings.is_json
+    from rich.console import Console
+
+    has_keys = sys.stdin.isatty() and sys.stdout.isatty()
+    console = Console()
     try:
-        if is_terminal:
-            with _live_table(settings.interval_s) as show:
-                asyncio.run(_watch(settings, show, has_keys=sys.stdin.isatty()))
+        # A terminal that can't move its cursor gets lines, like a pipe.
+        if console.is_terminal and not console.is_dumb_terminal and not settings.is_json:
+            with _live_table(console, settings.interval_s) as show:
+                asyncio.run(_watch(settings, show, has_keys=has_keys))
         else:
             show = _print_json if settings.is_json else _print_lines
-            asyncio.run(_watch(settings, show, has_keys=False))
+            asyncio.run(_watch(settings, show, has_keys=has_keys))
     except KeyboardInterrupt:
         pass  # how watching ends
 
@@ -92,12 +96,12 @@ def _no_keys() -> Iterator[None]:
 
 
 @contextmanager
-def _live_table(interval_s: float) -> Iterator[Show]:
-    from rich.console import Console, Group
+def _live_table(console: Any, interval_s: float) -> Iterator[Show]:
+    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text("looking ..."), console=Console(), screen=True, auto_refresh=False) as live:
+    with Live(Text("looking ..."), console=console, screen=True, auto_refresh=False) as live:
 
         def show(models: Models, at_s: float) -> None:
             foot = Text(f"{clock_text(at_s)}, every {interval_s:g} s; q leaves", style="dim")

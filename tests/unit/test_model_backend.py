@@ -202,7 +202,7 @@ def test_block_times_are_positive_and_nothing_is_left_open() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "int3"}, {"threads": 0}, {"cache_tokens": 1}],
+    [{"dtype": "int3"}, {"threads": 0}, {"cache_tokens": 1}, {"exact": "maybe"}],
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -103,6 +103,15 @@ QuantizeOption = Annotated[
         "loss). Best with --dtype bfloat16, for few sessions at once.",
     ),
 ]
+ExactOption = Annotated[
+    str,
+    typer.Option(
+        metavar="WHEN",
+        help="Repeat every bit of a session after a repair, whoever else is served: auto (where "
+        "it costs nothing), always (mixtures of experts too, for a tenth or two of the speed) "
+        "or never.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 CacheOption = Annotated[
     int, typer.Option(metavar="N", help="Positions that the KV cache holds, over all sessions.")
@@ -139,6 +148,7 @@ def serve(
     lan: LanServeOption = False,
     dtype: DtypeOption = "float32",
     quantize: QuantizeOption = "none",
+    exact: ExactOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     cache_tokens: CacheOption = 8192,
@@ -198,6 +208,7 @@ def serve(
                 num_blocks=num_blocks,
                 dtype=dtype,
                 quantize=quantize,
+                exact=exact,
                 device=device,
                 threads=thread_count,
                 cache_tokens=cache_tokens,

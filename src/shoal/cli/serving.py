@@ -31,7 +31,7 @@ from shoal.model.quantize import quantization
 from shoal.model.rows import encodings_for, torch_dtype
 from shoal.model.shelf import ModelShelf
 from shoal.model.store_source import StoreSource
-from shoal.model.torch_backend import BackendConfig, load_backend
+from shoal.model.torch_backend import BackendConfig, exact_choice, load_backend
 from shoal.net.address import Address, parse_listen
 from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
@@ -65,6 +65,7 @@ class ServeSettings:
     """Instead of a span: how many blocks, wherever the swarm needs them most."""
     dtype: str
     quantize: str
+    exact: str
     device: str
     threads: int
     cache_tokens: int
@@ -216,6 +217,7 @@ def _plan(settings: ServeSettings, model: OpenModel) -> tuple[BackendFacts, Back
         model=model.name,
         dtype=settings.dtype,
         quantize=quantization(settings.quantize),
+        exact=exact_choice(settings.exact),
         device=settings.device,
         threads=settings.threads,
         cache_tokens=settings.cache_tokens,

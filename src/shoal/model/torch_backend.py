@@ -44,8 +44,8 @@ EngineChoice = Literal["auto", "batched", "per-session"]
 ExactChoice = Literal["auto", "always", "never"]
 """Whether rows keep their bits in any company and when they are repeated.
 
-auto: where it costs nothing: without batching, and where every row count is a tile
-(bfloat16, as a rule). always: also where tiles cost padding. Where there are no tiles the
+auto: where it costs nothing: without experts, and where one row becomes two at worst.
+always: also with experts, and where tiles cost padding. Where there are no tiles the
 backend is not exact.
 """
 
@@ -73,13 +73,25 @@ class BackendConfig:
             raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.engine not in get_args(EngineChoice):
             raise ConfigError(f"engine {self.engine!r}: write {_choices(EngineChoice)}")
-        if self.exact not in get_args(ExactChoice):
-            raise ConfigError(f"exact {self.exact!r}: write {_choices(ExactChoice)}")
+        exact_choice(self.exact)
         check_quantize(self.quantize, self.device)
         if self.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
         if self.cache_tokens < PAGE_TOKENS:
             raise ConfigError(f"cache_tokens must be at least {PAGE_TOKENS} (one page)")
+
+
+def exact_choice(name: str) -> ExactChoice:
+    """The choice called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    choices: tuple[ExactChoice, ...] = get_args(ExactChoice)
+    for choice in choices:
+        if name == choice:
+            return choice
+    raise ConfigError(f"exact {name!r}: write {_choices(ExactChoice)}")
 
 
 def load_backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.e2e.processes import alone
 pytestmark = pytest.mark.e2e
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DOCUMENT = EXAMPLES.parent / "docs" / "library.md"
 LINES_MAX = 80
 SERVERS = ["0:3", "3:7"]
 JOINING = {
@@ -73,6 +75,15 @@ def test_a_private_swarm(run_example: Run, model) -> None:
     )
     assert "without the invite: " in out
     assert "with it: The sea is" + alone(model, "The sea is", 16)[1] in out
+
+
+def test_the_code_of_the_documentation_runs(
+    model, join: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text("utf-8"), re.M | re.S)
+    assert len(blocks) >= 5
+    exec(compile("\n".join(blocks), str(DOCUMENT), "exec"), {"MODEL": model, "ADDRESS": join})
 
 
 def test_the_library_over_real_servers(model, other_model, join: str) -> None:

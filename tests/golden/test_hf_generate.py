@@ -246,6 +246,16 @@ def test_what_sessions_cannot_have(llama: Pair, options: dict[str, Any], message
         llama.ours(prompts(1, 3), **options)
 
 
+@pytest.mark.parametrize("length", [6, 2])
+def test_a_text_without_news_is_refused(llama: Pair, length: int) -> None:
+    cache = llama.ours(prompts(1, 6)).past_key_values
+    with pytest.raises(BadInput, match=f"holds 6 tokens, the input {length}"):
+        llama.ours.generate(prompts(1, 6)[:, :length], past_key_values=cache, **GREEDY)
+    cache.crop(-1)
+    text = llama.ours.generate(prompts(1, 6), past_key_values=cache, **GREEDY)
+    assert torch.equal(text, llama.reference.generate(prompts(1, 6), **GREEDY))
+
+
 def test_a_cache_implementation_is_refused(llama: Pair) -> None:
     with pytest.raises(ConfigError, match="leave cache_implementation out"):
         llama.ours.generate(prompts(1, 3), cache_implementation="static", **GREEDY)

@@ -178,9 +178,11 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
         Raises:
             ConfigError: a cache implementation: the cache is at the servers.
+            BadInput: `past_key_values` hold the whole input already.
         """
         if kwargs.get("cache_implementation") is not None:
             raise ConfigError("the KV cache is at the servers: leave cache_implementation out")
+        _check_has_news(*args, **kwargs)
         made: weakref.WeakSet[ChainCache] = weakref.WeakSet()
         token = _made_caches.set(made)
         result: Any = None
@@ -432,6 +434,20 @@ def _the_input(
         raise BadInput(f"inputs_embeds of shape {tuple(inputs_embeds.shape)}: give 3 dimensions")
     check_inference(inputs_embeds)
     return "embeddings", inputs_embeds
+
+
+def _check_has_news(inputs: Any = None, *_: Any, **kwargs: Any) -> None:
+    """Refuse a text that the cache holds as a whole: transformers would run all of it again."""
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, ChainCache) or ids is None or ids.dim() != 2:
+        return
+    is_whole = mask is None or mask.shape == ids.shape
+    if is_whole and ids.shape[1] <= cache.get_seq_length():
+        raise BadInput(
+            f"the cache holds {cache.get_seq_length()} tokens, the input {ids.shape[1]}: give the "
+            "whole text with at least one token more, or crop the cache"
+        )
 
 
 def _wanted(logits_to_keep: int | torch.Tensor, columns: int) -> tuple[torch.Tensor | None, int]:

@@ -27,7 +27,8 @@ for span in 0:4 4:7; do
         > "$OUT/$span" 2> "$OUT/$span.err" &
 done
 until grep -q ready "$OUT/0:4" && grep -q ready "$OUT/4:7"; do
-    kill -0 %1 && kill -0 %2
+    kill -0 %1
+    kill -0 %2
     sleep 0.2
 done
 "$SHOAL" status --lan --json
@@ -77,6 +78,7 @@ def may_unshare():
     return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
 
 
+@pytest.mark.timeout(240)
 def test_servers_find_each_other_in_the_local_network(model, tmp_path):
     """In a network of its own, so that nobody else hears the multicasts."""
     if not may_unshare():
@@ -85,7 +87,7 @@ def test_servers_find_each_other_in_the_local_network(model, tmp_path):
         ["unshare", "-rn", "bash", "-c", LAN_SCENE],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=180,
         env={**ENVIRONMENT, "SHOAL": SHOAL, "MODEL": str(model), "OUT": str(tmp_path)},
     )
     assert result.returncode == 0, result.stderr + (tmp_path / "0:4.err").read_text()

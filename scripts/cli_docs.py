@@ -27,7 +27,10 @@ Generated from `--help` by `scripts/cli_docs.py --write`; don't edit it by hand.
 * An error is one line, `error: ...`, that says what to do. `shoal --debug COMMAND ...` shows
   the traceback.
 * Exit codes: 0 done, 1 it went wrong, 2 yours to fix (a flag, a file, an argument), 130
-  interrupted. `shoal serve` ends with 0 on Ctrl-C and SIGTERM.
+  interrupted. `shoal serve` ends with 0 on Ctrl-C and SIGTERM, `shoal status --watch` with 0 on q
+  and Ctrl-C, `shoal chat` with 0 on Ctrl-D and `/quit`. `shoal doctor` and `shoal bench` end with 1
+  when something that they looked at or ran failed.
+* Every option may also come from a file or the environment: [configuration.md](configuration.md).
 * A server prints one line when it serves, `ready peer=<id> address=<addr> blocks=[A,B)`. The
   address works unchanged as `--join`.
 

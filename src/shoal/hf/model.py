@@ -29,11 +29,18 @@ from shoal.base.errors import BadInput, ConfigError, ModelUnsupported
 from shoal.base.spans import Span
 from shoal.hf.blocks import RemoteBlocks
 from shoal.hf.chain_cache import ChainCache
-from shoal.hf.chain_row import Chains, ChunkKind, open_row
+from shoal.hf.chain_row import Chains, open_row
 from shoal.hf.connection import Connection
 from shoal.hf.head import Head
+from shoal.hf.model_inputs import (
+    batch_of_scores,
+    batch_of_states,
+    check_has_news,
+    the_input,
+    wanted_columns,
+)
 from shoal.hf.padding import RowPart, check_positions, row_parts
-from shoal.hf.sessions import Session, check_inference
+from shoal.hf.sessions import Session
 
 CONVERSATIONS_MAX: Final = 64
 """Calls of `generate_async` that run at the same time, each on a thread that mostly waits."""
@@ -142,7 +149,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         if output_attentions:
             raise BadInput("attentions stay at the servers: leave output_attentions out")
-        kind, values = _the_input(input_ids, inputs_embeds)
+        kind, values = the_input(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
         if use_cache is None:
@@ -152,14 +159,15 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         try:
             parts = self._parts(values, attention_mask, position_ids, cache, is_kept=is_kept)
             columns = int(values.shape[1])
-            wanted, first = _wanted(logits_to_keep, columns)
+            wanted, first = wanted_columns(logits_to_keep, columns)
             keeps = [max(0, part.end - max(part.start, first)) for part in parts]
             found = cache.step(kind, values, parts, keeps)
         finally:
             if not is_kept:
                 cache.close()
         last = [row[-1][len(row[-1]) - keep :] for row, keep in zip(found, keeps, strict=True)]
-        logits = self._logits(last, parts, first, columns)
+        scores = self.logits(torch.cat(last))  # the head runs once for the whole batch
+        logits = batch_of_scores(scores, parts, keeps, first=first, columns=columns)
         if wanted is not None:
             logits = logits[:, wanted]
         loss = None
@@ -182,7 +190,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         if kwargs.get("cache_implementation") is not None:
             raise ConfigError("the KV cache is at the servers: leave cache_implementation out")
-        _check_has_news(*args, **kwargs)
+        check_has_news(*args, **kwargs)
         made: weakref.WeakSet[ChainCache] = weakref.WeakSet()
         token = _made_caches.set(made)
         result: Any = None
@@ -350,6 +358,15 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             )
         return chosen
 
+    def _states(
+        self, found: list[list[torch.Tensor]], parts: list[RowPart], columns: int
+    ) -> tuple[torch.Tensor, ...]:
+        """(B, S, D) at each border, zeros for padding; the last one after the final norm."""
+        for row in found:
+            row[-1] = self.head.normalized(row[-1])
+        states = (batch_of_states(rows, parts, columns) for rows in zip(*found, strict=True))
+        return tuple(state.to(device=self.device, dtype=self.dtype) for state in states)
+
     def _parts(
         self,
         values: torch.Tensor,
@@ -369,36 +386,6 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             check_positions(position_ids, parts, cache.lengths(batch))
         return parts
 
-    def _logits(
-        self, last: list[torch.Tensor], parts: list[RowPart], first: int, columns: int
-    ) -> torch.Tensor:
-        """(B, columns - first, V); the head runs once for all rows of the batch."""
-        scores = self.logits(torch.cat(last))
-        kept = columns - first
-        if all(len(rows) == kept for rows in last):
-            return scores.reshape(len(last), kept, -1)
-        logits = scores.new_zeros(len(last), kept, scores.shape[-1])
-        done = 0
-        for index, (rows, part) in enumerate(zip(last, parts, strict=True)):
-            end = part.end - first
-            logits[index, end - len(rows) : end] = scores[done : done + len(rows)]
-            done += len(rows)
-        return logits
-
-    def _states(
-        self, found: list[list[torch.Tensor]], parts: list[RowPart], columns: int
-    ) -> tuple[torch.Tensor, ...]:
-        """(B, S, D) at each border, zeros for padding; the last one after the final norm."""
-        num_borders = len(found[0])
-        size = self.head.hidden_size
-        states = [torch.zeros(len(found), columns, size) for _ in range(num_borders)]
-        for index, (row, part) in enumerate(zip(found, parts, strict=True)):
-            for border, rows in enumerate(row):
-                is_last = border + 1 == num_borders
-                rows = self.head.normalized(rows) if is_last else rows
-                states[border][index, part.start : part.end] = rows.to("cpu", torch.float32)
-        return tuple(state.to(device=self.device, dtype=self.dtype) for state in states)
-
 
 class _StopWhen(StoppingCriteria):  # type: ignore[misc]
     """Ends all rows when the event is set."""
@@ -416,42 +403,3 @@ async def _chain_borders(chains: Chains, num_blocks: int) -> tuple[int, ...]:
         return (0, *(stage.span.end for stage in row.chain))
     finally:
         row.close()
-
-
-def _the_input(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> tuple[ChunkKind, torch.Tensor]:
-    """What goes in, (B, S) ids or (B, S, D) embeddings."""
-    if input_ids is not None and inputs_embeds is not None:
-        raise BadInput("input_ids and inputs_embeds: give one of them")
-    if input_ids is not None:
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise BadInput(f"input_ids of shape {tuple(input_ids.shape)}: give (rows, tokens)")
-        return "ids", input_ids
-    if inputs_embeds is None:
-        raise BadInput("give input_ids or inputs_embeds")
-    if inputs_embeds.dim() != 3 or not inputs_embeds.numel():
-        raise BadInput(f"inputs_embeds of shape {tuple(inputs_embeds.shape)}: give 3 dimensions")
-    check_inference(inputs_embeds)
-    return "embeddings", inputs_embeds
-
-
-def _check_has_news(inputs: Any = None, *_: Any, **kwargs: Any) -> None:
-    """Refuse a text that the cache holds as a whole: transformers would run all of it again."""
-    ids = kwargs.get("input_ids") if inputs is None else inputs
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if not isinstance(cache, ChainCache) or ids is None or ids.dim() != 2:
-        return
-    is_whole = mask is None or mask.shape == ids.shape
-    if is_whole and ids.shape[1] <= cache.get_seq_length():
-        raise BadInput(
-            f"the cache holds {cache.get_seq_length()} tokens, the input {ids.shape[1]}: give the "
-            "whole text with at least one token more, or crop the cache"
-        )
-
-
-def _wanted(logits_to_keep: int | torch.Tensor, columns: int) -> tuple[torch.Tensor | None, int]:
-    """Which columns to pick from the logits afterwards, and from which on they are computed."""
-    if isinstance(logits_to_keep, torch.Tensor):
-        return logits_to_keep.cpu(), 0
-    return None, max(0, columns - logits_to_keep) if logits_to_keep > 0 else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.spans import Span
+from shoal.plan.place.anneal import place_anneal
 from shoal.plan.placement import Placement, check_placement, uncovered
 from shoal.plan.policies import PLACERS, ROUTERS, SOLVED_PLACERS, placer, router
 from shoal.plan.route.contract import Active, load_of
 from tests.unit.plan_problems import check_route, placements, problems, simple
 
 QUICK = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.filter_too_much]
 )
 
 placers = pytest.mark.parametrize("name", [*PLACERS, *SOLVED_PLACERS])
@@ -25,6 +27,8 @@ routers = pytest.mark.parametrize("name", list(ROUTERS))
 
 
 def place(name, problem, seed=0):
+    if name == "anneal":
+        return place_anneal(problem, random.Random(seed), moves=200)
     return placer(name)(problem, random.Random(seed))
 
 
@@ -75,6 +79,14 @@ def test_unknown_rules_are_refused():
         placer("best")
     with pytest.raises(ConfigError, match=r"no rule of routing .*'best'.*wsrr"):
         router("best")
+
+
+def test_without_a_solver_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    for name in ("program", "milp"):
+        monkeypatch.delitem(sys.modules, f"shoal.plan.place.{name}", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'shoal\[plan\]'"):
+        placer("milp")
 
 
 @routers

@@ -24,7 +24,7 @@ from shoal.plan.placement import uncovered
 from shoal.plan.search import Search
 from tests.unit.plan_problems import bloom, least_mean_s, problems, simple, tight
 
-MANY = settings(max_examples=60, deadline=None)
+MANY = settings(max_examples=30, deadline=None)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([1.3, 2.0, 4.0]))
@@ -118,7 +118,7 @@ def test_jffc_lies_between_the_bounds_of_theorem_4():
     rate = 0.7 * sum(one.seats / one.seconds for one in chains)
     speeds = [one.seconds for one in chains for _ in range(one.seats)]
     free, ends, queue = sorted(speeds), [], []
-    now, total, done, jobs = 0.0, 0.0, 0, 60_000
+    now, total, done, jobs = 0.0, 0.0, 0, 30_000
     arrival = rng.expovariate(rate)
     while done < jobs:
         if not ends or arrival < min(ends)[0]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
+from shoal.model.facts import kv_values
 from shoal.plan.memory import CacheShape, gqa, log_bytes, mha, mla, mqa, quantised_bytes
 from shoal.plan.spec import ModelSpec
 from tests.unit.plan_problems import BLOOM_BLOCK_BYTES, bloom, problems, simple
@@ -111,3 +113,18 @@ def test_what_blocks_max_allows_fits_wherever_it_lies(problem, data):
 def test_with_equal_blocks_it_is_the_published_formula(memory, weight, cache, sessions):
     problem = simple([memory], 12, weight=weight, cache=cache)
     assert problem.blocks_max(0, sessions) == min(memory // (weight + cache * sessions), 12)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "shape"),
+    [
+        ("llama", {"num_key_value_heads": 8}, gqa(8, 128)),
+        ("llama", {}, mha(32, 128)),
+        ("falcon", {}, mqa(64)),
+        ("deepseek_v3", {}, mla(512, 64)),
+    ],
+)
+def test_shapes_are_what_the_engine_counts(model_type, options, shape):
+    """`shoal.model.facts` reads the same numbers from a model's config."""
+    config = AutoConfig.for_model(model_type, **options)
+    assert kv_values(config, 0) == shape.values_per_token

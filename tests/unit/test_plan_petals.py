@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.base.errors import ConfigError
@@ -47,6 +47,7 @@ def test_a_server_hosts_between_one_and_all_blocks(num_blocks):
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12), st.data())
+@settings(max_examples=50)
 def test_the_window_is_the_least_by_its_sorted_values(throughputs, data):
     num_blocks = data.draw(st.integers(1, len(throughputs)))
     span = choose_span(throughputs, num_blocks)
@@ -118,6 +119,7 @@ def swarms(draw: st.DrawFn) -> tuple[list[Hosting], int]:
 
 
 @given(swarms(), st.data())
+@settings(max_examples=50)
 def test_a_move_keeps_the_span_inside_and_uncovers_nothing(swarm, data):
     hostings, num_blocks = swarm
     mine = data.draw(st.integers(0, len(hostings) - 1))
@@ -135,6 +137,7 @@ def test_a_move_keeps_the_span_inside_and_uncovers_nothing(swarm, data):
 
 
 @given(swarms(), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
 def test_rebalancing_one_by_one_ends_and_never_lowers_the_worst_block(swarm, seed):
     """The published margin makes it end: what is promised grows, what was there stays."""
     hostings, num_blocks = list(swarm[0]), swarm[1]

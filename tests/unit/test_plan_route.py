@@ -65,7 +65,7 @@ def test_the_shortest_chain_waits_where_wsrr_goes_round():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_wsrr_takes_the_least_sum_and_the_least_maximum(data):
     problem = data.draw(problems(blocks_max=4, clients_max=1))
     placement = data.draw(placements(problem))

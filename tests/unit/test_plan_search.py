@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.base.spans import Span
-from shoal.plan.compose import compose_chains, mean_s, needs_on, room_of, scorer, seats_on
+from shoal.plan.compose import compose_chains, mean_s, needs_on, predict, room_of, scorer, seats_on
 from shoal.plan.cost import Hop, chain_s, prices
 from shoal.plan.placement import Placement
 from shoal.plan.search import Search
 from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
+from shoal.plan.spec import DecodeTimes
 from tests.unit.plan_cases import peer
 from tests.unit.plan_problems import (
     cheapest_of_all,
@@ -23,7 +24,7 @@ from tests.unit.plan_problems import (
     simple,
 )
 
-MANY = settings(max_examples=60, deadline=None)
+MANY = settings(max_examples=30, deadline=None)
 
 
 @given(st.data())
@@ -134,3 +135,19 @@ def test_a_server_that_is_visited_twice_needs_room_for_both_runs():
     chain = (Hop(0, Span(0, 1)), Hop(0, Span(3, 4)))
     assert needs_on(problem, chain) == {0: 2}
     assert seats_on(problem, chain, [5]) == 2
+
+
+def test_sessions_in_step_share_passes():
+    """Three sessions, two of them on the near server: batches of 2 and 1."""
+    problem = simple([48, 48], 4, cache=1, rtt_s=[0.1, 0.3], sessions=3)
+    times = DecodeTimes(points=((1, 0.01), (2, 0.015)))
+    problem = replace(problem, servers=tuple(replace(one, decode=times) for one in problem.servers))
+    placement = Placement(spans=(Span(0, 4), Span(0, 4)))
+    found = predict(problem, placement)
+    assert found.batches == (2, 1)
+    assert found.step_s == pytest.approx((2 * (0.1 + 0.06) + 0.3 + 0.04) / 3)
+    assert found.tokens_per_s == pytest.approx(2 / 0.16 + 1 / 0.34)
+    crowd = predict(problem, placement, sessions=9)
+    assert (crowd.unplaced, crowd.batches) == (5, (2, 2))
+    nothing = predict(problem, Placement(spans=(None, None)))
+    assert (nothing.step_s, nothing.tokens_per_s, nothing.unplaced) == (float("inf"), 0, 3)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from shoal.plan.cost import Chain, Currency, Prices, mean_prices, prices
+from shoal.plan.cost import Batch, Chain, Currency, Prices, chain_s, mean_prices, prices
 from shoal.plan.placement import Placement, free_bytes, uncovered
 from shoal.plan.search import Search
 from shoal.plan.spec import Problem
@@ -68,21 +68,8 @@ def compose_chains(
 
     Ends when no chain has room left, or `sessions_max` sessions have a place.
     """
-    search = Search(problem, placement, price)
-    room = room_of(problem, placement)
-    left = SEATS_MAX if sessions_max is None else sessions_max
-    chains: list[Seated] = []
-    while left > 0:
-        found = search.cheapest(room=room)
-        if found is None:
-            break
-        count = min(left, seats_on(problem, found.chain, room))
-        if not count:
-            break  # It comes to a server twice, which has no room for both runs together.
-        take(problem, found.chain, room, count)
-        left -= count
-        chains.append(Seated(chain=found.chain, seconds=found.seconds, seats=count))
-    return tuple(chains)
+    sessions = SEATS_MAX if sessions_max is None else sessions_max
+    return tuple(_fill(problem, placement, price, room_of(problem, placement), sessions))
 
 
 def composed(problem: Problem, placement: Placement) -> tuple[Seated, ...]:
@@ -102,6 +89,40 @@ class Score(NamedTuple):
     """Mean over the sessions that find one."""
 
 
+def seat_all(
+    problem: Problem, placement: Placement, each: Sequence[Prices], sessions: int
+) -> list[list[Seated]]:
+    """By client: the chains that its share of `sessions` sessions takes.
+
+    Client by client, each session takes the fastest chain (by its client's prices) that
+    still has room. Those that find none are left out.
+    """
+    room = room_of(problem, placement)
+    found = []
+    for share, price in zip(problem.shares(sessions), each, strict=True):
+        found.append(_fill(problem, placement, price, room, share))
+    return found
+
+
+def _fill(
+    problem: Problem, placement: Placement, price: Prices, room: list[int], sessions: int
+) -> list[Seated]:
+    """GCA until `sessions` have a place, out of `room`, which it takes."""
+    chains: list[Seated] = []
+    search = Search(problem, placement, price) if sessions > 0 else None
+    while sessions > 0 and search is not None:
+        found = search.cheapest(room=room)
+        if found is None:
+            break
+        count = min(sessions, seats_on(problem, found.chain, room))
+        if not count:
+            break  # It comes to a server twice, which has no room for both runs together.
+        take(problem, found.chain, room, count)
+        sessions -= count
+        chains.append(Seated(chain=found.chain, seconds=found.seconds, seats=count))
+    return chains
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scorer:
     """By what placements of one problem are compared."""
@@ -118,25 +139,13 @@ class Scorer:
         """
         problem = self.problem
         holes = sum(map(len, uncovered(problem, placement.spans)))
-        room = room_of(problem, placement)
-        holes += sum(left < 0 for left in room)
+        holes += sum(left < 0 for left in room_of(problem, placement))
         if holes:
             return Score(holes, self.sessions, 0.0)
-        total, unplaced = 0.0, 0
-        shares = problem.shares(self.sessions)
-        for left, price in zip(shares, self.prices, strict=True):
-            search = Search(problem, placement, price) if left else None
-            while left and search is not None:
-                found = search.cheapest(room=room)
-                count = min(left, seats_on(problem, found.chain, room)) if found else 0
-                if found is None or not count:
-                    unplaced += left
-                    break
-                take(problem, found.chain, room, count)
-                total += count * found.seconds
-                left -= count
-        placed = self.sessions - unplaced
-        return Score(0, unplaced, total / placed if placed else 0.0)
+        chains = seat_all(problem, placement, self.prices, self.sessions)
+        placed = sum(one.seats for own in chains for one in own)
+        total = sum(one.seats * one.seconds for own in chains for one in own)
+        return Score(0, self.sessions - placed, total / placed if placed else 0.0)
 
 
 def scorer(
@@ -144,7 +153,7 @@ def scorer(
     *,
     currency: Currency = "token",
     sessions: int | None = None,
-    batch: float = 1,
+    batch: Batch = 1,
 ) -> Scorer:
     """The scorer of a problem; by default of its own number of sessions."""
     return Scorer(
@@ -166,3 +175,46 @@ def mean_s(
     """Mean seconds over the problem's concurrent sessions; infinite if not all have a place."""
     score = scorer(problem, currency=currency, sessions=sessions)(placement)
     return math.inf if score.uncovered or score.unplaced else score.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What all sessions at once get from a placement."""
+
+    step_s: float
+    """Mean seconds per token of a session."""
+    tokens_per_s: float
+    """Of all sessions together."""
+    batches: tuple[int, ...]
+    """By server: rows of its decode passes."""
+    unplaced: int
+    """Sessions without a place; the rest is about the others."""
+
+
+def predict(problem: Problem, placement: Placement, *, sessions: int | None = None) -> Prediction:
+    """Decode speed when `sessions` (default: the workload's) all decode in step.
+
+    Every server then runs the rows of all its sessions in one pass, and its time per block
+    is that of this batch. Sessions out of step get smaller batches: this is the slow case.
+    """
+    count = problem.workload.sessions if sessions is None else sessions
+    alone = [prices(problem, client, "token") for client in range(problem.num_clients)]
+    chains = seat_all(problem, placement, alone, count)
+    rows = [0] * len(problem.servers)
+    for own in chains:
+        for one in own:
+            for server in {hop.server for hop in one.chain}:
+                rows[server] += one.seats
+    batches = [max(1, batch) for batch in rows]
+    steps = [
+        (one.seats, chain_s(prices(problem, client, "token", batch=batches), one.chain))
+        for client, own in enumerate(chains)
+        for one in own
+    ]
+    placed = sum(seats for seats, _ in steps)
+    return Prediction(
+        step_s=sum(seats * step for seats, step in steps) / placed if placed else math.inf,
+        tokens_per_s=sum(seats / step if step else math.inf for seats, step in steps),
+        batches=tuple(rows),
+        unplaced=count - placed,
+    )

@@ -22,6 +22,9 @@ from typing import Final, Literal, NamedTuple
 from shoal.base.spans import Span
 from shoal.plan.spec import Problem
 
+Batch = float | Sequence[float]
+"""Rows per decode pass: at all servers, or by server."""
+
 Currency = Literal["token", "request"]
 """What is priced: one decode step, or a whole request from prompt to last token."""
 
@@ -81,7 +84,7 @@ def push_entry_s(rtt_s: float, handling_s: float = HOP_S, transfer_s: float = 0.
     return rtt_s / 2 + handling_s + transfer_s
 
 
-def prices(problem: Problem, client: int, currency: Currency, *, batch: float = 1) -> Prices:
+def prices(problem: Problem, client: int, currency: Currency, *, batch: Batch = 1) -> Prices:
     """The prices of `client`; decode passes are of `batch` rows.
 
     A request is one prefill and `tokens_out - 1` decode steps.
@@ -93,7 +96,7 @@ def prices(problem: Problem, client: int, currency: Currency, *, batch: float = 
     return _sum(_prefill_prices(problem, client), step, workload.tokens_out - 1)
 
 
-def mean_prices(problem: Problem, currency: Currency, *, batch: float = 1) -> Prices:
+def mean_prices(problem: Problem, currency: Currency, *, batch: Batch = 1) -> Prices:
     """The mean over all clients: what a dispatcher for all of them reckons with."""
     total = prices(problem, 0, currency, batch=batch)
     for client in range(1, problem.num_clients):
@@ -135,7 +138,7 @@ def entry_after(price: Prices, before: int, server: int) -> float:
     return price.arrive[server] if price.between is None else price.between[before][server]
 
 
-def service_s(problem: Problem, client: int, chain: Sequence[Hop], *, batch: float = 1) -> float:
+def service_s(problem: Problem, client: int, chain: Sequence[Hop], *, batch: Batch = 1) -> float:
     """Response time of a request that does not wait: prefill and all its steps, seconds.
 
     `T = sum_j (t^I_cj + k_j tau^I_j) + (l - 1) sum_j (t_cj + k_j tau_j)` (BPRR, section II).
@@ -143,9 +146,10 @@ def service_s(problem: Problem, client: int, chain: Sequence[Hop], *, batch: flo
     return chain_s(prices(problem, client, "request", batch=batch), chain)
 
 
-def _step_prices(problem: Problem, client: int, batch: float) -> Prices:
+def _step_prices(problem: Problem, client: int, batch: Batch) -> Prices:
     links = problem.links
-    blocks = [server.decode.at(batch) for server in problem.servers]
+    batches = batch if isinstance(batch, Sequence) else [batch] * len(problem.servers)
+    blocks = [server.decode.at(rows) for server, rows in zip(problem.servers, batches, strict=True)]
     return _priced(problem, client, 1, links.handling_s, blocks)
 
 

@@ -70,7 +70,7 @@ class Search:
             low, high = bisect_left(ordered, span.start), bisect_left(ordered, span.end)
             for start in ordered[low:high]:
                 for end in range(span.end if exits == "end" else start + 1, span.end + 1):
-                    need = problem.session_bytes(Span(start, end))
+                    need = problem.run_bytes(start, end)
                     entry = (hop_s(arrive, block, end - start), server, need)
                     self._entries[start].setdefault(end, []).append(entry)
         for ends in self._entries:

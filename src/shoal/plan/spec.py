@@ -246,7 +246,11 @@ class Problem:
 
     def session_bytes(self, span: Span) -> int:
         """Caches and log of one session at a hop that runs `span`, at its full length."""
-        return self._caches[span.end] - self._caches[span.start] + self.log_bytes
+        return self.run_bytes(span.start, span.end)
+
+    def run_bytes(self, start: int, end: int) -> int:
+        """The same for blocks [start, end): searches ask often, and spans take time to make."""
+        return self._caches[end] - self._caches[start] + self.log_bytes
 
     def can_host(self, server: int, span: Span) -> bool:
         """Whether a server may host `span`: its weights fit, if perhaps no session does."""

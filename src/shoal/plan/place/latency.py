@@ -77,10 +77,12 @@ FREE_SWITCH: Final = SwitchCost()
 def place_latency(problem: Problem, rng: random.Random, *, goal: Goal | None = None) -> Placement:
     """Fast servers join first, each at the best place; then best responses to the end.
 
+    The default goal is the mean response time of the workload's sessions.
+
     Raises:
         NoRouteError: some block is left over.
     """
-    goal = goal or Goal(score=scorer(problem))
+    goal = goal or Goal(score=scorer(problem, currency="request"))
     placement = Placement(spans=(None,) * len(problem.servers))
     ranked = amortised(problem, problem.workload.sessions)
     for one in ranked:

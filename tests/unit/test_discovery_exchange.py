@@ -9,8 +9,10 @@ import pytest
 from shoal.base.errors import PeerBusy, PeerMisbehaved, ProtocolError
 from shoal.base.ids import PeerId
 from shoal.base.limits import HEADER_BYTES_MAX, RECORD_TTL_S
+from shoal.discovery.allowance import UPDATES_BURST
 from shoal.discovery.exchange import (
     PUBLISH_RECORDS_MAX,
+    Intake,
     answer_directory,
     fetch_from,
     publish_to,
@@ -166,3 +168,18 @@ def test_pages_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [Records(call, [signed(PEERS[call])], has_more=True) for call in range(3)]
     with pytest.raises(PeerMisbehaved, match="without end"):
         run_virtual(fetch_from(Script(*answers), RecordStore(SWARM), 0.0))
+
+
+def test_a_flood_of_published_records_is_bounded() -> None:
+    store = RecordStore(SWARM)
+    intake = Intake(store)
+    answers = [
+        answer_directory(store, Publish(1, [signed(ALICE, counter)]), 0.0, intake)
+        for counter in range(2 * UPDATES_BURST)
+    ]
+    busy = [answer for answer in answers if isinstance(answer, Error)]
+    assert [answer.code for answer in busy] == ["busy"] * UPDATES_BURST
+    assert answer_directory(store, Publish(1, [signed(ALICE, 99)]), 5.0, intake) == Records(1, [])
+    for _ in range(100):
+        intake.accept(signed(ALICE, 99), 5.0)
+    assert intake.accept(signed(BOB, 1), 5.0), "what is known costs nothing"

@@ -11,6 +11,7 @@ import pytest
 from shoal.base.errors import PeerMisbehaved, ProtocolError
 from shoal.base.ids import PeerId
 from shoal.base.limits import GOSSIP_BEAT_S, RECORD_TTL_S
+from shoal.discovery.allowance import RECORDS_BURST, UPDATES_BURST
 from shoal.discovery.gossiper import (
     DOUBT_AFTER_S,
     PROBE_TIMEOUT_S,
@@ -23,7 +24,6 @@ from shoal.discovery.gossiper import (
     Gossiper,
 )
 from shoal.discovery.neighbourhood import (
-    RECORDS_BURST,
     SUSPECTS_BURST,
     Action,
     Dial,
@@ -36,7 +36,6 @@ from shoal.discovery.spreading import (
     BAD_MAX,
     DIGEST_PERIOD_S,
     OFFER_GAP_S,
-    UPDATES_BURST,
     WANT_TIMEOUT_S,
 )
 from shoal.discovery.store import RESTORE_AFTER_S, SUSPECT_S, RecordStore

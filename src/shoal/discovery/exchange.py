@@ -1,7 +1,7 @@
 """How two peers exchange records: the questions, and the answers to them.
 
 Everything here is about one control channel. Whom to ask, and when, is decided in
-`joined.py`.
+`gossip.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from shoal.base.errors import (
 )
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import HEADER_BYTES_MAX
+from shoal.discovery.allowance import (
+    RECORDS_BURST,
+    RECORDS_PER_S,
+    UPDATES_PER_S,
+    Allowance,
+    UpdateLimits,
+)
 from shoal.discovery.records import claimed_peer
 from shoal.discovery.store import RecordStore
 from shoal.net.channel import error_message
@@ -53,19 +60,52 @@ class Asking(Protocol):
         """The next message."""
 
 
+class Intake:
+    """What strangers may put into a store besides gossip: records published or in routes.
+
+    One allowance for all of them together, and one for each peer's updates.
+    """
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self._records: Allowance | None = None
+        self._updates = UpdateLimits()
+
+    def accept(self, data: bytes, now_s: float) -> bool:
+        """Take a record; whether it was news.
+
+        Raises:
+            PeerBusy: too many new ones lately, or the store is full.
+            ProtocolError, PeerMisbehaved, PeerRefused: not a valid record of this swarm.
+        """
+        if self._records is None:
+            self._records = Allowance(RECORDS_BURST, RECORDS_PER_S, now_s)
+        peer = claimed_peer(data)
+        held = self._store.find(peer)
+        if held is not None and held.data == data:
+            return False
+        self._updates.forget(now_s)
+        if not self._records.take(now_s) or not self._updates.take(peer, now_s):
+            raise PeerBusy("too many new records", retry_after_s=1 / UPDATES_PER_S)
+        return self._store.accept(data, now_s)
+
+
 def answer_directory(
-    store: RecordStore, message: GetRecords | Publish, now_s: float
+    store: RecordStore,
+    message: GetRecords | Publish,
+    now_s: float,
+    intake: Intake | None = None,
 ) -> Records | Error:
     """What to answer a peer that asks for records or hands over its own.
 
     Both are answered by Records: to GetRecords with a page of them, to Publish with
     those that are later than what the sender gave. A publisher that hands over a bad record
-    gets the Error; good ones before it are kept.
+    gets the Error; good ones before it are kept. `intake` bounds what is handed over.
     """
     store.expire(now_s)
     if isinstance(message, GetRecords):
         return _page(store, message, now_s)
-    return _take(store, message, now_s)
+    return _take(store, message, now_s, intake or Intake(store))
 
 
 def _page(store: RecordStore, message: GetRecords, now_s: float) -> Records:
@@ -81,11 +121,11 @@ def _page(store: RecordStore, message: GetRecords, now_s: float) -> Records:
     return Records(message.call, page, False, ages_s)
 
 
-def _take(store: RecordStore, message: Publish, now_s: float) -> Records | Error:
+def _take(store: RecordStore, message: Publish, now_s: float, intake: Intake) -> Records | Error:
     later: list[bytes] = []
     for data in message.records[:PUBLISH_RECORDS_MAX]:
         try:
-            if store.accept(data, now_s):
+            if intake.accept(data, now_s):
                 continue
             held = store.find(claimed_peer(data))
         except ShoalError as error:

@@ -8,15 +8,9 @@ from typing import Final
 
 from shoal.base.ids import PeerId
 from shoal.base.limits import RECORDS_MAX
-from shoal.discovery.allowance import Allowance
+from shoal.discovery.allowance import RECORDS_BURST, RECORDS_PER_S, Allowance
 from shoal.discovery.directory import SignedRecord
 from shoal.wire.messages import Message, RecordName
-
-RECORDS_BURST: Final = RECORDS_MAX
-"""New records that one neighbour may hand over at once: a whole directory."""
-
-RECORDS_PER_S: Final = 20.0
-"""And in the long run: a swarm of 4,096 renews 9 a second. Checking 20 takes 2 ms."""
 
 SUSPECTS_BURST: Final = 1024
 """Suspicions that one neighbour may pass on at once: a split swarm's other half."""

@@ -15,7 +15,7 @@ from typing import Final
 from shoal.base.errors import PeerBusy, PeerMisbehaved, PeerRefused, ProtocolError
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORDS_MAX
-from shoal.discovery.allowance import Allowance
+from shoal.discovery.allowance import UpdateLimits
 from shoal.discovery.digest import bucket_of
 from shoal.discovery.directory import SignedRecord
 from shoal.discovery.exchange import PAGE_BYTES_MAX, RECORD_OVERHEAD_BYTES
@@ -35,12 +35,6 @@ DIGEST_PERIOD_S: Final = 20.0
 
 WANT_TIMEOUT_S: Final = 3.0
 """A neighbour that was asked for a record gets this long before another one is asked."""
-
-UPDATES_BURST: Final = 8
-"""Records of one peer that are taken at once: start, load, serve, refute, leave."""
-
-UPDATES_PER_S: Final = 0.2
-"""And in the long run: enough to refute a suspicion each SUSPECT_S, too little to flood."""
 
 BAD_MAX: Final = 8
 """Bad records from one neighbour before it is dropped: it should have checked them."""
@@ -62,7 +56,7 @@ class Spreading:
         self._store = store
         self._rng = rng
         self._wanted: dict[PeerId, _Wanted] = {}
-        self._updates: dict[PeerId, Allowance] = {}
+        self._updates = UpdateLimits()
         self._next_digest_s = 0.0
         store.on_news(self._on_news)
 
@@ -87,8 +81,7 @@ class Spreading:
                 self._ask_another(peer, wanted, now_s)
         if now_s >= self._next_digest_s:
             self._next_digest_s = now_s + DIGEST_PERIOD_S * self._rng.uniform(0.8, 1.2)
-            for peer in [p for p, one in self._updates.items() if one.is_full(now_s)]:
-                del self._updates[peer]
+            self._updates.forget(now_s)
             if self._around.neighbours:
                 peer = self._rng.choice(list(self._around.neighbours))
                 self._around.send(peer, Digest(self._store.digest.pack()), now_s)
@@ -198,10 +191,7 @@ class Spreading:
             return "repeated"
         if not neighbour.records.take(now_s):
             return "flood"
-        updates = self._updates.get(peer)
-        if updates is None and held is not None:
-            updates = self._updates[peer] = Allowance(UPDATES_BURST, UPDATES_PER_S, now_s)
-        if updates is not None and not updates.take(now_s):
+        if held is not None and not self._updates.take(peer, now_s):
             return "flood"
         is_news = self._store.accept(data, now_s, age_s)
         self._wanted.pop(peer, None)

@@ -15,7 +15,7 @@ from shoal.base.backend import BackendFacts
 from shoal.base.errors import ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S
-from shoal.discovery.exchange import answer_directory
+from shoal.discovery.exchange import Intake, answer_directory
 from shoal.discovery.records import Record, RecordState, sign_record
 from shoal.discovery.store import RecordStore
 from shoal.net.address import Address, parse_address, parse_listen
@@ -37,10 +37,15 @@ class StoreBook:
 
     def __init__(self, store: RecordStore) -> None:
         self._store = store
+        self._intake = Intake(store)
 
     def learn(self, record: bytes) -> None:
-        """Take a signed record over if it is valid and news; raises ShoalError if not valid."""
-        self._store.accept(record, asyncio.get_running_loop().time())
+        """Take a signed record over if it is valid and news.
+
+        Raises:
+            ShoalError: it is not valid, or too many are new.
+        """
+        self._intake.accept(record, asyncio.get_running_loop().time())
 
     def addresses(self, peer: PeerId) -> tuple[Address, ...]:
         """Where a peer with a valid record of this swarm can be dialled."""
@@ -52,7 +57,8 @@ class StoreBook:
 
     def answer(self, message: GetRecords | Publish) -> ControlMessage:
         """The answer to somebody else's question."""
-        return answer_directory(self._store, message, asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        return answer_directory(self._store, message, now_s, self._intake)
 
 
 class Publisher(Protocol):

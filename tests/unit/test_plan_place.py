@@ -157,6 +157,8 @@ def test_gbpcr_reserves_more_when_more_is_asked():
 def test_whole_models_where_they_fit():
     problem = simple([44, 43, 100], 4, cache=1)
     assert place_whole(problem, RNG).spans == spans((0, 4), None, (0, 4))
+    with pytest.raises(NoRouteError, match=r"need 4\.4e-08 GB, the largest server has 4\.3e-08"):
+        place_whole(simple([43, 43], 4, cache=1), RNG)
 
 
 @pytest.mark.parametrize(

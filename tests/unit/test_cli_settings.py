@@ -58,12 +58,16 @@ def test_environment_beats_file_beats_default(capsys, tmp_path):
     )
     os.environ.update(SHOAL_GENERATE_SEED="5", SHOAL_SWARM="mine", SHOAL_STATUS_SWARM="")
     options = shown(capsys, "--config", str(path), "generate")
-    assert options["seed"] == ("5", "SHOAL_GENERATE_SEED")
+    assert options["seed"] == (5, "SHOAL_GENERATE_SEED")
     assert options["swarm"] == ("mine", "SHOAL_SWARM")
     assert options["threads"] == (2, str(path))
     assert options["max-new-tokens"] == (9, str(path))
     assert options["join"] == (["tcp://top"], str(path))
     assert options["patience"] == (60.0, "default")
+    os.environ.update(SHOAL_GENERATE_COMPRESS="true", SHOAL_MODEL_INSPECT_MEMORY="4 8.5")
+    assert shown(capsys, "generate")["compress"] == (True, "SHOAL_GENERATE_COMPRESS")
+    assert run(["config", "show", "model", "inspect"]) == 0
+    assert "memory = [4.0, 8.5]" in capsys.readouterr().out
     assert shown(capsys, "--config", str(path), "serve")["threads"] == (3, str(path))
     os.environ["SHOAL_STATUS_SWARM"] = "theirs"
     assert shown(capsys, "status")["swarm"] == ("theirs", "SHOAL_STATUS_SWARM")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +82,9 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
         hosted.add_done_callback(partial(_hand_on_failure, opened))
         yield background, opened.result()
         background.call_soon(ending.set)
-        hosted.result(CLOSE_S)
+        done, _ = wait([hosted], CLOSE_S)
+        if done:
+            hosted.result()
 
 
 def _end_tokens(model: OpenModel, tokenizer: object) -> frozenset[int]:

@@ -207,10 +207,9 @@ def checked(parameter: Any, value: Any, where: str, context: Any) -> Any:
     if not parameter.multiple and isinstance(value, list | dict):
         raise ConfigError(f"{where}: one value, not {value!r}")
     try:
-        parameter.process_value(context, value)
+        return parameter.process_value(context, value)
     except typer.BadParameter as error:
         raise ConfigError(f"{where} = {value!r}: {error.message}") from error
-    return value
 
 
 def resolve(
@@ -242,16 +241,23 @@ def _resolve_one(
     is_shared = name in SHARED
     for key in (variable((*words, name)), *([variable((name,))] if is_shared else [])):
         if environ.get(key):
-            text: Any = environ[key]
+            text = environ[key]
             value = checked(parameter, text.split() if parameter.multiple else text, key, context)
-            return Setting(name=name, value=value, source=key)
+            return Setting(name=name, value=_plain(value), source=key)
     if file is not None:
         section = file.sections.get(words, {})
         if name in section:
-            return Setting(name=name, value=section[name], source=str(file.path))
+            return Setting(name=name, value=_plain(section[name]), source=str(file.path))
         if is_shared and name in file.shared:
-            return Setting(name=name, value=file.shared[name], source=str(file.path))
+            return Setting(name=name, value=_plain(file.shared[name]), source=str(file.path))
     return Setting(name=name, value=parameter.default, source="default")
+
+
+def _plain(value: Any) -> Any:
+    """As a file would hold it, and as JSON can."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float) else str(value)
 
 
 def global_settings(file: ConfigFile | None, environ: Mapping[str, str]) -> list[Setting]:

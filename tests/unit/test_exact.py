@@ -136,6 +136,13 @@ def test_auto_is_exact_where_it_costs_nothing() -> None:
         assert chosen.facts.is_exact == tiles.is_free
 
 
+def test_experts_are_exact_on_request_only() -> None:
+    chosen = backend("qwen3_moe", "bfloat16", exact="auto")
+    assert not chosen.facts.is_exact
+    assert chosen._model.experts.tiles is None
+    assert backend("qwen3_moe", "bfloat16").facts.is_exact
+
+
 def test_transformers_own_experts_would_not_do() -> None:
     """What the tiles are for: without them, company changes bits."""
     target = backend("qwen3_moe", "float32", copy=7)

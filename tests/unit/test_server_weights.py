@@ -9,7 +9,7 @@ import pytest
 from shoal.base.errors import ConfigError, PeerError
 from shoal.lab.clock import run_virtual
 from shoal.net.channel import Channel
-from shoal.server.weights import WeightsConfig
+from shoal.server.weights import WeightsConfig, hand_out_nothing
 from shoal.wire.messages import Error, Ping
 from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 from tests.unit.weights_cases import MODEL, TENSORS, items, shelf, swarm
@@ -48,6 +48,7 @@ def test_streams_are_counted_in_all_and_per_peer() -> None:
         async with swarm(shelf()) as peers:
             address = peers.places[0].addresses[0]
             held = [await peers.dial(address) for _ in range(3)]
+            await held[2].send(GetHoldings(1, bytes.fromhex(MODEL)))
             answer, _ = await held[2].receive()
             assert isinstance(answer, Error)
             assert (answer.code, answer.retry_after_s) == ("busy", 5.0)
@@ -56,6 +57,21 @@ def test_streams_are_counted_in_all_and_per_peer() -> None:
             again = await peers.dial(address)
             await again.send(GetHoldings(1, bytes.fromhex(MODEL)))
             assert isinstance((await again.receive())[0], Holdings)
+
+    run_virtual(work())
+
+
+def test_who_hands_out_nothing_says_so() -> None:
+    async def work() -> None:
+        async with swarm(hand_out_nothing) as peers:
+            channel = await peers.dial(peers.places[0].addresses[0])
+            await channel.send(GetHoldings(1, bytes.fromhex(MODEL)))
+            answer, _ = await channel.receive()
+            assert isinstance(answer, Error)
+            assert answer.code == "refused"
+            silent = await peers.dial(peers.places[0].addresses[0])
+            with pytest.raises(PeerError):
+                await silent.receive()
 
     run_virtual(work())
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.base.content import is_hash
+from shoal.base.errors import ModelUnknown
 from shoal.cli.logs import progress_bar
 
 if TYPE_CHECKING:
@@ -59,7 +61,15 @@ def open_given(given: str) -> ModelSource:
     quiet_transformers()
     from shoal.model.source import open_source
 
-    return open_source(given, cache_dir())
+    try:
+        return open_source(given, cache_dir())
+    except ModelUnknown as error:
+        if is_hash(given.partition(".")[0]):
+            raise ModelUnknown(
+                f"model {given} is named by its hash, of which this machine has no copy: add "
+                "--weights-from-peers to serve or generate, or give a directory or a file"
+            ) from error
+        raise
 
 
 def open_model(given: str) -> OpenModel:

@@ -41,7 +41,7 @@ from shoal.server.announcing import Announcement, Announcer, StoreBook, public_a
 from shoal.server.config import StreamService
 from shoal.server.door import Door
 from shoal.server.server import open_server
-from shoal.server.weights import WeightsConfig, WeightServer
+from shoal.server.weights import WeightsConfig, WeightServer, hand_out_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         book = StoreBook(directory.store)
         services: dict[str, StreamService] = {PURPOSE_GOSSIP: directory.serve}
         weights = _weight_server(settings, model)
-        if weights is not None:
-            services[PURPOSE_WEIGHTS] = weights.serve
+        services[PURPOSE_WEIGHTS] = hand_out_nothing if weights is None else weights.serve
         door = Door(swarm_pass, book, facts, services)
         listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
         addresses, hosts = _addresses(settings, listener.address)

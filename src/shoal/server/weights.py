@@ -18,7 +18,9 @@ from shoal.base.errors import (
     ConfigError,
     ModelUnknown,
     PeerBusy,
+    PeerRefused,
     PeerTimeout,
+    PeerUnreachable,
     ProtocolError,
     ShoalError,
 )
@@ -133,7 +135,7 @@ class WeightServer:
             or self._streams[peer] >= STREAMS_PER_PEER_MAX
         ):
             busy = PeerBusy("hands out weights to enough peers now", retry_after_s=BUSY_RETRY_S)
-            await channel.refuse(busy)
+            await turn_away(channel, busy)
             return
         self._streams[peer] += 1
         try:
@@ -188,3 +190,24 @@ class WeightServer:
                 "are not here"
             )
         return found
+
+
+async def turn_away(channel: Channel, reason: ShoalError) -> None:
+    """Answer the first request with `reason`, and let the peer end the stream.
+
+    If we ended it, the request under way would break the connection before the reason is read.
+    """
+    try:
+        async with asyncio.timeout(BUSY_RETRY_S):
+            await channel.receive()
+            await channel.send(error_message(reason))
+            await channel.receive()
+    except (TimeoutError, PeerUnreachable, ProtocolError):
+        logger.debug("peer turned away peer=%s reason=%s", short(channel.peer), reason)
+    finally:
+        channel.close()
+
+
+async def hand_out_nothing(channel: Channel) -> None:
+    """Serves weights streams where no weights are handed out."""
+    await turn_away(channel, PeerRefused("hands out no weights"))

@@ -188,6 +188,12 @@ def test_spare_servers_raise_the_worst_blocks():
         plan_flow(simple([25], 4))
 
 
+def test_many_different_servers_are_left_to_petals_rule():
+    rates = tuple(tuple((400 + one) / blocks for blocks in range(1, 41)) for one in range(30))
+    plan = plan_flow(simple([1] * 30, 40), rates=rates, limit_s=0.0)
+    assert plan.rows_per_s > 0.9 * plan.bound
+
+
 def test_free_blocks_are_no_trouble():
     problem = replace(simple([100], 2), servers=(server(100, 0.0),))
     assert plan_flow(problem).placement == Placement(spans=(Span(0, 2),))

@@ -72,8 +72,11 @@ def test_throughputs_add_up():
     assert block_throughputs(hostings, 4) == [1.0, 3.0, 2.0, 0.0]
     with pytest.raises(ConfigError, match=r"\[1,3\)"):
         block_throughputs(hostings, 2)
-    with pytest.raises(ConfigError, match="at least 0"):
+    with pytest.raises(ConfigError, match="number of rows"):
         hosting(0, 1, float("nan"))
+    with pytest.raises(ConfigError, match="number of rows"):
+        hosting(0, 1, float("inf"))
+    assert server_throughput(float("inf"), 3) < float("inf")
 
 
 def test_who_alone_holds_a_block_stays():

@@ -11,6 +11,7 @@ server applies them. Start with `choose_span`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ ROUNDS_MAX: Final = 100
 """Rounds of answering moves that a server imagines. The published rule has no limit and
 nothing proves that it ends; three rounds are usual."""
 
+THROUGHPUT_MAX: Final = 1e9
+"""Rows per second that count as without limit: sums and differences need numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hosting:
@@ -39,8 +43,8 @@ class Hosting:
     throughput: float
 
     def __post_init__(self) -> None:
-        if not self.throughput >= 0:
-            raise ConfigError(f"throughput must be at least 0 rows/s, not {self.throughput}")
+        if not 0 <= self.throughput < math.inf:
+            raise ConfigError(f"throughput must be a number of rows/s, not {self.throughput}")
 
 
 def server_throughput(
@@ -53,7 +57,8 @@ def server_throughput(
     """
     if num_blocks < 1:
         raise ConfigError(f"a server hosts at least 1 block, not {num_blocks}")
-    return min(forward_rows_per_s / ((num_blocks + 1) / 2), network_rows_per_s)
+    through_half = forward_rows_per_s / ((num_blocks + 1) / 2)
+    return min(through_half, network_rows_per_s, THROUGHPUT_MAX)
 
 
 def block_throughputs(hostings: Iterable[Hosting], num_blocks: int) -> list[float]:

@@ -24,7 +24,13 @@ from typing import Final
 from shoal.base.errors import NoRouteError
 from shoal.base.spans import Span
 from shoal.plan.bounds import throughput_bound
-from shoal.plan.petals import Hosting, block_throughputs, choose_span, settled
+from shoal.plan.petals import (
+    THROUGHPUT_MAX,
+    Hosting,
+    block_throughputs,
+    choose_span,
+    settled,
+)
 from shoal.plan.place.program import Program
 from shoal.plan.placement import Placement
 from shoal.plan.spec import Problem
@@ -38,8 +44,8 @@ GAP: Final = 1e-4
 GOOD_ENOUGH: Final = 0.98
 """and planning at this share of the analytic bound, as Helix does."""
 
-RATE_MAX: Final = 1e9
-"""Rows per second that count as without limit: the solver needs numbers."""
+SOLVED_MAX: Final = 30_000
+"""Windows of all classes beyond which the solver does not come far, and is not asked."""
 
 Rates = tuple[tuple[float, ...], ...]
 """By server, then by number of hosted blocks less 1: rows per second."""
@@ -68,15 +74,17 @@ def plan_flow(problem: Problem, *, rates: Rates | None = None, limit_s: float = 
 
     First by Petals' rule, every server at the length at which it does the most work: that
     is quick and often nearly all that can be had. Then, unless it is, by the solver, first
-    with these lengths and then with all; where its time runs out, what it has found
-    depends on the machine.
+    with these lengths and then with all, as long as there are not too many different
+    servers. Where its time runs out, what it has found depends on the machine.
 
     Servers that the flow does not need join where rows per second are fewest.
 
     Raises:
         NoRouteError: no rows flow at all.
     """
-    rates = decode_rates(problem) if rates is None else rates
+    if rates is None:
+        rates = decode_rates(problem)
+    rates = tuple(tuple(min(rate, THROUGHPUT_MAX) for rate in own) for own in rates)
     bound = throughput_bound(problem, rates)
     placement = _balanced(problem.num_blocks, rates)
     rows_per_s = rows_through(problem, placement, rates)
@@ -120,6 +128,9 @@ def _solve(
     classes: dict[tuple[float, ...], list[int]] = defaultdict(list)
     for server, own in enumerate(rates):
         classes[own].append(server)
+    lengths = (1 if is_full else sum(rate > 0 for rate in own) for own in classes)
+    if sum(lengths) * problem.num_blocks > SOLVED_MAX:
+        return None, math.inf
     program = _Classes(problem.num_blocks, {own: len(who) for own, who in classes.items()}, is_full)
     solution = program.program.solve(limit_s=limit_s, gap=GAP)
     if not solution.values:
@@ -183,7 +194,7 @@ class _Classes:
                     window = self.program.variable(high=count, integer=True)
                     windows[Span(start, start + length)] = window
                     for terms in blocks[start : start + length]:
-                        terms[window] = min(own[length - 1], RATE_MAX)
+                        terms[window] = own[length - 1]
             if windows:
                 self.program.row(dict.fromkeys(windows.values(), 1.0), high=count)
         for terms in blocks:

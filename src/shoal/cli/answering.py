@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.ids import peer_text, short
-from shoal.base.spans import Span, missing_blocks
 from shoal.cli.joining import SwarmChoice, Visitor, visit, wall_clock
 from shoal.cli.models import OpenModel
 from shoal.client.client import Client, ClientConfig, open_client
 from shoal.discovery.directory import Snapshot
+from shoal.hf import connection
+from shoal.hf.connection import common_encoding as common_encoding
 from shoal.hf.detokenize import Detokenizer
 from shoal.hf.generation import Answer, Token, generate, summarize
 from shoal.hf.head import Head, load_head
 from shoal.hf.sampling import Sampler
 from shoal.wire.tensors import INT8_BLOCK
-
-FALLBACK_ENCODING = "float32"
-"""When no server says what it computes in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,42 +108,10 @@ async def open_swarm_client(
 
 
 def check_served(snapshot: Snapshot, model: OpenModel) -> None:
-    """Refuse at once what can't work: nobody serves this model, or not all of its blocks.
-
-    Servers that are still joining count: the session waits for them.
-
-    Raises:
-        ConfigError: the swarm serves other models; names them and ours.
-        NoRouteError: nobody serves anything, or blocks are missing; names them.
-    """
-    records = [one.record for one in snapshot.records]
-    mine = [record for record in records if record.model == model.name]
-    whole = Span(0, model.num_blocks)
-    if records and not mine:
-        others = {record.model: record.num_blocks for record in records}
-        served = "; ".join(f"{name} ({blocks} blocks)" for name, blocks in others.items())
-        raise ConfigError(
-            f"the swarm serves model {served}, but {model.given} is model {model.name} "
-            f"({model.num_blocks} blocks): give the same MODEL as the servers"
-        )
-    missing = missing_blocks(whole, [Span(record.start, record.end) for record in mine])
-    if missing:
-        names = ", ".join(str(span) for span in missing)
-        raise NoRouteError(
-            f"no server has blocks {names} of {model.given}: start one with "
-            f"shoal serve --blocks {missing[0].start}:{missing[0].end} --join ...",
-            missing=[(span.start, span.end) for span in missing],
-        )
-
-
-def common_encoding(snapshot: Snapshot, model: str) -> str:
-    """The encoding that most servers of the model compute in."""
-    counts = Counter(
-        one.record.encodings[0]
-        for one in snapshot.records
-        if one.record.model == model and one.record.encodings
+    """Refuse at once what can't work; see `shoal.hf.connection.check_served`."""
+    connection.check_served(
+        snapshot, given=model.given, model=model.name, num_blocks=model.num_blocks
     )
-    return counts.most_common(1)[0][0] if counts else FALLBACK_ENCODING
 
 
 def as_dict(text: str, answer: Answer) -> dict[str, Any]:

@@ -207,7 +207,8 @@ def check_served(snapshot: Snapshot, *, given: str, model: str, num_blocks: int)
     if missing:
         names = ", ".join(str(span) for span in missing)
         raise NoRouteError(
-            f"no server has blocks {names} of {given}: start one with shoal serve",
+            f"no server has blocks {names} of {given}: start one with "
+            f"shoal serve --blocks {missing[0].start}:{missing[0].end} --join ...",
             missing=[(span.start, span.end) for span in missing],
         )
 

@@ -143,7 +143,12 @@ def test_bad_records_in_an_answer_are_left_out_and_logged(
 
 def test_answers_to_other_questions_are_skipped() -> None:
     mine = RecordStore(SWARM)
-    noise = [Alive(0, 0, 0.0, 0.0, 0.0), Ping(0), Error(9, "busy"), Records(9, [signed(ALICE)])]
+    noise: list[Message] = [
+        Alive(0, 0, 0.0, 0.0, 0.0),
+        Ping(0),
+        Error(9, "busy"),
+        Records(9, [signed(ALICE)]),
+    ]
     run_virtual(fetch_from(Script(*noise, Records(0, [signed(BOB)])), mine, 1.0))
     assert [who for who, _ in mine.envelopes()] == [BOB.peer]
 

@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from shoal.base.errors import ConfigError, PeerRefused, PeerTimeout, PeerUnreachable
+from shoal.base.errors import ConfigError, PeerBusy, PeerRefused, PeerTimeout, PeerUnreachable
 from shoal.base.ids import peer_text
 from shoal.base.limits import CALL_TIMEOUT_S, RECORD_TTL_S
 from shoal.discovery.exchange import answer_directory
 from shoal.discovery.gossip import READER_DELAY_S, GossipConfig, GossipDirectory
-from shoal.discovery.gossiper import ALONE_RECONNECT_S, SILENCE_S, TICK_S
+from shoal.discovery.gossiper import ALONE_RECONNECT_S, DOUBT_AFTER_S, SILENCE_S, TICK_S
 from shoal.discovery.neighbourhood import name_of
 from shoal.discovery.spreading import BAD_MAX
 from shoal.discovery.store import SUSPECT_S, RecordStore
@@ -371,6 +371,29 @@ async def mallory_at(network: MemoryNetwork, one: Member) -> Channel:
     """A gossip stream of a peer that is up to no good."""
     transport = network.transport(identity(66).peer)
     return await open_channel(transport, parse_address(one.address), PURPOSE_GOSSIP, PASS)
+
+
+def test_who_is_turned_away_does_not_come_back_at_once_nor_accuse() -> None:
+    dialled = 0
+
+    async def work() -> None:
+        network = MemoryNetwork()
+        who = identity(2)
+
+        async def refuse(channel: Channel) -> None:
+            nonlocal dialled
+            dialled += 1
+            await channel.refuse(PeerBusy("enough neighbours"))
+
+        address = await listen(network, who, refuse)
+        async with directory_of(network, READER) as directory:
+            directory.store.accept(signed(who, addresses=[str(address)]), 0.0, DOUBT_AFTER_S + 1)
+            await asyncio.sleep(60)
+            assert 2 <= dialled <= 15
+            assert directory.snapshot().suspects == frozenset()
+            assert len(directory.snapshot().records) == 1
+
+    run_virtual(work())
 
 
 async def send_without_end(channel: Channel, message: Message) -> None:

@@ -18,10 +18,12 @@ from typing import Final, Self
 from shoal.base.errors import (
     PeerBusy,
     PeerMisbehaved,
+    PeerRefused,
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
     ShoalError,
+    VersionMismatch,
 )
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import CALL_TIMEOUT_S
@@ -51,8 +53,11 @@ READ_TRIES: Final = 3
 READER_DELAY_S: Final = 1.0
 """A client dials neighbours after this: a command that only looks is over by then."""
 
-SETTLE_S: Final = 2.0
+SETTLE_S: Final = 1.0
 """How long a publication waits for neighbours that are being dialled."""
+
+FAILURES_MAX: Final = 256
+"""Failures that are remembered, for people and tests."""
 
 FAREWELL_S: Final = 0.5
 """How long `close` waits for its neighbours to hear that we part."""
@@ -281,9 +286,9 @@ class GossipDirectory:
                 addresses = [parse_address(text) for text in action.addresses]
                 channel = await self._open(addresses, PURPOSE_GOSSIP)
         except TimeoutError:
-            self.failures[peer] = PeerTimeout(f"no answer within {action.timeout_s:g} s")
-        except ShoalError as error:
-            self.failures[peer] = error
+            error: ShoalError = PeerTimeout(f"no answer within {action.timeout_s:g} s")
+        except ShoalError as failure:
+            error = failure
         else:
             self.failures.pop(peer, None)
             if self.gossiper.prefers_new(peer, is_dialled=True):
@@ -293,8 +298,13 @@ class GossipDirectory:
                 self.gossiper.kept(peer)
                 self._progress.set()
             return
-        logger.debug("not in touch peer=%s reason=%s", short(peer), self.failures[peer])
-        self._do(self.gossiper.undialled(peer, self._now_s()))
+        logger.debug("not in touch peer=%s reason=%s", short(peer), error)
+        self.failures[peer] = error
+        if len(self.failures) > FAILURES_MAX:
+            del self.failures[next(iter(self.failures))]
+        lives = isinstance(error, PeerBusy | PeerRefused | VersionMismatch)
+        tell = self.gossiper.turned_away if lives else self.gossiper.undialled
+        self._do(tell(peer, self._now_s()))
         self._progress.set()
 
     async def _keep_in_touch(self, channel: Channel, *, is_dialled: bool) -> None:
@@ -330,6 +340,8 @@ class GossipDirectory:
         if self._links.get(link.peer) is not link:
             return  # its place was taken, or it was dropped
         if isinstance(message, Error):
+            del self._links[link.peer]
+            self._do(self.gossiper.turned_away(link.peer, self._now_s()))
             raise PeerUnreachable(f"{message.code}: {message.detail}")
         if isinstance(message, Taken):
             self._untaken.get(message.call, set()).discard(link.peer)

@@ -190,6 +190,13 @@ class Gossiper:
             self._accuse(held, now_s)
         return self.around.take_actions()
 
+    def turned_away(self, peer: PeerId, now_s: float) -> list[Action]:
+        """A peer answered that it does not want us: it lives, and is left alone for a while."""
+        self.around.neighbours.pop(peer, None)
+        self._settle(peer)
+        self._failed_s[peer] = now_s
+        return self.around.take_actions()
+
     def left(self, peer: PeerId, now_s: float) -> list[Action]:
         """A stream broke."""
         if self.around.neighbours.pop(peer, None) is not None:

@@ -273,12 +273,11 @@ class GossipSwarm:
     def _open_stream(self, one: GossipPeer, to: GossipPeer, delay_s: float) -> None:
         if not one.is_up:
             return
-        if (
-            not self._reaches(one.peer, to.peer)
-            or to.is_leaving
-            or to.gossiper.admits(one.peer, self.now_s)
-        ):
+        if not self._reaches(one.peer, to.peer) or to.is_leaving:
             self._fail(one, to.peer)
+            return
+        if to.gossiper.admits(one.peer, self.now_s):
+            self._do(one, one.gossiper.turned_away(to.peer, self.now_s))
             return
         if not (
             one.gossiper.prefers_new(to.peer, is_dialled=True)

@@ -1,8 +1,9 @@
 """How fast does a long prompt go through 1, 2 and 3 servers, its chunks in a pipeline?
 
-The baseline is one backend in this process, one thread, the whole prompt in one call and
-in chunks. bfloat16; the chain's time runs from handing over the rows to the last one's
-answer. On a machine with fewer cores than servers the servers take turns.
+The baseline is transformers in this process, one thread, the whole prompt in one call; our
+own engine does the same beside it, whole and in chunks. bfloat16; the chain's time runs from
+handing over the rows to the last one's answer. On a machine with fewer cores than servers
+the servers take turns.
 """
 
 from __future__ import annotations
@@ -16,21 +17,38 @@ from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from model_servers import Server, connected, random_rows, running, workers_of
-from random_model import SHAPES, saved_source
+from random_model import SHAPES, saved_folder, saved_source
 from report import environment, publish
 from rounds import Rounds, Way, take_rounds
 from shoal.base.backend import BlockBackend, Call, SequenceId
 from shoal.base.spans import Span
+from shoal.client.chain_session import choose_chunk
 from shoal.client.client import Client
 from shoal.model.torch_backend import BackendConfig, load_backend
 
 LENGTHS = (512, 2048)
 SERVERS = (1, 2, 3)
-CHUNK = 256
-WHOLE = "1 process"
-CHUNKED = "1 process, chunks"
+BASELINE = "transformers, 1 process"
+WHOLE = "our engine, 1 process"
+CHUNKED = "our engine, 1 process, chunks"
+
+
+def transformers_alone(shape: str, prompt: bytes, length: int) -> Callable[[], Awaitable[float]]:
+    """Rows/s of transformers' blocks, attention as it chooses, KV cache kept."""
+    model = AutoModelForCausalLM.from_pretrained(saved_folder(shape), dtype=torch.bfloat16)
+    blocks = model.get_decoder()
+    rows = torch.frombuffer(bytearray(prompt), dtype=torch.bfloat16).view(1, length, -1)
+
+    async def measure() -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            blocks(inputs_embeds=rows, use_cache=True)
+        return length / (time.perf_counter() - started)
+
+    return measure
 
 
 def alone(backend: BlockBackend, prompt: bytes, chunk: int) -> Callable[[], Awaitable[float]]:
@@ -64,7 +82,7 @@ def through(client: Client, prompt: bytes, length: int) -> Callable[[], Awaitabl
     async def measure() -> float:
         async with await client.open_session("bfloat16") as session:
             started = time.perf_counter()
-            await session.step(prompt, length, chunk_tokens=CHUNK)
+            await session.step(prompt, length)
             return length / (time.perf_counter() - started)
 
     return measure
@@ -88,8 +106,9 @@ async def measured(
             prompt = random_rows(shape, length)
             me = {"process": os.getpid()}
             ways = {
+                BASELINE: Way(workers=me, measure=transformers_alone(shape, prompt, length)),
                 WHOLE: Way(workers=me, measure=alone(backend, prompt, length)),
-                CHUNKED: Way(workers=me, measure=alone(backend, prompt, CHUNK)),
+                CHUNKED: Way(workers=me, measure=alone(backend, prompt, choose_chunk(length))),
             }
             for name, servers in swarms.items():
                 workers = {**workers_of(servers), "client": os.getpid()}
@@ -121,7 +140,8 @@ def main() -> None:
     for (length, way), taken in rounds.items():
         rows.append(
             {"shape": shape, "rows": length, "way": way, "rows_per_s": taken.median,
-             "gain": taken.over(rounds[length, WHOLE]), **taken.cells()}
+             "gain": taken.over(rounds[length, BASELINE]),
+             "over_our_engine": taken.over(rounds[length, WHOLE]), **taken.cells()}
         )  # fmt: skip
         details[f"{length} rows, {way}"] = taken.details()
     publish("prefill", rows, facts, details)

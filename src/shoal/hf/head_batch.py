@@ -17,6 +17,7 @@ from typing import Final
 import torch
 
 from shoal.hf.head import Head
+from shoal.model.exact import linear_counts
 from shoal.model.row_tiles import TILE_ROWS_MAX, RowTiles, best_counts, tiles_of
 from shoal.model.rows import rows_from_bytes
 
@@ -88,5 +89,6 @@ def find_head_tiles(head: Head) -> RowTiles | None:
         padded[: len(numbers)] = rows[list(numbers)]
         return head.scores(padded.to(head.dtype))[: len(numbers)]
 
-    tiles = tiles_of(best_counts(run))
+    # Random rows say little in 16 bits, where most sums round to the same.
+    tiles = tiles_of(best_counts(run) & linear_counts(head.modules()["head"]))
     return tiles if tiles is not None and tiles.is_free else None

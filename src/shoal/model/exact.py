@@ -42,7 +42,7 @@ from shoal.model.row_tiles import (
 from shoal.model.rows import tensor_bytes
 from shoal.model.tiled_experts import TiledExperts
 
-__all__ = ["RowTiles", "choose_class", "find_tiles", "tile_experts"]
+__all__ = ["RowTiles", "choose_class", "find_tiles", "linear_counts", "tile_experts"]
 
 _OUTPUTS_MAX: Final = 512
 """Outputs of a cancelling layer that differ; the others repeat them, to save drawing."""
@@ -110,6 +110,13 @@ def tile_experts(experts: TiledExperts) -> bytes | None:
     experts.use(tiles, router_tiles)
     digest.update(repr((tiles.counts, router_tiles.counts)).encode())
     return digest.digest()
+
+
+def linear_counts(linear: torch.nn.Module) -> set[int]:
+    """The row counts among which this layer alone keeps a row's bits."""
+    widths = _widths(linear)
+    counts = best_counts(_cancelling_linear(linear).run)
+    return {count for count in counts if fills_vectors(count, widths)}
 
 
 def _kinds(modules: Sequence[Any], names: Sequence[str]) -> list[Any]:

@@ -19,7 +19,12 @@ from shoal.base.errors import (
     NoRouteError,
     SessionClosed,
 )
-from shoal.hf import AutoDistributedModelForCausalLM, LocalSwarm, Session
+from shoal.hf import (
+    AutoDistributedModelForCausalLM,
+    DistributedModelForCausalLM,
+    LocalSwarm,
+    Session,
+)
 from tests.golden.hf_cases import Collected, Pair, padded, pair, prompts
 from tests.models import NUM_BLOCKS, VOCABULARY, save_safetensors, tiny_source
 
@@ -68,6 +73,17 @@ def test_borders_are_those_between_servers_unless_given(llama: Pair) -> None:
     theirs = llama.reference(prompts(2, 5), output_hidden_states=True).hidden_states
     for ours, border in zip(states, (0, 2, 4, NUM_BLOCKS), strict=True):
         torch.testing.assert_close(ours, theirs[border], **CLOSE)
+
+
+def test_hidden_states_of_a_single_server() -> None:
+    with pair("llama", borders=(0, NUM_BLOCKS)) as both:
+        options = GREEDY | {"return_dict_in_generate": True, "output_hidden_states": True}
+        mine = both.ours.generate(prompts(2, 5), **options)
+        theirs = both.reference.generate(prompts(2, 5), **options)
+        assert torch.equal(mine.sequences, theirs.sequences)
+        for ours, other in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(ours[0], other[0], **CLOSE)
+            torch.testing.assert_close(ours[1], other[-1], **CLOSE)
 
 
 def test_generate_returns_hidden_states(llama: Pair) -> None:
@@ -366,6 +382,12 @@ def test_wrong_arguments(llama: Pair, options: dict[str, Any], message: str) -> 
         AutoDistributedModelForCausalLM.from_pretrained(
             tiny_source(), **({"join": llama.swarm} | options)
         )
+
+
+def test_the_model_class_says_how_to_open_one() -> None:
+    for call in (DistributedModelForCausalLM.from_pretrained, AutoDistributedModelForCausalLM):
+        with pytest.raises(ConfigError, match=r"AutoDistributedModelForCausalLM.from_pretrained\("):
+            call()
 
 
 def test_a_swarm_of_another_model_or_without_some_blocks(llama: Pair) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,12 @@ def test_headers_that_cannot_be_are_refused(change: dict[str, str | None]) -> No
     header = {k: v for k, v in (metadata_of(good) | change).items() if v is not None}
     with pytest.raises(ConfigError, match="no saved session"):
         unpack(save(load(good), metadata=header), HIDDEN)
+
+
+def test_a_config_without_words_in_json_is_refused() -> None:
+    saved = replace(saved_session([("ids", 2)]), generation_config={"seed": torch.ones(1)})
+    with pytest.raises(ConfigError, match="generation config can't be saved"):
+        pack(saved)
 
 
 def test_files_are_private_and_whole(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from shoal.base.errors import BadInput, SessionClosed, ShoalError
-from shoal.hf.chain_row import ChainRow, Chains, Chunk, ChunkKind, open_rows, together
+from shoal.hf.chain_row import ChainRow, Chains, Chunk, ChunkKind, open_row, together
 from shoal.hf.loop import BackgroundLoop
 from shoal.hf.padding import RowPart
 
@@ -27,9 +27,18 @@ class ChainCache(Cache):  # type: ignore[misc]
     It opens its sessions at the first call. Not for two threads at once.
     """
 
-    def __init__(self, loop: BackgroundLoop, chains: Chains, borders: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        loop: BackgroundLoop,
+        chains: Chains,
+        borders: tuple[int, ...],
+        *,
+        with_states: bool = False,
+    ) -> None:
         super().__init__(layers=[])
         self.borders = borders
+        self.with_states = with_states
+        """Whether its steps give the hidden states at all borders."""
         self.pads: list[int] = []
         """Columns of padding before each row's first token."""
         self._loop = loop
@@ -69,7 +78,7 @@ class ChainCache(Cache):  # type: ignore[misc]
 
     async def open(self) -> None:
         """Open one row now, on the client's loop, rather than at the first call."""
-        self._rows[:] = await open_rows(self._chains, self.borders, 1)
+        self._rows[:] = await self._opened(1)
         self.pads = [0]
 
     async def replay(self, chunks: Sequence[Chunk]) -> None:
@@ -132,7 +141,7 @@ class ChainCache(Cache):  # type: ignore[misc]
             for mine in inputs
         ]
         distinct = sorted(set(firsts))
-        opened = await open_rows(self._chains, self.borders, len(distinct))
+        opened = await self._opened(len(distinct))
         self._rows[:] = opened
         try:
             found = await self._step_rows(
@@ -146,6 +155,12 @@ class ChainCache(Cache):  # type: ignore[misc]
                 row.close()
             raise
         return [found[at] for at in order]
+
+    async def _opened(self, count: int) -> list[ChainRow]:
+        works = (
+            open_row(self._chains, self.borders, with_states=self.with_states) for _ in range(count)
+        )
+        return await together(list(works))
 
     # --- what transformers asks --------------------------------------------------------
 
@@ -162,7 +177,7 @@ class ChainCache(Cache):  # type: ignore[misc]
     async def forked(self) -> ChainCache:
         """The same on the client's loop."""
         self._check_open()
-        copied = ChainCache(self._loop, self._chains, self.borders)
+        copied = ChainCache(self._loop, self._chains, self.borders, with_states=self.with_states)
         copied._rows[:] = await together([row.fork() for row in self._rows])
         copied.pads, copied._columns = list(self.pads), self._columns
         return copied

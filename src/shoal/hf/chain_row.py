@@ -90,9 +90,15 @@ class ChainRow:
     """One sequence over the blocks between `borders`. Made by `open_row`."""
 
     def __init__(
-        self, chains: Chains, borders: tuple[int, ...], sessions: Sequence[ChainSession]
+        self,
+        chains: Chains,
+        borders: tuple[int, ...],
+        sessions: Sequence[ChainSession],
+        *,
+        with_states: bool,
     ) -> None:
         self.borders = borders
+        self.with_states = with_states
         self.chunks: tuple[Chunk, ...] = ()
         self._chains = chains
         self._sessions = list(sessions)
@@ -121,8 +127,8 @@ class ChainRow:
     async def step(self, kind: ChunkKind, values: torch.Tensor, keep: int) -> list[torch.Tensor]:
         """Append inputs; the last `keep` rows at each border, the first one included.
 
-        With one chain only the rows behind its last block come back; with several, the
-        rows at all borders, all of them. If it fails, the row is as long as before.
+        Only the rows behind the last block come back; `with_states`, the rows at all
+        borders, all of them. If it fails, the row is as long as before.
 
         Raises:
             BadInput: values that can't be embedded or that a server refuses.
@@ -135,7 +141,7 @@ class ChainRow:
         try:
             # Embedded once before it is sent: what can't be embedded must fail here.
             first = self._chains.rows(chunk, before, chunk.count)
-            if len(self._sessions) == 1:
+            if not self.with_states:
                 found = [await self._last_rows(chunk, keep)]
             else:
                 found = await self._all_rows(chunk, first)
@@ -165,13 +171,13 @@ class ChainRow:
         """Run saved chunks again, in the calls they came in, without taking rows back."""
         self._check_open()
         for chunk in chunks:
-            if len(self._sessions) > 1:
+            if self.with_states:
                 await self.step(chunk.kind, chunk.values, 0)
                 continue
             (session,) = self._sessions
             session.append(self._chains.payload(chunk), chunk.count, want=WANT_NONE)
             self.chunks = (*self.chunks, chunk)
-        if len(self._sessions) == 1:
+        if not self.with_states:
             await self._sessions[0].rows(0, self.length)
 
     def truncate(self, length: int) -> None:
@@ -201,7 +207,7 @@ class ChainRow:
         except BaseException:
             _close_all(made)
             raise
-        child = ChainRow(self._chains, self.borders, made)
+        child = ChainRow(self._chains, self.borders, made, with_states=self.with_states)
         child.chunks = self.chunks
         return child
 
@@ -222,15 +228,19 @@ class ChainRow:
             raise SessionClosed("this session was closed: open a new one")
 
 
-async def open_row(chains: Chains, borders: tuple[int, ...]) -> ChainRow:
-    """A new row over the blocks between the first and the last border, a chain for each gap.
+async def open_row(
+    chains: Chains, borders: tuple[int, ...], *, with_states: bool = False
+) -> ChainRow:
+    """A new row over the blocks between the first and the last border.
+
+    `with_states` there is a chain for each gap between borders, else one for all.
 
     Raises:
         NoRouteError, PeerError: as `Client.open_session`.
     """
     made: list[ChainSession] = []
     try:
-        for start, end in pairwise(borders):
+        for start, end in pairwise(borders if with_states else (borders[0], borders[-1])):
             made.append(
                 await chains.client.open_session(
                     chains.encoding, Span(start, end), inner_encoding=chains.inner_encoding
@@ -239,12 +249,7 @@ async def open_row(chains: Chains, borders: tuple[int, ...]) -> ChainRow:
     except BaseException:
         _close_all(made)
         raise
-    return ChainRow(chains, borders, made)
-
-
-async def open_rows(chains: Chains, borders: tuple[int, ...], count: int) -> list[ChainRow]:
-    """`count` new rows, all or none."""
-    return await together([open_row(chains, borders) for _ in range(count)])
+    return ChainRow(chains, borders, made, with_states=with_states)
 
 
 async def together(works: Sequence[Coroutine[Any, Any, ChainRow]]) -> list[ChainRow]:

@@ -181,6 +181,11 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         )
         return output.to_tuple() if return_dict is False else output
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not here."""
+        raise ConfigError("call AutoDistributedModelForCausalLM.from_pretrained(MODEL, join=...)")
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; sessions that it opened and doesn't return are closed.
 
@@ -231,8 +236,12 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
     # --- for loops of one's own --------------------------------------------------------
 
-    def new_cache(self, borders: Sequence[int] | None = None) -> ChainCache:
-        """An unused cache over the chains between `borders` (default: one over all blocks).
+    def new_cache(
+        self, borders: Sequence[int] | None = None, *, with_states: bool = False
+    ) -> ChainCache:
+        """An unused cache over the blocks between `borders` (default: all blocks).
+
+        `with_states` it is for hidden states at all of them, see `hidden_borders`.
 
         Raises:
             ConfigError: borders that are none.
@@ -240,7 +249,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         self.connection.check_open()
         chosen = self._check_borders(borders or (0, self.num_blocks))
-        return ChainCache(self.connection.loop, self._chains, chosen)
+        return ChainCache(self.connection.loop, self._chains, chosen, with_states=with_states)
 
     def session(
         self, start: int = 0, end: int | None = None, *, cache: ChainCache | None = None
@@ -335,7 +344,8 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
     def _cache_for(self, given: Any, with_states: bool) -> ChainCache:
         if given is None:
-            return self.new_cache(self.hidden_borders() if with_states else None)
+            borders = self.hidden_borders() if with_states else None
+            return self.new_cache(borders, with_states=with_states)
         if not isinstance(given, ChainCache):
             raise BadInput(
                 f"past_key_values is a {type(given).__name__}: pass on what this model returned, "
@@ -343,7 +353,7 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             )
         if (given.borders[0], given.borders[-1]) != (0, self.num_blocks):
             raise BadInput("this cache runs over some blocks only: use its session's step")
-        if with_states and len(given.borders) == 2 and self.hidden_borders() != given.borders:
+        if with_states and not given.with_states:
             raise BadInput(
                 "this cache was begun without output_hidden_states: begin with it, or leave it out"
             )

@@ -41,7 +41,11 @@ class SavedSession:
 
 
 def pack(saved: SavedSession) -> bytes:
-    """The file's bytes."""
+    """The file's bytes.
+
+    Raises:
+        ConfigError: the generation config holds what JSON has no word for.
+    """
     ids = [chunk.values for chunk in saved.chunks if chunk.kind == "ids"]
     given = [chunk.values for chunk in saved.chunks if chunk.kind != "ids"]
     tensors = {
@@ -54,11 +58,15 @@ def pack(saved: SavedSession) -> bytes:
         tensors["given"] = torch.cat([values.to(torch.float32) for values in given]).contiguous()
     if saved.rng_state is not None:
         tensors["rng_state"] = saved.rng_state
+    try:
+        generation_config = json.dumps(saved.generation_config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the generation config can't be saved: {error}") from error
     header = {
         "format": FORMAT,
         "model": saved.model,
         "borders": json.dumps(saved.borders),
-        "generation_config": json.dumps(saved.generation_config),
+        "generation_config": generation_config,
     }
     data: bytes = save(tensors, metadata=header)
     return data

@@ -196,7 +196,7 @@ class Session:
                 f"{path} was saved with model {saved.model}, this is {model.model_name}: load it "
                 "with the model it belongs to"
             )
-        cache = model.new_cache(saved.borders)
+        cache = model.new_cache(saved.borders, with_states=len(saved.borders) > 2)
         model.connection.loop.run(_replayed(cache, saved))
         session = cls(model, cache)
         if saved.generation_config is not None:

@@ -276,6 +276,7 @@ def check_route(problem: Problem, placement: Placement, chain: Chain) -> None:
     assert chain[-1].span.end == problem.num_blocks
     for before, after in pairwise(chain):
         assert before.span.end == after.span.start
+        assert before.server != after.server
     for hop in chain:
         hosted = placement.spans[hop.server]
         assert hosted is not None

@@ -50,6 +50,7 @@ class ModelSpec:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the whole model."""
         return len(self.weight_bytes)
 
 
@@ -210,10 +211,12 @@ class Problem:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the whole model."""
         return self.model.num_blocks
 
     @property
     def num_clients(self) -> int:
+        """Clients, each with its own round trips."""
         return len(self.links.client_rtt_s)
 
     def shares(self, sessions: int) -> list[int]:

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.base.spans import Span
@@ -47,8 +47,8 @@ def test_theorem_2_holds_while_there_are_no_more_sessions_than_planned(seed, ses
 @settings(max_examples=25, deadline=None)
 def test_no_placement_beats_the_bound_of_a_single_request(problem):
     best = least_mean_s(problem)
-    assume(best is not None)
-    assert best is not None
+    if best is None:
+        return
     assert request_bound_s(problem) <= best * (1 + 1e-9)
 
 
@@ -56,8 +56,8 @@ def test_no_placement_beats_the_bound_of_a_single_request(problem):
 @settings(max_examples=25, deadline=None)
 def test_nor_with_push(problem):
     best = least_mean_s(problem)
-    assume(best is not None)
-    assert best is not None
+    if best is None:
+        return
     assert request_bound_s(problem) <= best * (1 + 1e-9)
 
 

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from shoal.base.content import content_hash
 from shoal.base.errors import ModelUnknown
 from shoal.base.spans import Span
 from shoal.model.known import KNOWN_MODELS, default_cache_dir
@@ -20,7 +21,7 @@ from shoal.model.span_model import span_tensor_names
 from tests.e2e import processes
 from tests.e2e.processes import Server, alone, end_all, error_line, run, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = "What the sea gives, the sea takes."
 REAL = "smollm2-135m-instruct"
@@ -52,9 +53,10 @@ def start():
 
 
 def span_contents(source, span):
-    """Hash and bytes of the tensors of a span."""
+    """Hash and bytes of the tensors of a span, and of the files beside them."""
+    files = {content_hash(data): len(data) for data in source.side_files().values()}
     names = set(span_tensor_names(source, span))
-    return {
+    return files | {
         entry.content: stored_num_bytes(entry.shape, entry.dtype)
         for entry in build_manifest(source).tensors
         if entry.name in names
@@ -68,7 +70,7 @@ def stored(weights):
 def report(server):
     """(bytes, peers) of the line that says what was fetched."""
     line = server.wait_line(server.err, "fetched ")
-    match = re.search(r"\((\d+) bytes\), from (\d+) peers", line)
+    match = re.search(r"\((\d+) bytes\), from (\d+) peer", line)
     assert match, line
     return int(match[1]), int(match[2])
 
@@ -85,7 +87,7 @@ def test_a_swarm_grows_out_of_one_copy(model, caches, start):
         blocks = f"{span.start}:{span.end}"
         others.append(start(name[:8], blocks, *from_peers, join=first.address))
         expected = span_contents(source, span)
-        assert stored(weights) == expected, "exactly the span's tensors"
+        assert stored(weights) == expected, "exactly the span's tensors, and the tokenizer"
         assert report(others[-1])[0] == sum(expected.values())
 
     caches("client")
@@ -102,14 +104,10 @@ def test_a_swarm_grows_out_of_one_copy(model, caches, start):
     assert stored(weights) == expected
     assert report(late) == (sum(expected.values()), 2), "from both, who had it from the first"
 
-    caches("client")  # embedding and head are kept; the tokenizer's files were the first's
-    result = run(*command, "--prompt", PROMPT)
-    assert "no peer offers the tokenizer" in error_line(result.stderr)
-    caches("nobody")
-    failing = start(name, "0:7", *from_peers, "--cache-limit", "10kB", join=late.address,
-                    is_ready=False)  # fmt: skip
-    assert failing.wait() == 2
-    assert "--cache-limit" in error_line("".join(failing.err))
+    caches("client")  # has embedding and head; the tokenizer was handed on
+    result = run(*command, "--prompt", PROMPT, "--max-new-tokens", "30")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["text"] == answer["text"]
 
 
 def test_a_peer_that_hands_out_nothing_is_an_error_with_its_reason(model, caches, start):
@@ -122,11 +120,6 @@ def test_a_peer_that_hands_out_nothing_is_an_error_with_its_reason(model, caches
     line = error_line(result.stderr)
     assert "hands out no weights" in line
     assert name in line
-    result = run(
-        "generate", "mine", "--weights-from-peers", "--join", first.address, "--prompt", "x"
-    )
-    assert result.returncode == 2
-    assert f"serves: {name}" in error_line(result.stderr)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from shoal.cli.logs import progress_bar
 if TYPE_CHECKING:
     from shoal.model.manifest import Manifest
     from shoal.model.source import ModelSource
+    from shoal.wire.weights import FileEntry
 
 
 def cache_dir() -> Path:
@@ -37,6 +38,8 @@ class OpenModel:
     manifest: Manifest | None = None
     is_from_peers: bool = False
     """Its tensors are in the store of fetched weights, or still to be fetched."""
+    files: tuple[FileEntry, ...] = ()
+    """Its tokenizer and the like, as peers offer them."""
     limit_bytes: int = 0
     """How large that store may get."""
 

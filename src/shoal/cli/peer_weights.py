@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal.base.content import files_hash, is_hash
-from shoal.base.errors import ConfigError, ModelUnknown
+from shoal.base.errors import ConfigError, ModelUnknown, WeightsMissing
 from shoal.base.ids import PeerId, short
 from shoal.base.spans import Span
 from shoal.cli.joining import SwarmChoice, Visitor, visit
@@ -24,7 +24,7 @@ from shoal.cli.shelves import ThreadedStore
 from shoal.cli.sizes import size_text
 from shoal.client.weight_fetch import FetchReport, WeightFetch
 from shoal.client.weight_ledger import Item
-from shoal.client.weight_sources import Dial, Place, choose_files, fetch_manifest, survey
+from shoal.client.weight_sources import Dial, Place, Survey, choose_files, fetch_manifest, survey
 from shoal.discovery.directory import Snapshot
 from shoal.model.known import KNOWN_MODELS
 from shoal.model.manifest_text import parse_manifest
@@ -109,21 +109,26 @@ def resolve_model(given: str, served: Sequence[str]) -> tuple[str, str | None]:
 
 
 async def find_model(given: str, choice: SwarmChoice, limit_bytes: int) -> OpenModel:
-    """For a server: the model's manifest and config, no tensor yet.
+    """For a server: the model's manifest, config and list of files; no tensor yet.
+
+    A server hands its tokenizer on but needs none: if peers don't agree on one, it goes without.
 
     Raises:
         ModelError, ConfigError, PeerError: it can't be found; says why.
     """
     async with visit(choice) as visitor:
         swarm = _swarm_of(visitor)
-        name, _ = resolve_model(given, swarm.snapshot().models())
-        store = weight_store()
-        text = store.manifest_text(name)
-        if text is None:
-            asked = await survey(name, swarm.dialler(), swarm.places(name))
-            text = await fetch_manifest(name, swarm.dialler(), asked)
-            store.save_manifest(text)
-    return _opened(given, name, text, store, limit_bytes, None)
+        name, wanted = resolve_model(given, swarm.snapshot().models())
+        asked = await survey(name, swarm.dialler(), swarm.places(name))
+        text = await _manifest_text(name, swarm, asked)
+    files: list[FileEntry] = []
+    try:
+        files = choose_files(name, asked, wanted)
+    except (ConfigError, WeightsMissing) as error:
+        if wanted is not None:
+            raise
+        logger.warning("no tokenizer is handed on reason=%s", error)
+    return _opened(given, name, text, files, limit_bytes)
 
 
 async def fetch_for_client(given: str, choice: SwarmChoice, limit_bytes: int) -> OpenModel:
@@ -135,26 +140,27 @@ async def fetch_for_client(given: str, choice: SwarmChoice, limit_bytes: int) ->
     async with visit(choice) as visitor:
         swarm = _swarm_of(visitor)
         name, wanted = resolve_model(given, swarm.snapshot().models())
-        store = weight_store()
         asked = await survey(name, swarm.dialler(), swarm.places(name))
-        text = store.manifest_text(name)
-        if text is None:
-            text = await fetch_manifest(name, swarm.dialler(), asked)
-            store.save_manifest(text)
-        opened = _opened(given, name, text, store, limit_bytes, None)
-        files = choose_files(name, asked, wanted)
-        items = _tensor_items(_source(opened), head_tensor_names(_source(opened)))
-        items += [_file_item(one) for one in files]
-        with store.pinned(item.content.hex() for item in items):
+        text = await _manifest_text(name, swarm, asked)
+        opened = _opened(given, name, text, choose_files(name, asked, wanted), limit_bytes)
+        items = _items(opened, head_tensor_names(opened.source))
+        with weight_store().pinned(item.content.hex() for item in items):
             await fetch_items(opened, items, swarm)
-            folder = _file_folder(store, files)
-    return _opened(given, name, text, store, limit_bytes, folder)
+    return opened
+
+
+async def _manifest_text(name: str, swarm: Swarm, asked: Survey) -> bytes:
+    store = weight_store()
+    text = store.manifest_text(name)
+    if text is None:
+        text = await fetch_manifest(name, swarm.dialler(), asked)
+        store.save_manifest(text)
+    return text
 
 
 def span_items(model: OpenModel, span: Span) -> list[Item]:
-    """What a server of `span` needs."""
-    source = _source(model)
-    return _tensor_items(source, span_tensor_names(source, span))
+    """What a server of `span` fetches: its tensors, and the files it hands on."""
+    return _items(model, span_tensor_names(model.source, span))
 
 
 async def fetch_items(model: OpenModel, items: Sequence[Item], swarm: Swarm) -> None:
@@ -166,10 +172,18 @@ async def fetch_items(model: OpenModel, items: Sequence[Item], swarm: Swarm) -> 
     """
     store = weight_store()
     missing = [one for one in items if not store.has(one.content.hex(), one.num_bytes)]
-    if not missing:
-        return
-    needed = {one.content.hex(): one.num_bytes for one in items}
-    store.make_room(needed, model.limit_bytes)
+    if missing:
+        needed = {one.content.hex(): one.num_bytes for one in items}
+        store.make_room(needed, model.limit_bytes)
+        report = await _fetch(model, missing, store, swarm)
+        print(report_text(report), file=sys.stderr, flush=True)
+    if model.files:
+        _source(model).use_files(_file_folder(store, model.files))
+
+
+async def _fetch(
+    model: OpenModel, missing: Sequence[Item], store: WeightStore, swarm: Swarm
+) -> FetchReport:
     with progress_bar(is_bytes=True) as show:
         fetch = WeightFetch(
             model.name,
@@ -179,8 +193,7 @@ async def fetch_items(model: OpenModel, items: Sequence[Item], swarm: Swarm) -> 
             ThreadedStore(store),
             lambda done, total: show("fetching weights", done, total),
         )
-        report = await fetch.run()
-    print(report_text(report), file=sys.stderr, flush=True)
+        return await fetch.run()
 
 
 def report_text(report: FetchReport) -> str:
@@ -190,7 +203,7 @@ def report_text(report: FetchReport) -> str:
     listed = ", ".join(f"{short(peer)} {size_text(count)}" for peer, count in by_peer)
     text = f"fetched {report.num_items} tensors and files, {size_text(total)} ({total} bytes)"
     if listed:
-        text += f", from {len(by_peer)} peers: {listed}"
+        text += f", from {len(by_peer)} peer{'s' if len(by_peer) > 1 else ''}: {listed}"
     for peer, reason in report.dropped.items():
         text += f"\ndropped {short(peer)}: {reason}"
     return text
@@ -201,11 +214,11 @@ def _swarm_of(visitor: Visitor) -> Swarm:
 
 
 def _opened(
-    given: str, name: str, text: bytes, store: WeightStore, limit_bytes: int, files: Path | None
+    given: str, name: str, text: bytes, files: Sequence[FileEntry], limit_bytes: int
 ) -> OpenModel:
     quiet_transformers()
     manifest = parse_manifest(text, name)
-    source = StoreSource(manifest, store, files)
+    source = StoreSource(manifest, weight_store())
     return OpenModel(
         given=given,
         source=source,
@@ -214,6 +227,7 @@ def _opened(
         hidden_size=int(source.config.hidden_size),
         manifest=manifest,
         is_from_peers=True,
+        files=tuple(files),
         limit_bytes=limit_bytes,
     )
 
@@ -224,9 +238,10 @@ def _source(model: OpenModel) -> StoreSource:
     return model.source
 
 
-def _tensor_items(source: StoreSource, names: Iterable[str]) -> list[Item]:
-    wanted = set(names)
-    return [
+def _items(model: OpenModel, names: Iterable[str]) -> list[Item]:
+    """The named tensors, and the model's files."""
+    source, wanted = _source(model), set(names)
+    tensors = [
         Item(
             content=bytes.fromhex(source.entry(name).content),
             num_bytes=source.num_bytes(name),
@@ -236,10 +251,10 @@ def _tensor_items(source: StoreSource, names: Iterable[str]) -> list[Item]:
         for index, name in enumerate(source.tensor_names())
         if name in wanted
     ]
-
-
-def _file_item(one: FileEntry) -> Item:
-    return Item(content=one.content, num_bytes=one.num_bytes, label=one.name)
+    files = [
+        Item(content=one.content, num_bytes=one.num_bytes, label=one.name) for one in model.files
+    ]
+    return tensors + files
 
 
 def _file_folder(store: WeightStore, files: Sequence[FileEntry]) -> Path:

@@ -41,15 +41,18 @@ class ModelShelf:
             entry.content: (entry.name, stored_num_bytes(entry.shape, entry.dtype))
             for entry in manifest.tensors
         }
-        self._side_files: tuple[SideFile, ...] | None = None
+        self._side_files: tuple[SideFile, ...] = ()
 
     def held(self) -> list[bool]:
         """For each tensor of the manifest whether it is here."""
         return [self._holds(entry.name) for entry in self._manifest.tensors]
 
     def side_files(self) -> tuple[SideFile, ...]:
-        """The files beside the weights, read once; none if they are too large together."""
-        if self._side_files is None:
+        """The files beside the weights; none if they are too large together.
+
+        Read once, when there are any: a source from peers gets them later.
+        """
+        if not self._side_files:
             files = self._source.side_files()
             if sum(len(data) for data in files.values()) > FILES_BYTES_MAX:
                 files = {}

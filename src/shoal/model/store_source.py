@@ -76,6 +76,10 @@ class StoreSource:
             self.config = _gguf_config_of(manifest, self._sizes)
         family_of(self.config)
 
+    def use_files(self, folder: Path) -> None:
+        """Take the tokenizer from this folder from now on."""
+        self._side_folder = folder
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """The manifest's."""

@@ -31,6 +31,7 @@ class Draft:
         self._file = os.fdopen(handle, "r+b", buffering=0)
         self._path, self._target, self._num_bytes = path, target, num_bytes
         self._digest = content_digest()
+        self._is_finished = False
         self.held = 0
         """Bytes from the start that are here."""
         self._resume()
@@ -74,13 +75,15 @@ class Draft:
             os.replace(self._path, self._target)
         except OSError as error:
             raise not_writable(self._path.parent, error) from error
+        self._is_finished = True
         return True
 
     def close(self) -> None:
         """Let go of it. Idempotent."""
         if not self._file.closed:
             is_private = self._path.name != self._target.name
-            if is_private:  # nobody could go on with it
+            if not self._is_finished and (is_private or not self.held):
+                # Nobody could go on with it, or would gain by it.
                 self._path.unlink(missing_ok=True)
             self._file.close()
 

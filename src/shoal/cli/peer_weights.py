@@ -7,6 +7,7 @@ needed are fetched into the local store, each checked against its hash.
 from __future__ import annotations
 
 import logging
+import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from shoal.wire.weights import FileEntry
 
 logger = logging.getLogger(__name__)
 
+ASKED_MAX: Final = 32
+"""Peers that are asked what they have, before anything is fetched."""
+
 PREFIX_CHARS_MIN: Final = 6
 """Letters of a hash that are enough to name a model of this swarm."""
 
@@ -60,15 +64,22 @@ class Swarm:
 
         return dial
 
-    def places(self, model: str) -> list[Place]:
-        """Who serves the model, besides ourselves."""
-        return [
-            Place(
-                PeerId(one.record.peer),
-                tuple(parse_address(text) for text in one.record.addresses),
-            )
+    def places(self, model: str, span: Span | None = None) -> list[Place]:
+        """Who serves the model, besides ourselves: first those with blocks of `span`.
+
+        Otherwise in an order of chance: not everybody should ask the same few.
+        """
+        found = [
+            one.record
             for one in self.snapshot().records
             if one.record.model == model and one.record.peer != self.transport.peer
+        ]
+        random.SystemRandom().shuffle(found)
+        if span is not None:
+            found.sort(key=lambda record: record.start >= span.end or record.end <= span.start)
+        return [
+            Place(PeerId(record.peer), tuple(parse_address(text) for text in record.addresses))
+            for record in found
         ]
 
 
@@ -119,7 +130,7 @@ async def find_model(given: str, choice: SwarmChoice, limit_bytes: int) -> OpenM
     async with visit(choice) as visitor:
         swarm = _swarm_of(visitor)
         name, wanted = resolve_model(given, swarm.snapshot().models())
-        asked = await survey(name, swarm.dialler(), swarm.places(name))
+        asked = await survey(name, swarm.dialler(), swarm.places(name)[:ASKED_MAX])
         text = await _manifest_text(name, swarm, asked)
     files: list[FileEntry] = []
     try:
@@ -140,7 +151,7 @@ async def fetch_for_client(given: str, choice: SwarmChoice, limit_bytes: int) ->
     async with visit(choice) as visitor:
         swarm = _swarm_of(visitor)
         name, wanted = resolve_model(given, swarm.snapshot().models())
-        asked = await survey(name, swarm.dialler(), swarm.places(name))
+        asked = await survey(name, swarm.dialler(), swarm.places(name)[:ASKED_MAX])
         text = await _manifest_text(name, swarm, asked)
         opened = _opened(given, name, text, choose_files(name, asked, wanted), limit_bytes)
         items = _items(opened, head_tensor_names(opened.source))
@@ -163,8 +174,12 @@ def span_items(model: OpenModel, span: Span) -> list[Item]:
     return _items(model, span_tensor_names(model.source, span))
 
 
-async def fetch_items(model: OpenModel, items: Sequence[Item], swarm: Swarm) -> None:
+async def fetch_items(
+    model: OpenModel, items: Sequence[Item], swarm: Swarm, span: Span | None = None
+) -> None:
     """Get what is not in the store yet; says on stderr what came from whom.
+
+    Peers with blocks of `span` are asked first.
 
     Raises:
         WeightsMissing: no peer has it; names it.
@@ -175,21 +190,25 @@ async def fetch_items(model: OpenModel, items: Sequence[Item], swarm: Swarm) -> 
     if missing:
         needed = {one.content.hex(): one.num_bytes for one in items}
         store.make_room(needed, model.limit_bytes)
-        report = await _fetch(model, missing, store, swarm)
+        report = await _fetch(model, missing, store, lambda: swarm.places(model.name, span), swarm)
         print(report_text(report), file=sys.stderr, flush=True)
     if model.files:
         _source(model).use_files(_file_folder(store, model.files))
 
 
 async def _fetch(
-    model: OpenModel, missing: Sequence[Item], store: WeightStore, swarm: Swarm
+    model: OpenModel,
+    missing: Sequence[Item],
+    store: WeightStore,
+    places: Callable[[], Sequence[Place]],
+    swarm: Swarm,
 ) -> FetchReport:
     with progress_bar(is_bytes=True) as show:
         fetch = WeightFetch(
             model.name,
             missing,
             swarm.dialler(),
-            lambda: swarm.places(model.name),
+            places,
             ThreadedStore(store),
             lambda done, total: show("fetching weights", done, total),
         )

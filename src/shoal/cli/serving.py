@@ -180,7 +180,7 @@ async def _fetch(model: OpenModel, span: Span, swarm: Swarm, stack: AsyncExitSta
     """Get the span's tensors; nobody removes them from the store while we live."""
     items = await asyncio.to_thread(span_items, model, span)
     stack.enter_context(weight_store().pinned(item.content.hex() for item in items))
-    await fetch_items(model, items, swarm)
+    await fetch_items(model, items, swarm, span)
 
 
 async def _wait_for(task: asyncio.Task[None]) -> None:

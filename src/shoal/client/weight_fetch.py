@@ -309,6 +309,7 @@ class WeightFetch:
                     await draft.append(piece)
                     self._ledger.add(wish.content, piece, transfer)
                     self._came_s = _now_s()
+                    self._troubles[stream.peer].failures = 0
                     self._progress(self._ledger.done_bytes, self._ledger.total_bytes)
                     if draft.held == self._ledger.missing[wish.content].num_bytes:
                         await self._finish(wish.content, draft)
@@ -346,7 +347,6 @@ class WeightFetch:
         """
         label = self._ledger.missing[content].label
         if await draft.finish():
-            self._troubles[self._author(content)].failures = 0
             for share in self._ledger.finish(content):
                 true_digest = await self._store.digest(content, share.start, share.end)
                 if share.digest.digest() != true_digest and share.peer not in self._dropped:
@@ -357,9 +357,6 @@ class WeightFetch:
         if author is not None:
             raise PeerMisbehaved(f"{short(author)} sent wrong bytes for {label}")
         logger.warning("wrong bytes, fetched again from one peer tensor=%s", label)
-
-    def _author(self, content: bytes) -> PeerId:
-        return next(peer for peer, one in self._ledger.transfers.items() if content in one.contents)
 
 
 def _now_s() -> float:

@@ -64,3 +64,4 @@ def test_the_largest_give_up_until_all_fit(sizes, limit):
 def test_quotas_of_nothing_are_refused(name):
     with pytest.raises(ConfigError, match=name):
         Quotas(**{name: 0})
+    assert getattr(Quotas(**{name: 1}), name) == 1

@@ -212,8 +212,18 @@ def test_beyond_its_share_an_owner_takes_nothing_from_others_however_old_it_says
     table = make_table(pages=8)
     mine = table.open(make_plan(1, opened_ms=50), None, NOW_S)
     table.make_room(mine, 3 * PAGE, NOW_S)
-    liar = table.open(make_plan(2, opened_ms=0, owner=b"p"), None, NOW_S)
-    assert table.make_room(liar, 5 * PAGE, NOW_S) == []
-    assert table.make_room(liar, 6 * PAGE, NOW_S) is None
-    assert table.make_room(mine, 4 * PAGE, NOW_S) == [liar]
+    old = table.open(make_plan(2, opened_ms=0, owner=b"p"), None, NOW_S)
+    young = table.open(make_plan(3, opened_ms=1, owner=b"p"), None, NOW_S)
+    assert table.make_room(old, 2 * PAGE, NOW_S) == []
+    assert table.make_room(young, 3 * PAGE, NOW_S) == []
+    assert table.make_room(young, 4 * PAGE, NOW_S) is None
+    assert table.make_room(mine, 4 * PAGE, NOW_S) == [young]
     check_pages(table)
+
+
+def test_one_long_session_does_not_give_way_to_younger_ones():
+    table = make_table(pages=8)
+    long = table.open(make_plan(1, opened_ms=1), None, NOW_S)
+    table.make_room(long, 8 * PAGE, NOW_S)
+    with pytest.raises(PeerBusy):
+        table.open(make_plan(2, opened_ms=2, owner=b"p"), None, NOW_S)

@@ -15,7 +15,14 @@ from shoal.cli.sizes import parse_size
 from shoal.server.config import ServerConfig, StreamService
 from shoal.server.engine import EngineLimits
 from shoal.server.fairness import ROWS_PER_CLIENT, SLOWDOWN_MAX, FairLimits
-from shoal.server.quotas import SESSIONS_PER_CLIENT, STREAMS_PER_PEER, Quotas
+from shoal.server.quotas import (
+    CACHE_SHARE as CACHE_SHARE,
+)
+from shoal.server.quotas import (
+    SESSIONS_PER_CLIENT,
+    STREAMS_PER_PEER,
+    Quotas,
+)
 
 PANEL: Final = "Strangers"
 
@@ -39,6 +46,15 @@ ClientSessionsOption = Annotated[
     int,
     typer.Option(
         metavar="N", min=1, rich_help_panel=PANEL, help="Sessions that one client may have here."
+    ),
+]
+CacheShareOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        rich_help_panel=PANEL,
+        help="Part of the KV cache beyond which a client's younger sessions give way to other "
+        "clients; 1 lets one client keep all of it.",
     ),
 ]
 ClientStreamsOption = Annotated[
@@ -133,6 +149,7 @@ def parse_bounds(
     allow: Sequence[str] | None,
     deny: Sequence[str] | None,
     client_sessions: int,
+    cache_share: float,
     client_streams: int,
     client_rate: str,
     client_rows: int,
@@ -155,6 +172,7 @@ def parse_bounds(
             bytes_per_s_per_peer=parse_size(client_rate, "--client-rate"),
             queue_bytes_per_client=parse_size(queue_memory, "--queue-memory"),
             log_bytes_max=parse_size(log_memory, "--log-memory"),
+            cache_share=cache_share,
         ),
         fair=FairLimits(rows_per_client=client_rows, slowdown_max=slowdown),
         idle_session_s=idle_timeout,

@@ -12,6 +12,7 @@ import typer
 
 from shoal.base.spans import parse_span
 from shoal.cli.bounds import (
+    CACHE_SHARE,
     CLIENT_RATE,
     CLIENT_ROWS,
     CLIENT_SESSIONS,
@@ -21,6 +22,7 @@ from shoal.cli.bounds import (
     QUEUE_MEMORY,
     SLOWDOWN,
     AllowOption,
+    CacheShareOption,
     ClientRateOption,
     ClientRowsOption,
     ClientSessionsOption,
@@ -161,6 +163,7 @@ def serve(
     allow: AllowOption = None,
     deny: DenyOption = None,
     client_sessions: ClientSessionsOption = CLIENT_SESSIONS,
+    cache_share: CacheShareOption = CACHE_SHARE,
     client_streams: ClientStreamsOption = CLIENT_STREAMS,
     client_rate: ClientRateOption = CLIENT_RATE,
     client_rows: ClientRowsOption = CLIENT_ROWS,
@@ -217,6 +220,7 @@ def serve(
                     allow=allow,
                     deny=deny,
                     client_sessions=client_sessions,
+                    cache_share=cache_share,
                     client_streams=client_streams,
                     client_rate=client_rate,
                     client_rows=client_rows,

@@ -20,6 +20,10 @@ SESSIONS_MAX: Final = 4096
 SESSIONS_PER_CLIENT: Final = 1024
 """Hops of one client at one server: a quarter, so that no client can fill it alone."""
 
+CACHE_SHARE: Final = 0.5
+"""Part of the KV cache beyond which a client's sessions give way to others, whatever their
+age: half of it, so that one client that lies about ages can't keep all others out."""
+
 STREAMS_PER_PEER: Final = 32
 """Open streams of one peer: a client needs one for control and two for rows, a server as
 many again, and streams that broke are noticed late."""
@@ -60,11 +64,14 @@ class Quotas:
     bytes_per_s_per_peer: int = BYTES_PER_S_PER_PEER
     queue_bytes_per_client: int = QUEUE_BYTES_PER_CLIENT
     log_bytes_max: int = LOG_BYTES_MAX
+    cache_share: float = CACHE_SHARE
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
+            if name != "cache_share" and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.cache_share <= 1:
+            raise ConfigError(f"cache_share is {self.cache_share}: above 0, at most 1")
 
 
 class Line:

@@ -189,8 +189,9 @@ class SessionTable:
     def _victims(self, hop: HopSession, length: int, now_s: float) -> list[HopSession]:
         """Who may be parked for `hop`, in order.
 
-        A share is an equal part of the cache for each owner that holds some, at most half.
-        Within it an owner is safe from owners beyond theirs, whatever opening times say.
+        Who would hold more than a share takes from others only what is idle. Who stays
+        within it also takes what others hold beyond theirs, but for the oldest session of
+        each: one long session is nobody's greed, and it will end.
         """
         others = [
             other
@@ -201,29 +202,35 @@ class SessionTable:
             other for other in others if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S
         ]
         busy = [other for other in others if other not in idle]
-        held = self._held_by_owner()
-        share = self.ledger.total // max(2, len(held.keys() | {hop.plan.owner}))
-        mine = held.pop(hop.plan.owner, 0)
-        mine += self.ledger.pages(length) - self.ledger.held(hop.sequence)
         busy.sort(key=lambda other: other.seniority, reverse=True)
-        greedy: list[HopSession] = []
-        for other in busy if mine <= share else ():
-            pages = held.get(other.plan.owner, 0)
-            if pages > share:
-                greedy.append(other)
-                held[other.plan.owner] = pages - self.ledger.held(other.sequence)
-        younger = [
-            other
-            for other in busy
-            if other not in greedy
-            and other.seniority > hop.seniority
-            and (
-                mine <= share
-                or other.plan.owner == hop.plan.owner
-                or held.get(other.plan.owner, 0) > share
-            )
+        owner = hop.plan.owner
+        share = max(1, int(self.ledger.total * self._quotas.cache_share))
+        held = self._held_by_owner()
+        mine = held.get(owner, 0) + self.ledger.pages(length) - self.ledger.held(hop.sequence)
+        if mine > share:
+            younger = [other for other in busy if other.plan.owner == owner]
+            greedy: list[HopSession] = []
+        else:
+            greedy = self._beyond_share(busy, held, share, but=owner)
+            younger = [other for other in busy if other not in greedy]
+        return [
+            *sorted(idle, key=lambda other: other.used_s),
+            *greedy,
+            *(other for other in younger if other.seniority > hop.seniority),
         ]
-        return [*sorted(idle, key=lambda other: other.used_s), *greedy, *younger]
+
+    def _beyond_share(
+        self, busy: list[HopSession], held: dict[PeerId, int], share: int, *, but: PeerId
+    ) -> list[HopSession]:
+        """What other owners hold beyond their share, the youngest first."""
+        oldest = {other.plan.owner: other for other in busy}
+        found: list[HopSession] = []
+        for other in busy:
+            owner = other.plan.owner
+            if owner != but and held[owner] > share and other is not oldest[owner]:
+                found.append(other)
+                held[owner] -= self.ledger.held(other.sequence)
+        return found
 
     def _held_by_owner(self) -> dict[PeerId, int]:
         """Pages by owner, of those that hold any."""

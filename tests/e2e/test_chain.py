@@ -91,7 +91,7 @@ def test_another_model_is_refused_by_name(model, other_model, swarm):
     assert len(served) == 1
     assert served.pop() in line
     assert str(other_model) in line
-    assert "same MODEL" in line
+    assert "same model" in line
 
 
 def status(join):

@@ -9,6 +9,7 @@ import pytest
 from shoal.base.errors import PeerBusy, ShoalError
 from shoal.lab.toy_blocks import toy_embedding
 from shoal.server.config import ServerConfig
+from shoal.server.engine import EngineLimits
 from shoal.server.quotas import Quotas
 from tests.simulation.scene import Scene, now_s, run_virtual, scene
 
@@ -108,10 +109,11 @@ def test_a_client_that_is_alone_is_not_slowed_down():
 
 
 def test_lying_about_its_age_gives_a_client_no_more_than_its_share():
-    """It says that all its sessions are older than anybody's; others still get their half."""
+    """It says that all its sessions are older than anybody's; others still get the rest."""
 
     async def story():
-        async with Scene("a 0:4", cache_tokens=16 * 16) as it:
+        config = ServerConfig(quotas=Quotas(cache_share=0.5))
+        async with Scene("a 0:4", cache_tokens=16 * 16, config=config) as it:
             liar = await it.swarm.open_client()
             liar._wall_clock = lambda: 0.0
             sessions = [await liar.open_session("float32") for _ in range(4)]
@@ -127,7 +129,64 @@ def test_lying_about_its_age_gives_a_client_no_more_than_its_share():
     run_virtual(story, timeout_s=5000.0)
 
 
-@scene("a 0:4", config=ServerConfig(quotas=Quotas(queue_bytes_per_client=1 << 12)))
+def test_two_clients_that_fill_the_cache_both_finish():
+    """Nobody waits for a younger session: the older one goes on, the other returns later."""
+
+    async def story():
+        async with Scene("a 0:4", cache_tokens=16 * 16) as it:
+            other = await it.swarm.open_client()
+            old, young = await it.read(13 * 16), await it.read(3 * 16, client=other)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(old.decode(20))
+                group.create_task(young.decode(20))
+            old.session.close()
+            await young.decode(20)
+            it.readers.remove(old)
+
+    run_virtual(story, timeout_s=5000.0)
+
+
+def test_a_prompt_gets_on_where_decode_rows_fill_every_iteration():
+    """One client decodes a hundred sessions, with a budget of 64; another has a prompt."""
+
+    async def story():
+        config = ServerConfig(engine=EngineLimits(budget_tokens=64))
+        async with Scene(
+            "a 0:4", iteration_s=0.1, token_s=0.002, cache_tokens=1 << 18, config=config
+        ) as it:
+            sessions, work = await flood(it, 100, 0)
+            await asyncio.sleep(10)
+            reader = await it.read()
+            started_s = now_s()
+            await reader.prefill(128)
+            assert now_s() - started_s < 60
+            await ended(sessions, work)
+
+    run_virtual(story, timeout_s=5000.0)
+
+
+def test_prompts_finish_beside_chats_that_end():
+    """Whoever closed its session holds up nobody's prompt."""
+
+    async def story():
+        async with Scene("a 0:4", iteration_s=0.1, token_s=0.002, cache_tokens=1 << 16) as it:
+            reader = await it.read()
+            task = asyncio.ensure_future(reader.prefill(1024))
+            started_s = now_s()
+            while not task.done():
+                chat = await it.swarm.clients[0].open_session("float32")
+                await chat.step(rows(1), 1)
+                chat.close()
+            await task
+            assert now_s() - started_s < 60
+
+    run_virtual(story, timeout_s=5000.0)
+
+
+CROWD = ServerConfig(quotas=Quotas(queue_bytes_per_client=64 * 40))
+
+
+@scene("a 0:4", config=CROWD)
 async def test_rows_beyond_the_quota_are_dropped_and_asked_for_again(it):
     readers = [await it.read(seed=seed, chunk_tokens=8) for seed in range(8)]
     async with asyncio.TaskGroup() as group:
@@ -135,13 +194,65 @@ async def test_rows_beyond_the_quota_are_dropped_and_asked_for_again(it):
             group.create_task(reader.prefill(64))
 
 
-@scene("a 0:2, b 2:4", config=ServerConfig(quotas=Quotas(bytes_per_s_per_peer=64 * 50)))
-async def test_rows_come_in_no_faster_than_the_quota(it):
+@scene("a 0:4", config=ServerConfig(quotas=Quotas(queue_bytes_per_client=1)))
+async def test_a_quota_below_one_entry_lets_one_entry_wait(it):
+    readers = [await it.read(seed=seed) for seed in range(3)]
+    async with asyncio.TaskGroup() as group:
+        for reader in readers:
+            group.create_task(reader.prefill(64))
+
+
+@scene("a 0:4", config=CROWD)
+async def test_dropped_rows_come_again_when_the_session_that_crowded_them_out_ends(it):
+    other = await it.swarm.open_client()
+    busy = await it.read(4, client=other)
+    greedy = await it.client.open_session("float32")
+    reader = await it.read(4, seed=2)
+    it["a"].slowness = 200.0
+    first = asyncio.ensure_future(busy.decode(1))
+    await asyncio.sleep(0.05)
+    second = asyncio.ensure_future(greedy.step(rows(40), 40, chunk_tokens=8))
+    await asyncio.sleep(0.05)
+    third = asyncio.ensure_future(reader.decode(1))
+    await asyncio.sleep(0.05)
+    assert it.hop("a", reader).is_overrun
+    greedy.close()
+    it["a"].slowness = 1.0
+    await asyncio.gather(first, third)
+    with suppress(ShoalError):
+        await second
+
+
+@scene("a 0:4", config=CROWD)
+async def test_a_crowded_session_that_is_parked_comes_back(it):
+    other = await it.swarm.open_client()
+    busy = await it.read(4, client=other)
+    reader = await it.read(4, seed=2)
+    it["a"].slowness = 200.0
+    first = asyncio.ensure_future(busy.decode(1))
+    await asyncio.sleep(0.05)
+    second = asyncio.ensure_future(reader.prefill(200))
+    await asyncio.sleep(0.1)
+    hop = it.hop("a", reader)
+    assert hop.is_overrun
+    it["a"].server.sessions.park(hop)
+    it["a"].server.on_held_changed(hop)
+    it["a"].slowness = 1.0
+    await asyncio.gather(first, second)
+
+
+@scene("a 0:2, b 2:4", config=ServerConfig(quotas=Quotas(bytes_per_s_per_client=64 * 50)))
+async def test_rows_of_a_client_run_no_faster_than_the_quota(it):
+    """And another client, whose rows come over the same streams, is not held up."""
     reader = await it.read(20)
+    bystander = await it.read(4, client=await it.swarm.open_client())
     started_s = now_s()
-    await reader.prefill(100)
-    await reader.decode(5)
-    assert now_s() - started_s > 1.5
+    task = asyncio.ensure_future(reader.prefill(200))
+    await bystander.decode(5)
+    assert now_s() - started_s < 1
+    await task
+    assert now_s() - started_s > 2
+    assert reader.repairs == bystander.repairs == []
 
 
 @scene("a 0:4", config=ServerConfig(quotas=Quotas(log_bytes_max=64 * 64)))

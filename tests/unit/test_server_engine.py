@@ -9,6 +9,7 @@ from shoal.lab.clock import run_virtual
 from shoal.lab.toy_backend import ToyBackend, ToyConfig, fixed_pace
 from shoal.lab.toy_blocks import ToySequence, toy_embedding
 from shoal.server.engine import Engine, EngineLimits, Pace
+from shoal.server.quotas import Quotas
 from shoal.server.session import HopPlan
 from shoal.server.sessions import SessionTable
 from shoal.wire.messages import WANT_ALL, Entry
@@ -29,7 +30,9 @@ class Bench:
             ),
             pace=self._pace, fault=fault,
         )  # fmt: skip
-        self.table = SessionTable(self.backend, window_bytes=1 << 20)
+        self.table = SessionTable(
+            self.backend, window_bytes=1 << 20, quotas=Quotas(cache_share=1.0)
+        )
         self.engine = Engine(self.backend, self.table, self, limits or EngineLimits())
         self.batches, self.failed, self.held = [], [], []
 

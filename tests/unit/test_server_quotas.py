@@ -7,13 +7,19 @@ from hypothesis import strategies as st
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId, SessionId
 from shoal.server.quotas import (
+    BURST_S,
+    DEPARTURES_MAX,
     PLACE_GRACE_S,
+    PLACES_PER_CLIENT,
     RETRY_AFTER_MAX_S,
     RETRY_AFTER_S,
     Line,
     Quotas,
+    Rates,
     owners_over,
 )
+
+OWNER, OTHER = PeerId(b"o" * 32), PeerId(b"p" * 32)
 
 
 def session(number):
@@ -22,16 +28,18 @@ def session(number):
 
 def test_first_come_first_served():
     line = Line()
-    assert [line.wait(session(number), 0.0)[0] for number in (1, 2, 3)] == [1, 2, 3]
-    assert line.wait(session(2), 1.0)[0] == 2
-    line.leave(session(1))
+    assert [line.wait(session(number), OWNER, 0.0)[0] for number in (1, 2, 3)] == [1, 2, 3]
+    assert line.wait(session(2), OWNER, 1.0)[0] == 2
+    line.leave(session(1), OTHER)
+    assert line.ahead_of(session(2), 1.0) == 1
+    line.leave(session(1), OWNER)
     assert line.ahead_of(session(2), 1.0) == 0
     assert line.ahead_of(session(9), 1.0) == 2
 
 
 def test_a_place_lapses_when_nobody_comes_for_it():
     line = Line()
-    _, eta_s = line.wait(session(1), 0.0)
+    _, eta_s = line.wait(session(1), OWNER, 0.0)
     assert line.ahead_of(session(2), eta_s + PLACE_GRACE_S) == 1
     assert line.ahead_of(session(2), eta_s + PLACE_GRACE_S + 0.1) == 0
     assert len(line) == 0
@@ -41,13 +49,13 @@ def test_the_wait_is_told_from_how_often_somebody_leaves():
     line = Line()
     for second in range(0, 60, 10):
         line.departed(float(second))
-    etas = [line.wait(session(number), 59.0)[1] for number in (1, 2, 3, 4)]
+    etas = [line.wait(session(number), OWNER, 59.0)[1] for number in (1, 2, 3, 4)]
     assert etas == [10.0, 20.0, RETRY_AFTER_MAX_S, RETRY_AFTER_MAX_S]
     line = Line()
-    assert line.wait(session(1), 0.0)[1] == RETRY_AFTER_S
+    assert line.wait(session(1), OWNER, 0.0)[1] == RETRY_AFTER_S
     for _ in range(600):
         line.departed(0.0)
-    assert line.wait(session(1), 0.0)[1] == RETRY_AFTER_S
+    assert line.wait(session(1), OWNER, 0.0)[1] == RETRY_AFTER_S
 
 
 @given(st.dictionaries(st.integers(0, 20), st.integers(1, 1000), max_size=10), st.integers(1, 3000))
@@ -65,3 +73,33 @@ def test_quotas_of_nothing_are_refused(name):
     with pytest.raises(ConfigError, match=name):
         Quotas(**{name: 0})
     assert getattr(Quotas(**{name: 1}), name) == 1
+
+
+def test_no_client_fills_the_line():
+    line = Line()
+    for number in range(PLACES_PER_CLIENT + 5):
+        line.wait(session(number), OWNER, 0.0)
+    assert len(line) == PLACES_PER_CLIENT
+    assert line.wait(session(99), OTHER, 0.0)[0] == PLACES_PER_CLIENT + 1
+    line.keep_only(OWNER, {session(3)})
+    assert line.ahead_of(session(99), 0.0) == 1
+
+
+def test_departures_are_not_remembered_for_ever():
+    line = Line()
+    for _ in range(2 * DEPARTURES_MAX):
+        line.departed(0.0)
+    assert len(line._departures) == DEPARTURES_MAX
+
+
+def test_who_takes_more_than_its_rate_waits_and_nobody_else():
+    rates = Rates(100)
+    rates.took(OWNER, 150, 10.0)
+    assert rates.wait_s(OWNER, 10.0) == pytest.approx(1.5 - BURST_S)
+    assert rates.wait_s(OTHER, 10.0) == 0.0
+    assert rates.wait_s(OWNER, 10.6) == 0.0
+    rates.forget_paid(11.0)
+    assert rates.wait_s(OWNER, 11.0) == 0.0
+    rates.forget_paid(12.0)
+    rates.took(OWNER, 50, 12.0)
+    assert rates.wait_s(OWNER, 12.0) == 0.0

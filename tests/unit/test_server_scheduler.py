@@ -98,3 +98,11 @@ def test_the_owner_who_waited_longest_for_a_chunk_is_next():
     turns = [replace(first, owner_turn=3.0), replace(second, owner_turn=1.0), third]
     keys = choose_batch(turns, budget_tokens=10)
     assert keys == [third.key, second.key]
+
+
+def test_a_chunk_that_was_passed_over_goes_first():
+    items = [(0, 1, False)] * 50 + [(1, 40, False), (1, 200, False)]
+    assert choose(items, 50, is_chunk_due=True)[0] == 50
+    assert len(choose(items, 50, is_chunk_due=True)) == 11
+    assert 50 not in choose(items, 50)
+    assert choose(items[51:], 50, is_chunk_due=True) == [0]

@@ -9,7 +9,7 @@ from shoal.base.ids import PeerId, SessionId
 from shoal.base.spans import Span
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import toy_embedding
-from shoal.server.quotas import SESSIONS_PER_CLIENT
+from shoal.server.quotas import SESSIONS_PER_CLIENT, Quotas
 from shoal.server.session import HopPlan
 from shoal.server.sessions import IDLE_VICTIM_S, SessionTable
 from shoal.wire.messages import WANT_ALL, Entry, Fork
@@ -18,9 +18,10 @@ PAGE, TOTAL = 16, 12
 NOW_S = 1000.0
 
 
-def make_table(*, pages=TOTAL):
+def make_table(*, pages=TOTAL, quotas=None):
+    quotas = quotas or Quotas(cache_share=1.0)
     config = ToyConfig(span=Span(0, 4), num_blocks=4, cache_tokens=pages * PAGE, page_tokens=PAGE)
-    return SessionTable(ToyBackend(config), window_bytes=1 << 20)
+    return SessionTable(ToyBackend(config), window_bytes=1 << 20, quotas=quotas)
 
 
 def make_plan(number, *, opened_ms=0, owner=b"o", span=(0, 4)):
@@ -208,22 +209,33 @@ def test_a_free_page_goes_to_who_waits_in_line_for_it():
     check_pages(table)
 
 
-def test_beyond_its_share_an_owner_takes_nothing_from_others_however_old_it_says_it_is():
-    table = make_table(pages=8)
-    mine = table.open(make_plan(1, opened_ms=50), None, NOW_S)
-    table.make_room(mine, 3 * PAGE, NOW_S)
+def test_an_owner_holds_no_more_than_its_share_however_old_it_says_its_sessions_are():
+    table = make_table(pages=8, quotas=Quotas(cache_share=0.75))
     old = table.open(make_plan(2, opened_ms=0, owner=b"p"), None, NOW_S)
     young = table.open(make_plan(3, opened_ms=1, owner=b"p"), None, NOW_S)
-    assert table.make_room(old, 2 * PAGE, NOW_S) == []
+    assert table.make_room(old, 3 * PAGE, NOW_S) == []
     assert table.make_room(young, 3 * PAGE, NOW_S) == []
     assert table.make_room(young, 4 * PAGE, NOW_S) is None
-    assert table.make_room(mine, 4 * PAGE, NOW_S) == [young]
+    assert table.is_capped(young, 4 * PAGE)
+    assert table.make_room(table.open(make_plan(1, opened_ms=9), None, NOW_S), PAGE, NOW_S) == []
+    assert table.make_room(old, 4 * PAGE, NOW_S) == [young]
     check_pages(table)
 
 
-def test_one_long_session_does_not_give_way_to_younger_ones():
-    table = make_table(pages=8)
-    long = table.open(make_plan(1, opened_ms=1), None, NOW_S)
-    table.make_room(long, 8 * PAGE, NOW_S)
-    with pytest.raises(PeerBusy):
-        table.open(make_plan(2, opened_ms=2, owner=b"p"), None, NOW_S)
+def test_a_session_larger_than_its_owners_share_is_too_long():
+    table = make_table(pages=8, quotas=Quotas(cache_share=0.75))
+    hop = table.open(make_plan(1), None, NOW_S)
+    with pytest.raises(SessionTooLong, match="--cache-share"):
+        table.make_room(hop, 7 * PAGE, NOW_S)
+    with pytest.raises(SessionTooLong, match="--cache-tokens"):
+        table.make_room(hop, 9 * PAGE, NOW_S)
+
+
+def test_two_owners_that_fill_the_cache_do_not_wait_for_each_other():
+    table = make_table(pages=8, quotas=Quotas(cache_share=0.75))
+    old = table.open(make_plan(1, opened_ms=1), None, NOW_S)
+    young = table.open(make_plan(2, opened_ms=2, owner=b"p"), None, NOW_S)
+    table.make_room(old, 5 * PAGE, NOW_S)
+    table.make_room(young, 3 * PAGE, NOW_S)
+    assert table.make_room(young, 4 * PAGE, NOW_S) is None
+    assert table.make_room(old, 6 * PAGE, NOW_S) == [young]

@@ -53,8 +53,7 @@ CacheShareOption = Annotated[
     typer.Option(
         metavar="X",
         rich_help_panel=PANEL,
-        help="Part of the KV cache beyond which a client's younger sessions give way to other "
-        "clients; 1 lets one client keep all of it.",
+        help="Part of the KV cache that one client may hold; 1 lets it hold all.",
     ),
 ]
 ClientStreamsOption = Annotated[
@@ -68,7 +67,7 @@ ClientRateOption = Annotated[
     typer.Option(
         metavar="SIZE",
         rich_help_panel=PANEL,
-        help="Rows taken in from one peer per second, in bytes; whoever is faster waits.",
+        help="Rows of one client that are computed per second, in bytes; beyond it they wait.",
     ),
 ]
 ClientRowsOption = Annotated[
@@ -169,14 +168,21 @@ def parse_bounds(
         quotas=Quotas(
             sessions_per_client=client_sessions,
             streams_per_peer=client_streams,
-            bytes_per_s_per_peer=parse_size(client_rate, "--client-rate"),
-            queue_bytes_per_client=parse_size(queue_memory, "--queue-memory"),
-            log_bytes_max=parse_size(log_memory, "--log-memory"),
+            bytes_per_s_per_client=_size(client_rate, "--client-rate"),
+            queue_bytes_per_client=_size(queue_memory, "--queue-memory"),
+            log_bytes_max=_size(log_memory, "--log-memory"),
             cache_share=cache_share,
         ),
         fair=FairLimits(rows_per_client=client_rows, slowdown_max=slowdown),
         idle_session_s=idle_timeout,
     )
+
+
+def _size(text: str, option: str) -> int:
+    size = parse_size(text, option)
+    if size < 1:
+        raise ConfigError(f"{option} {text}: it must be at least 1 byte")
+    return size
 
 
 def _peers(texts: Sequence[str] | None, option: str) -> list[PeerId]:

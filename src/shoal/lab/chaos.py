@@ -25,6 +25,7 @@ from shoal.lab.script import Act, Reference, ScriptRunner, draw_script
 from shoal.lab.swarm import ServerSpec, SimulatedServer, SimulatedSwarm
 from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
+from shoal.server.quotas import Quotas
 
 FaultKind = Literal[
     "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole", "partition",
@@ -201,6 +202,7 @@ class _Run:
             self._rng,
             num_blocks=plan.num_blocks,
             server_config=ServerConfig(
+                quotas=Quotas(cache_share=1.0),
                 window_bytes=plan.window_bytes,
                 engine=EngineLimits(
                     budget_tokens=plan.budget_tokens, run_ahead_bytes=plan.run_ahead_bytes

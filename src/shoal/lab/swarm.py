@@ -24,6 +24,7 @@ from shoal.net.membership import SwarmPass
 from shoal.net.memory import SCHEME, MemoryNetwork
 from shoal.server.announcing import StoreBook
 from shoal.server.config import ServerConfig
+from shoal.server.quotas import Quotas
 from shoal.server.server import Server, open_server
 
 SWARM = "lab"
@@ -149,7 +150,7 @@ class SimulatedSwarm:
         self.network = network
         self.memory = MemoryNetwork(network)
         self.swarm_pass = SwarmPass.open(SWARM)
-        self.server_config = server_config or ServerConfig()
+        self.server_config = server_config or ServerConfig(quotas=Quotas(cache_share=1.0))
         self.mixes_call_shape = mixes_call_shape
         self.directory = StaticDirectory(SWARM, is_lasting=True)
         self.clients: list[Client] = []

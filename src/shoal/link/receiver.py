@@ -7,7 +7,6 @@ wins, and a second task sends them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from msgspec import structs
@@ -43,17 +42,10 @@ class ReceiverEvents(Protocol):
 class RowReceiver:
     """The receiving side of one data stream from one peer."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        events: ReceiverEvents,
-        take_turn: Callable[[int], Awaitable[None]] | None = None,
-    ) -> None:
-        """`take_turn` is awaited after so many bytes of rows: it slows down who is too fast."""
+    def __init__(self, channel: Channel, events: ReceiverEvents) -> None:
         self.peer = channel.peer
         self._channel = channel
         self._events = events
-        self._take_turn = take_turn
         self._answers: dict[tuple[bytes, int, type], Answer] = {}
         self._wake = asyncio.Event()
         self.heard_s = asyncio.get_running_loop().time()
@@ -99,8 +91,6 @@ class RowReceiver:
                         answer = self._events.on_entry(self.peer, entry, part)
                         if answer is not None:
                             self.post(answer)
-                    if self._take_turn is not None:
-                        await self._take_turn(len(payload))
                 case Open():
                     answer = self._events.on_open(self.peer, message)
                     if answer is not None:

@@ -15,12 +15,13 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import InternalError, SessionLost, SessionTooLong, ShoalError
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
 from shoal.server.fairness import FairLimits, Fairness, Ran
+from shoal.server.quotas import Rates
 from shoal.server.scheduler import Waiting, choose_batch
 from shoal.server.session import HopSession, SessionKey
 from shoal.server.sessions import RETURN_MARGIN_TOKENS, SessionTable
@@ -29,6 +30,18 @@ logger = logging.getLogger(__name__)
 
 ROOM_POLL_S: Final = 1.0
 """Sessions become victims by idling, which wakes nobody: who waits for room looks this often."""
+
+
+PASSED_OVER_MAX: Final = 8
+"""Iterations without a chunk before one goes first, even if decode rows fill the budget."""
+
+
+class _Work(NamedTuple):
+    """What one session has in an iteration."""
+
+    hop: HopSession
+    calls: list[Call]
+    is_decode: bool
 
 
 class EngineEvents(Protocol):
@@ -99,8 +112,11 @@ class Engine:
         self._arrivals = itertools.count(1)
         self._since: dict[int, int] = {}
         self._fairness = Fairness(limits.fair)
+        self._rates = Rates(sessions.quotas.bytes_per_s_per_client)
         self._held_s: float | None = None
-        """How long chunks that may not run yet must wait."""
+        """How long rows that may not run yet must wait."""
+        self._passed_over = 0
+        """Iterations in a row in which chunks waited that might have run, and none did."""
         self._calls_max = backend.facts.calls_per_sequence_max
 
     def wake(self) -> None:
@@ -153,8 +169,8 @@ class Engine:
             self._settle()
             if not batch:
                 return False
-            work = [(hop, hop.next_calls(count)) for hop, count in batch]
-            calls = [call for _, taken in work for call in taken]
+            work = [_Work(hop, hop.next_calls(count), item) for hop, count, item in batch]
+            calls = [call for one in work for call in one.calls]
             num_tokens = sum(call.count for call in calls)
             now = asyncio.get_running_loop().time
             self.running_tokens, self.running_since_s = num_tokens, now()
@@ -166,24 +182,26 @@ class Engine:
             self._account(work, now())
             self.iteration += 1
         done = iter(outcomes)
-        for hop, taken in work:
-            self._commit(hop, list(islice(done, len(taken))))
+        for one in work:
+            self._commit(one.hop, list(islice(done, len(one.calls))))
         self._sessions.bound_logs()
         return True
 
-    def _account(self, work: Sequence[tuple[HopSession, list[Call]]], now_s: float) -> None:
-        """Note who decoded and whose chunks ran."""
-        ran = [
-            Ran(
-                hop.sequence,
-                hop.plan.owner,
-                hop.plan.num_hops,
-                is_decode=len(calls) == 1 and calls[0].count == 1 and calls[0].rows_wanted == 1,
-            )
-            for hop, calls in work
-        ]
-        self._fairness.ran(ran, self.running_since_s, now_s)
-        self._fairness.forget_owners({hop.plan.owner for hop in self._sessions})
+    def _account(self, work: Sequence[_Work], now_s: float) -> None:
+        """Note who decoded, whose chunks ran, and how much of whom."""
+        plans = [(one, one.hop.plan) for one in work]
+        self._fairness.ran(
+            [
+                Ran(one.hop.sequence, plan.owner, plan.num_hops, one.is_decode)
+                for one, plan in plans
+            ],
+            self.running_since_s,
+            now_s,
+        )
+        for one, plan in plans:
+            num_bytes = sum(memoryview(call.payload).nbytes for call in one.calls)
+            self._rates.took(plan.owner, num_bytes, now_s)
+        self._rates.forget_paid(now_s)
 
     def _settle(self) -> None:
         for hop in self._sessions.settle():
@@ -194,9 +212,10 @@ class Engine:
         now_s = asyncio.get_running_loop().time()
         for hop in self._sessions.returning():
             length = hop.parked_length + RETURN_MARGIN_TOKENS
-            ledger = self._sessions.ledger
-            length = min(length, ledger.total * ledger.page_tokens)
+            length = min(length, self._sessions.length_max)
             parked = self._sessions.make_room(hop, length, now_s)
+            if parked is None and self._sessions.is_capped(hop, length):
+                continue  # it waits for sessions of its own client
             if parked is None:
                 break  # the oldest goes first: younger ones don't slip past it
             hop.is_parked = hop.wants_return = False
@@ -205,8 +224,8 @@ class Engine:
             for other in [hop, *parked]:
                 self._events.on_held_changed(other)
 
-    def _next_batch(self) -> list[tuple[HopSession, int]]:
-        """The sessions whose first entries run now, and how many entries of each."""
+    def _next_batch(self) -> list[tuple[HopSession, int, bool]]:
+        """The sessions whose first entries run now, how many of each, and whether they decode."""
         now_s = asyncio.get_running_loop().time()
         by_key: dict[SessionKey, HopSession] = {}
         ready = []
@@ -221,22 +240,32 @@ class Engine:
             ready.append(self._waiting(hop, since))
         waiting = self._in_turn(ready, now_s)
         batch: dict[SessionKey, int] = {}
-        owners = {item.owner for item in waiting if item.is_decode}
-        is_in_company = self._fairness.is_in_company(owners, now_s)
-        chosen = choose_batch(
-            waiting,
-            budget_tokens=self._limits.budget_tokens,
-            rows_per_owner=self._limits.fair.rows_per_client if is_in_company else None,
-            chunks_max=1 if is_in_company else None,
-        )
-        for key in chosen:
+        for key in self._chosen(waiting, now_s):
             hop = by_key[key]
             count = self._fitting(hop, batch, now_s)
             if count:
                 self._since.pop(hop.sequence, None)
                 hop.used_s = now_s
                 batch[key] = count
-        return [(by_key[key], count) for key, count in batch.items() if by_key[key].queue]
+        decoding = {item.key for item in waiting if item.is_decode}
+        is_passed_over = len(decoding) < len(waiting) and decoding.issuperset(batch)
+        self._passed_over = self._passed_over + 1 if is_passed_over else 0
+        return [
+            (by_key[key], count, key in decoding)
+            for key, count in batch.items()
+            if by_key[key].queue
+        ]
+
+    def _chosen(self, waiting: list[Waiting], now_s: float) -> list[SessionKey]:
+        owners = {item.owner for item in waiting if item.is_decode}
+        is_in_company = self._fairness.is_in_company(owners, now_s)
+        return choose_batch(
+            waiting,
+            budget_tokens=self._limits.budget_tokens,
+            rows_per_owner=self._limits.fair.rows_per_client if is_in_company else None,
+            chunks_max=1 if is_in_company else None,
+            is_chunk_due=self._passed_over >= PASSED_OVER_MAX,
+        )
 
     def _waiting(self, hop: HopSession, since: int) -> Waiting:
         count = hop.next_count(self._calls_max)
@@ -251,10 +280,17 @@ class Engine:
 
     def _in_turn(self, ready: list[Waiting], now_s: float) -> list[Waiting]:
         """Those that may run now: chunks must leave time to the decode rows of others."""
-        waits = {item.owner: self._fairness.chunk_wait_s(item.owner, now_s) for item in ready}
-        held = [waits[item.owner] for item in ready if not item.is_decode and waits[item.owner]]
-        self._held_s = min(held, default=None)
-        return [item for item in ready if item.is_decode or not waits[item.owner]]
+        hops = list(self._sessions)
+        self._fairness.keep_only({hop.sequence for hop in hops}, {hop.plan.owner for hop in hops})
+        chunk_owners = {item.owner for item in ready if not item.is_decode}
+        chunk_waits = self._fairness.chunk_waits_s(chunk_owners, now_s)
+        rate_waits = {item.owner: self._rates.wait_s(item.owner, now_s) for item in ready}
+        waits = [
+            max(rate_waits[item.owner], 0.0 if item.is_decode else chunk_waits.get(item.owner, 0.0))
+            for item in ready
+        ]
+        self._held_s = min((wait_s for wait_s in waits if wait_s), default=None)
+        return [item for item, wait_s in zip(ready, waits, strict=True) if not wait_s]
 
     def _fitting(self, hop: HopSession, keep: Collection[SessionKey], now_s: float) -> int:
         """How many of the session's first entries find room: all that suit a run, one or none."""

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from shoal.base.backend import SequenceId
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
+from shoal.server.quotas import CLOCK_STEP_S
 
 ACTIVE_S: Final = 1.0
 """Who decoded a row this recently will send the next one soon: longer than a token takes on
@@ -31,12 +32,12 @@ bfloat16, one core): 16 rows take 1.3 times as long as one, 32 take 1.5 times.""
 SLOWDOWN_MAX: Final = 2.0
 """How many times as long a token may take, on average, because of other clients' chunks."""
 
-HOLD_MAX: Final = 20.0
-"""A chunk that took d seconds makes the next one wait at most this many times d, so that a
-prompt gets on even where hundreds decode."""
+HOLD_MAX: Final = 8.0
+"""A client whose chunks wait for others' answers waits at most this many times as long as the
+last chunk took, so that a prompt gets on even where hundreds decode."""
 
-CLOCK_STEP_S: Final = 1e-6
-"""Waits below this are none: a timer may fire that much early."""
+HOPS_BELIEVED: Final = 16
+"""Chains are seldom longer; what a route says beyond it would only hold up others."""
 
 _INTERVALS = 64
 """The quickest of a session's last tokens tells how long one takes undisturbed."""
@@ -80,8 +81,8 @@ class _Answer:
     """Tokens that it must get before the next chunk of somebody else."""
 
     def until_s(self, chunk_s: float) -> float:
-        """When it is forgotten, unless it goes on; chunks take `chunk_s`."""
-        return self.ran_s + ACTIVE_S + 2 * self.num_hops * chunk_s
+        """When it is forgotten, unless it goes on; a chunk at each hop may delay it."""
+        return self.ran_s + ACTIVE_S + self.num_hops * chunk_s
 
 
 class Fairness:
@@ -93,8 +94,8 @@ class Fairness:
         """Sessions that decode."""
         self._chunks_s: dict[PeerId, float] = {}
         """When each owner's chunks last ran."""
-        self._free_s = 0.0
-        """From when on chunks may run again in any case."""
+        self._held_s: dict[PeerId, float] = {}
+        """Since when each owner's chunks wait for others' answers."""
         self._chunk_s = 0.0
         """How long the last iteration with chunks took."""
         self._decode_runs_s: deque[float] = deque(maxlen=_DECODE_RUNS)
@@ -109,12 +110,12 @@ class Fairness:
                 self._answers.pop(item.sequence, None)
                 chunk_owners.add(item.owner)
                 self._chunks_s[item.owner] = ended_s
+                self._held_s.pop(item.owner, None)
         duration_s = ended_s - started_s
         if not chunk_owners:
             self._decode_runs_s.append(duration_s)
             return
         self._chunk_s = duration_s
-        self._free_s = ended_s + HOLD_MAX * duration_s
         for answer in self._answers.values():
             if chunk_owners != {answer.owner}:
                 answer.tokens_due = self._tokens_due(answer, duration_s)
@@ -125,6 +126,8 @@ class Fairness:
         A token takes at least a decode iteration at each hop. That it takes longer (slow
         links) is believed only after many tokens, since chunks may have delayed the first.
         """
+        if chunk_s <= 0:
+            return 0
         row_s = min(self._decode_runs_s, default=0.0)
         token_s = max(answer.num_hops * row_s, chunk_s / HOLD_MAX)
         if len(answer.intervals) == _INTERVALS:
@@ -136,32 +139,47 @@ class Fairness:
     def _decoded(self, item: Ran, started_s: float) -> None:
         answer = self._answers.pop(item.sequence, None)
         if answer is None:
-            answer = _Answer(owner=item.owner, num_hops=item.num_hops, ran_s=started_s)
+            hops = min(item.num_hops, HOPS_BELIEVED)
+            answer = _Answer(owner=item.owner, num_hops=hops, ran_s=started_s)
         else:
             answer.intervals.append(started_s - answer.ran_s)
             answer.ran_s = started_s
             answer.tokens_due = max(0, answer.tokens_due - 1)
         self._answers[item.sequence] = answer
 
-    def forget_owners(self, known: Collection[PeerId]) -> None:
-        """Keep no more than the owners that still have sessions."""
-        self._chunks_s = {owner: at_s for owner, at_s in self._chunks_s.items() if owner in known}
+    def keep_only(self, sequences: Collection[SequenceId], owners: Collection[PeerId]) -> None:
+        """Forget sessions that ended, and owners that have none."""
+        for sequence in self._answers.keys() - sequences:
+            del self._answers[sequence]
+        for table in (self._chunks_s, self._held_s):
+            for owner in table.keys() - owners:
+                del table[owner]
 
     def is_in_company(self, owners: Collection[PeerId], now_s: float) -> bool:
         """Whether more than one client decodes; `owners` have decode rows that wait."""
         self._expire(now_s)
         return len({answer.owner for answer in self._answers.values()} | set(owners)) > 1
 
-    def chunk_wait_s(self, owner: PeerId, now_s: float) -> float:
-        """How long the owner's chunks must wait yet, if no token comes; 0: they may run."""
+    def chunk_waits_s(self, owners: Collection[PeerId], now_s: float) -> dict[PeerId, float]:
+        """How long the chunks of these owners, which wait, must wait yet if no token comes.
+
+        Owners whose chunks may run are left out.
+        """
         self._expire(now_s)
-        due = [
-            answer.until_s(self._chunk_s) - now_s
-            for answer in self._answers.values()
-            if answer.tokens_due and answer.owner != owner
-        ]
-        wait_s = min(self._free_s - now_s, max(due, default=0.0))
-        return wait_s if wait_s > CLOCK_STEP_S else 0.0
+        due: dict[PeerId, float] = {}
+        for answer in self._answers.values():
+            if answer.tokens_due:
+                until_s = answer.until_s(self._chunk_s)
+                due[answer.owner] = max(until_s, due.get(answer.owner, until_s))
+        latest = sorted(due.items(), key=lambda item: item[1], reverse=True)[:2]
+        waits: dict[PeerId, float] = {}
+        for owner in owners:
+            until_s = next((at_s for other, at_s in latest if other != owner), now_s)
+            held_s = self._held_s.setdefault(owner, now_s)
+            wait_s = min(until_s, held_s + HOLD_MAX * self._chunk_s) - now_s
+            if wait_s > CLOCK_STEP_S:
+                waits[owner] = wait_s
+        return waits
 
     def last_chunk_s(self, owner: PeerId) -> float:
         """When the owner's chunks last ran; who waited longest goes first."""

@@ -1,7 +1,6 @@
-"""What is let in: streams per peer, bytes per second, rows that wait, entries that fit.
+"""What is let in: streams per peer, rows that wait, entries that fit.
 
-The server asks before it takes anything; nothing here sends or waits by itself, but for
-the pace of a peer that sends too fast.
+The server asks before it takes anything; nothing here sends or waits.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from shoal.base.backend import BackendFacts
 from shoal.base.errors import BadInput, PeerBusy, SessionTooLong
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import PAYLOAD_BYTES_MAX, SESSION_TOKENS_MAX
-from shoal.server.pace import Pace
 from shoal.server.quotas import Quotas
-from shoal.server.session import HopSession
+from shoal.server.session import HopSession, SessionKey
 from shoal.server.sessions import SessionTable
+from shoal.wire.frames import Buffer
 from shoal.wire.messages import Entry
 from shoal.wire.tensors import check_payload, row_bytes
 
@@ -27,8 +26,11 @@ logger = logging.getLogger(__name__)
 STREAM_RETRY_S = 5.0
 """When a peer with too many streams may try again: broken ones are noticed by then."""
 
-PACE_NOTICE_S = 0.01
-"""Waits below this are not worth a timer: they add up to the next one."""
+REOPEN_PERIOD_S = 0.25
+"""How often to look whether dropped rows may come again."""
+
+PINNED_FACTOR = 4
+"""Rows that wait may keep a frame in memory that is this many times as large, not more."""
 
 
 class Intake:
@@ -42,11 +44,10 @@ class Intake:
         self._sessions = sessions
         self._window_bytes = window_bytes
         self._streams: Counter[PeerId] = Counter()
-        self._paces: dict[PeerId, Pace] = {}
         self._queued: Counter[PeerId] = Counter()
         """At least the bytes that wait, by owner; counted anew when it looks too much."""
-        self._crowded: set[PeerId] = set()
-        """Owners some of whose rows were dropped for that."""
+        self._overrun: dict[SessionKey, HopSession] = {}
+        """Hops whose rows were dropped."""
 
     @contextmanager
     def stream(self, peer: PeerId) -> Iterator[None]:
@@ -65,14 +66,6 @@ class Intake:
             self._streams[peer] -= 1
             if not self._streams[peer]:
                 del self._streams[peer]
-                self._paces.pop(peer, None)
-
-    def pace(self, peer: PeerId) -> Pace:
-        """What holds a peer's rows to its rate, over all its streams."""
-        if peer not in self._paces:
-            rate = float(self._quotas.bytes_per_s_per_peer)
-            self._paces[peer] = Pace(lambda: rate, PACE_NOTICE_S)
-        return self._paces[peer]
 
     def check_entry(self, entry: Entry, output_encoding: str) -> None:
         """Refuse rows that can't be run or answered.
@@ -94,42 +87,65 @@ class Intake:
             )
 
     def takes(self, hop: HopSession, num_bytes: int) -> bool:
-        """Whether rows may wait here; if not, they are dropped and asked for again later."""
-        owner = hop.plan.owner
-        if hop.queue_bytes > 4 * self._window_bytes + PAYLOAD_BYTES_MAX:
-            hop.is_overrun = True
-        elif self._queued[owner] + num_bytes > self._quotas.queue_bytes_per_client:
-            self._queued[owner] = self._waiting_bytes(owner)
-            if self._queued[owner] + num_bytes > self._quotas.queue_bytes_per_client:
-                logger.info("too many rows wait owner=%s", short(owner))
-                hop.is_overrun = True
-                self._crowded.add(owner)
+        """Whether rows may wait here; if not, they are dropped and asked for again later.
+
+        An owner of whom nothing waits may always send one entry.
+        """
         if hop.is_overrun:
             return False
+        owner = hop.plan.owner
+        limit = self._quotas.queue_bytes_per_client
+        if hop.queue_bytes > 4 * self._window_bytes + PAYLOAD_BYTES_MAX:
+            return self._drop(hop)
+        if self._queued[owner] and self._queued[owner] + num_bytes > limit:
+            self._queued[owner] = self._waiting_bytes(owner)
+            if self._queued[owner] and self._queued[owner] + num_bytes > limit:
+                return self._drop(hop)
         self._queued[owner] += num_bytes
         return True
 
-    def reopened(self, hop: HopSession) -> list[HopSession]:
-        """Some of the hop's rows were worked off: hops that may take rows again now."""
-        owner = hop.plan.owner
-        if owner not in self._crowded:
-            return self._released([hop])
-        self._queued[owner] = self._waiting_bytes(owner)
-        if self._queued[owner] > self._quotas.queue_bytes_per_client // 2:
+    def reopened(self) -> list[HopSession]:
+        """Hops whose rows were dropped and that may take rows again now.
+
+        To be asked now and then: rows that wait can vanish in many ways.
+        """
+        if not self._overrun:
             return []
-        self._crowded.discard(owner)
-        return self._released(self._sessions.of_owner(owner))
+        waiting: Counter[PeerId] = Counter()
+        for hop in self._sessions:
+            waiting[hop.plan.owner] += hop.queue_bytes
+        self._queued = waiting
+        free: list[HopSession] = []
+        for hop in list(self._overrun.values()):
+            if self._sessions.find(hop.key) is not hop:
+                del self._overrun[hop.key]
+            elif self._may_reopen(hop, waiting[hop.plan.owner]):
+                del self._overrun[hop.key]
+                hop.is_overrun = False
+                free.append(hop)
+        return free
+
+    def _may_reopen(self, hop: HopSession, waiting_bytes: int) -> bool:
+        is_short = hop.queue_bytes < self._window_bytes
+        return is_short and waiting_bytes <= self._quotas.queue_bytes_per_client // 2
 
     def forget(self, owner: PeerId) -> None:
         """The owner has no sessions left."""
         self._queued.pop(owner, None)
-        self._crowded.discard(owner)
 
-    def _released(self, hops: list[HopSession]) -> list[HopSession]:
-        free = [hop for hop in hops if hop.is_overrun and hop.queue_bytes < self._window_bytes]
-        for hop in free:
-            hop.is_overrun = False
-        return free
+    def _drop(self, hop: HopSession) -> bool:
+        logger.info("too many rows wait session=%s", short(hop.plan.session))
+        hop.is_overrun = True
+        self._overrun[hop.key] = hop
+        return False
 
     def _waiting_bytes(self, owner: PeerId) -> int:
         return sum(hop.queue_bytes for hop in self._sessions.of_owner(owner))
+
+
+def compact(payload: Buffer) -> Buffer:
+    """The same bytes, copied when they would keep a much larger frame in memory."""
+    if not isinstance(payload, memoryview) or payload.obj is None:
+        return payload
+    whole_bytes = memoryview(payload.obj).nbytes
+    return bytes(payload) if whole_bytes > PINNED_FACTOR * payload.nbytes else payload

@@ -13,10 +13,9 @@ class Pace:
     in the order in which they ask.
     """
 
-    def __init__(self, rate: Callable[[], float], notice_s: float = 0.0) -> None:
-        """`rate` is in bytes per second now; waits below `notice_s` are not made."""
+    def __init__(self, rate: Callable[[], float]) -> None:
+        """`rate` is in bytes per second now."""
         self._rate = rate
-        self._notice_s = notice_s
         self._free_s = 0.0
 
     async def take(self, num_bytes: int) -> None:
@@ -24,5 +23,4 @@ class Pace:
         now_s = asyncio.get_running_loop().time()
         start_s = max(self._free_s, now_s)
         self._free_s = start_s + num_bytes / self._rate()
-        if start_s - now_s >= self._notice_s:
-            await asyncio.sleep(start_s - now_s)
+        await asyncio.sleep(start_s - now_s)

@@ -7,9 +7,9 @@ what a peer can pile up: sessions, streams, bytes per second, bytes in memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId, SessionId
@@ -20,16 +20,16 @@ SESSIONS_MAX: Final = 4096
 SESSIONS_PER_CLIENT: Final = 1024
 """Hops of one client at one server: a quarter, so that no client can fill it alone."""
 
-CACHE_SHARE: Final = 0.5
-"""Part of the KV cache beyond which a client's sessions give way to others, whatever their
-age: half of it, so that one client that lies about ages can't keep all others out."""
+CACHE_SHARE: Final = 0.75
+"""Part of the KV cache that one client may hold. Opening times are only what a client says,
+so whoever lies about them could keep all others out; a quarter is left to them."""
 
 STREAMS_PER_PEER: Final = 32
 """Open streams of one peer: a client needs one for control and two for rows, a server as
 many again, and streams that broke are noticed late."""
 
-BYTES_PER_S_PER_PEER: Final = 125_000_000
-"""Rows taken in from one peer per second: gigabit Ethernet. Whoever sends faster waits."""
+BYTES_PER_S_PER_CLIENT: Final = 125_000_000
+"""Rows of one client that are run per second: gigabit Ethernet. Beyond it they wait."""
 
 QUEUE_BYTES_PER_CLIENT: Final = 256 << 20
 """Rows of one client that wait here: 256 MiB, four frames of the largest size. Beyond it
@@ -48,8 +48,20 @@ RETRY_AFTER_MAX_S: Final = 30.0
 PLACE_GRACE_S: Final = 10.0
 """A place in the line is kept this long beyond the time at which to come back."""
 
+CLOCK_STEP_S: Final = 1e-6
+"""Waits below this are none: a timer may fire that much early."""
+
+BURST_S: Final = 1.0
+"""An owner may be this far ahead of its rate: a prompt comes in one go."""
+
 LINE_MAX: Final = 4096
 """Places in the line; as many as there may be sessions."""
+
+PLACES_PER_CLIENT: Final = 16
+"""Places of one client in the line: a batch of sessions, and no client can fill it."""
+
+DEPARTURES_MAX: Final = 1024
+"""Departures that are remembered: 17 a second, for a minute."""
 
 HISTORY_S: Final = 60.0
 """How far back departures tell what to expect."""
@@ -61,7 +73,7 @@ class Quotas:
 
     sessions_per_client: int = SESSIONS_PER_CLIENT
     streams_per_peer: int = STREAMS_PER_PEER
-    bytes_per_s_per_peer: int = BYTES_PER_S_PER_PEER
+    bytes_per_s_per_client: int = BYTES_PER_S_PER_CLIENT
     queue_bytes_per_client: int = QUEUE_BYTES_PER_CLIENT
     log_bytes_max: int = LOG_BYTES_MAX
     cache_share: float = CACHE_SHARE
@@ -82,9 +94,9 @@ class Line:
     """
 
     def __init__(self) -> None:
-        self._places: dict[SessionId, float] = {}
-        """When each place lapses, first in line first."""
-        self._departures: deque[float] = deque()
+        self._places: dict[SessionId, _Place] = {}
+        """First in line first."""
+        self._departures: deque[float] = deque(maxlen=DEPARTURES_MAX)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -97,21 +109,40 @@ class Line:
                 return index
         return len(self._places)
 
-    def wait(self, session: SessionId, now_s: float) -> tuple[int, float]:
-        """Take or keep a place; returns it (1: next) and in how many seconds to come back."""
+    def wait(self, session: SessionId, owner: PeerId, now_s: float) -> tuple[int, float]:
+        """Take or keep a place; returns it (1: next) and in how many seconds to come back.
+
+        An owner with many places already gets no more of them, and comes last.
+        """
         ahead = self.ahead_of(session, now_s)
         eta_s = self._eta_s(ahead + 1, now_s)
-        if session in self._places or len(self._places) < LINE_MAX:
-            self._places[session] = now_s + eta_s + PLACE_GRACE_S
+        if session in self._places or self._has_room(owner):
+            self._places[session] = _Place(owner, now_s + eta_s + PLACE_GRACE_S)
         return ahead + 1, eta_s
 
-    def leave(self, session: SessionId) -> None:
+    def leave(self, session: SessionId, owner: PeerId) -> None:
         """It got in, or wants nothing any more."""
-        self._places.pop(session, None)
+        place = self._places.get(session)
+        if place is not None and place.owner == owner:
+            del self._places[session]
+
+    def keep_only(self, owner: PeerId, sessions: Collection[bytes]) -> None:
+        """The owner knows of these sessions and no others."""
+        gone = [
+            session
+            for session, place in self._places.items()
+            if place.owner == owner and session not in sessions
+        ]
+        for session in gone:
+            del self._places[session]
 
     def departed(self, now_s: float) -> None:
         """A session ended and freed what it held."""
         self._departures.append(now_s)
+
+    def _has_room(self, owner: PeerId) -> bool:
+        mine = sum(1 for place in self._places.values() if place.owner == owner)
+        return mine < PLACES_PER_CLIENT and len(self._places) < LINE_MAX
 
     def _eta_s(self, place: int, now_s: float) -> float:
         while self._departures and self._departures[0] < now_s - HISTORY_S:
@@ -122,9 +153,38 @@ class Line:
         return min(RETRY_AFTER_MAX_S, max(RETRY_AFTER_S, place * each_s))
 
     def _expire(self, now_s: float) -> None:
-        lapsed = [session for session, until_s in self._places.items() if until_s < now_s]
+        lapsed = [session for session, place in self._places.items() if place.until_s < now_s]
         for session in lapsed:
             del self._places[session]
+
+
+class _Place(NamedTuple):
+    owner: PeerId
+    until_s: float
+    """When it lapses."""
+
+
+class Rates:
+    """Holds each owner to a number of bytes per second, over all its sessions. Pure."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._paid_s: dict[PeerId, float] = {}
+        """Until when what the owner took is paid for."""
+
+    def took(self, owner: PeerId, num_bytes: int, now_s: float) -> None:
+        """Rows of the owner ran."""
+        start_s = max(now_s, self._paid_s.get(owner, now_s))
+        self._paid_s[owner] = start_s + num_bytes / self._bytes_per_s
+
+    def wait_s(self, owner: PeerId, now_s: float) -> float:
+        """How long its rows must wait; 0: they may run."""
+        wait_s = self._paid_s.get(owner, now_s) - now_s - BURST_S
+        return wait_s if wait_s > CLOCK_STEP_S else 0.0
+
+    def forget_paid(self, now_s: float) -> None:
+        """Drop owners that owe nothing."""
+        self._paid_s = {owner: at_s for owner, at_s in self._paid_s.items() if at_s > now_s}
 
 
 def owners_over(held: Mapping[PeerId, int], limit: int) -> list[PeerId]:

@@ -35,21 +35,25 @@ def choose_batch(
     budget_tokens: int,
     rows_per_owner: int | None = None,
     chunks_max: int | None = None,
+    is_chunk_due: bool = False,
 ) -> list[SessionKey]:
     """The sessions whose heads run next, at least one if any waits.
 
     Decode rows go first, one owner after the other and at most `rows_per_owner` of each, so
     that a prompt or a replay never delays them by more than one chunk; what is left of the
     budget goes to at most `chunks_max` chunks, first those of the owner who waited longest.
+    When a chunk was passed over often enough (`is_chunk_due`), the first one goes before all.
     """
     decodes: list[Waiting] = []
     chunks: list[Waiting] = []
     for item in sorted(waiting, key=lambda item: item.since):
         (decodes if item.is_decode else chunks).append(item)
     chunks.sort(key=lambda item: item.owner_turn)
+    del chunks[chunks_max if chunks_max is not None else len(chunks) :]
+    first = [chunks.pop(0)] if is_chunk_due and chunks else []
     chosen: list[SessionKey] = []
     left = budget_tokens
-    for item in [*_round_robin(decodes, rows_per_owner), *chunks[:chunks_max]]:
+    for item in [*first, *_round_robin(decodes, rows_per_owner), *chunks]:
         if chosen and item.num_tokens > left:
             continue
         chosen.append(item.key)

@@ -45,7 +45,7 @@ from shoal.net.transport import Stream, Transport
 from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.engine import Engine
-from shoal.server.intake import Intake
+from shoal.server.intake import REOPEN_PERIOD_S, Intake, compact
 from shoal.server.routes import read_route
 from shoal.server.session import HopPlan, HopSession
 from shoal.server.sessions import SessionTable
@@ -115,6 +115,7 @@ class Server:
         """Start the engine and the watch over idle sessions."""
         self._tasks.spawn(self._run_engine(), "engine")
         self._tasks.spawn(self._close_idle(), "idle")
+        self._tasks.spawn(self._reopen(), "reopen")
 
     async def wait_broken(self) -> None:
         """Wait until the server can't go on.
@@ -182,9 +183,7 @@ class Server:
                     self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
 
     async def _serve_rows(self, channel: Channel) -> None:
-        receiver = self._receivers[channel.peer] = RowReceiver(
-            channel, self, self._intake.pace(channel.peer).take
-        )
+        receiver = self._receivers[channel.peer] = RowReceiver(channel, self)
         try:
             await receiver.run()
         finally:
@@ -254,12 +253,14 @@ class Server:
 
     def close_session(self, sender: PeerId, session: SessionId) -> None:
         """The owner is done with a session."""
+        self.sessions.line.leave(session, sender)
         for hop in self.sessions.of_session(session):
             if hop.plan.owner == sender:
                 self._forget(hop)
 
     def keep_sessions(self, sender: PeerId, sessions: Collection[bytes]) -> None:
         """The owner knows of these sessions and no others."""
+        self.sessions.line.keep_only(sender, sessions)
         for hop in self.sessions.of_owner(sender):
             if hop.plan.session not in sessions:
                 self._forget(hop)
@@ -321,7 +322,7 @@ class Server:
         except ShoalError as error:
             self._fail(hop, error, blame=peer if isinstance(error, BadInput) else None)
             return None
-        admission = hop.admit(peer, entry, payload)
+        admission = hop.admit(peer, entry, compact(payload))
         if admission.cuts:
             self._senders.wake(hop.outbound)
         self.engine.wake()
@@ -373,8 +374,6 @@ class Server:
     def on_worked_off(self, hop: HopSession) -> None:
         """Queued rows were worked off."""
         length = hop.take_ack()
-        for freed in self._intake.reopened(hop):
-            self.on_held_changed(freed)
         if length is not None:
             self._answer(hop, hop.inbound.ack_message(length))
 
@@ -449,6 +448,12 @@ class Server:
         if owner not in self._controls:
             for hop in self.sessions.of_owner(owner):
                 self._forget(hop)
+
+    async def _reopen(self) -> None:
+        while True:
+            await asyncio.sleep(REOPEN_PERIOD_S)
+            for hop in self._intake.reopened():
+                self.on_held_changed(hop)
 
     async def _close_idle(self) -> None:
         period_s = max(1.0, self._config.idle_session_s / 10)

@@ -1,10 +1,11 @@
 """All sessions of a server: opening, forking, closing, and who gives way when it is full.
 
-Victim order under pressure: sessions that have long been idle, then those of owners who
-hold more than their share of the cache, then the youngest by opening time, and never one
-that is older than who asks. The opening time is part of the signed route and the same
-everywhere, so two servers never evict each other's sessions in turn. It is only what the
-owner says, though: the share keeps one that lies from taking more than its part.
+Victim order under pressure: sessions that have long been idle, then the youngest by
+opening time, and never one that is older than who asks. The opening time is part of the
+signed route and the same everywhere, so two servers never evict each other's sessions
+in turn: whoever waits, waits for an older one, and the oldest of all goes on. It is only
+what the owner says, though, so one owner may hold only a share of the cache; within it
+its own sessions give way to each other in the same order.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class SessionTable:
     ) -> None:
         self._backend = backend
         self._window_bytes = window_bytes
-        self._quotas = quotas or Quotas()
+        self.quotas = quotas or Quotas()
         self.line = Line()
         self._hops: dict[SessionKey, HopSession] = {}
         self._by_border: dict[SessionKey, HopSession] = {}
@@ -105,19 +106,19 @@ class SessionTable:
         """
         session = hop.plan.session
         ahead = self.line.ahead_of(session, now_s)
-        is_taken = self.ledger.free <= ahead and not self._victims(hop, 1, now_s)
+        is_taken = 0 < self.ledger.free <= ahead and not self._may_give_way(hop, now_s)
         if is_taken or self.make_room(hop, 1, now_s) is None:
-            place, eta_s = self.line.wait(session, now_s)
+            place, eta_s = self.line.wait(session, hop.plan.owner, now_s)
             raise PeerBusy(
                 f"all KV cache is in use; place {place} in line, expected in {eta_s:.0f} s",
                 retry_after_s=eta_s,
             )
-        self.line.leave(session)
+        self.line.leave(session, hop.plan.owner)
 
     def _check_count(self, plan: HopPlan) -> None:
         if len(self._hops) >= SESSIONS_MAX:
             raise PeerBusy(f"{SESSIONS_MAX} sessions are open", retry_after_s=RETRY_AFTER_S)
-        limit = self._quotas.sessions_per_client
+        limit = self.quotas.sessions_per_client
         if len(self.of_owner(plan.owner)) >= limit:
             raise PeerBusy(
                 f"you have {limit} sessions open here",
@@ -162,84 +163,92 @@ class SessionTable:
         Returns the hops that were parked, or None when it can't be done now.
 
         Raises:
-            SessionTooLong: it would not fit even alone.
+            SessionTooLong: it would not fit even alone, or is more than one owner may hold.
         """
+        self._check_length(length)
+        victims = self._victims(hop, length, now_s, keep)
+        if victims is None:
+            return None
+        for victim in victims:
+            self.park(victim)
+        if self.ledger.pages(length) > self.ledger.held(hop.sequence):
+            self.ledger.hold(hop.sequence, length)
+        return victims
+
+    @property
+    def length_max(self) -> int:
+        """Positions that one session may hold here."""
+        return self._owner_pages * self.ledger.page_tokens
+
+    @property
+    def _owner_pages(self) -> int:
+        return max(1, int(self.ledger.total * self.quotas.cache_share))
+
+    def _check_length(self, length: int) -> None:
         ledger = self.ledger
         if ledger.pages(length) > ledger.total:
             raise SessionTooLong(
                 f"{length} positions don't fit into this server's KV cache of "
                 f"{ledger.total * ledger.page_tokens} (see --cache-tokens)"
             )
-        lacking = ledger.lacking(hop.sequence, length)
+        if ledger.pages(length) > self._owner_pages:
+            raise SessionTooLong(
+                f"{length} positions are more than the {self.length_max} that one client may hold "
+                f"of this server's KV cache of {ledger.total * ledger.page_tokens} "
+                "(see --cache-share)"
+            )
+
+    def is_capped(self, hop: HopSession, length: int) -> bool:
+        """Whether the owner's older sessions hold what `hop` would need of its share."""
+        older = sum(
+            self.ledger.held(other.sequence)
+            for other in self.of_owner(hop.plan.owner)
+            if other.seniority < hop.seniority
+        )
+        return older + self.ledger.pages(length) > self._owner_pages
+
+    def _victims(
+        self, hop: HopSession, length: int, now_s: float, keep: Collection[SessionKey] = ()
+    ) -> list[HopSession] | None:
+        """Who must be parked so that `hop` may hold `length`; None: it can't be done."""
+        lacking = self.ledger.lacking(hop.sequence, length)
+        over = self._over_share(hop, length)
+        if lacking <= 0 and over <= 0:
+            return []
         victims: list[HopSession] = []
-        for victim in self._victims(hop, length, now_s) if lacking > 0 else ():
-            if lacking <= 0:
-                break
-            if victim.key not in keep:
-                victims.append(victim)
-                lacking -= ledger.held(victim.sequence)
-        if lacking > 0:
-            return None
-        for victim in victims:
-            self.park(victim)
-        if ledger.pages(length) > ledger.held(hop.sequence):
-            ledger.hold(hop.sequence, length)
-        return victims
+        for victim in self._may_give_way(hop, now_s):
+            is_own = victim.plan.owner == hop.plan.owner
+            if victim.key in keep or not (lacking > 0 or (over > 0 and is_own)):
+                continue
+            victims.append(victim)
+            pages = self.ledger.held(victim.sequence)
+            lacking -= pages
+            over -= pages * is_own
+        return victims if lacking <= 0 and over <= 0 else None
 
-    def _victims(self, hop: HopSession, length: int, now_s: float) -> list[HopSession]:
-        """Who may be parked for `hop`, in order.
+    def _over_share(self, hop: HopSession, length: int) -> int:
+        """Pages that the owner's other sessions must give up for it."""
+        mine = self._held_by_owner(hop.plan.owner) - self.ledger.held(hop.sequence)
+        return mine + self.ledger.pages(length) - self._owner_pages
 
-        Who would hold more than a share takes from others only what is idle. Who stays
-        within it also takes what others hold beyond theirs, but for the oldest session of
-        each: one long session is nobody's greed, and it will end.
-        """
-        others = [
-            other
-            for other in self._hops.values()
-            if other is not hop and self.ledger.held(other.sequence)
-        ]
-        idle = [
-            other for other in others if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S
-        ]
-        busy = [other for other in others if other not in idle]
-        busy.sort(key=lambda other: other.seniority, reverse=True)
-        owner = hop.plan.owner
-        share = max(1, int(self.ledger.total * self._quotas.cache_share))
-        held = self._held_by_owner()
-        mine = held.get(owner, 0) + self.ledger.pages(length) - self.ledger.held(hop.sequence)
-        if mine > share:
-            younger = [other for other in busy if other.plan.owner == owner]
-            greedy: list[HopSession] = []
-        else:
-            greedy = self._beyond_share(busy, held, share, but=owner)
-            younger = [other for other in busy if other not in greedy]
-        return [
-            *sorted(idle, key=lambda other: other.used_s),
-            *greedy,
-            *(other for other in younger if other.seniority > hop.seniority),
-        ]
+    def _may_give_way(self, hop: HopSession, now_s: float) -> list[HopSession]:
+        """In the order in which they do."""
+        idle: list[HopSession] = []
+        younger: list[HopSession] = []
+        for other in self._hops.values():
+            if other is hop or not self.ledger.held(other.sequence):
+                continue
+            if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S:
+                idle.append(other)
+            elif other.seniority > hop.seniority:
+                younger.append(other)
+        idle.sort(key=lambda other: other.used_s)
+        younger.sort(key=lambda other: other.seniority, reverse=True)
+        return idle + younger
 
-    def _beyond_share(
-        self, busy: list[HopSession], held: dict[PeerId, int], share: int, *, but: PeerId
-    ) -> list[HopSession]:
-        """What other owners hold beyond their share, the youngest first."""
-        oldest = {other.plan.owner: other for other in busy}
-        found: list[HopSession] = []
-        for other in busy:
-            owner = other.plan.owner
-            if owner != but and held[owner] > share and other is not oldest[owner]:
-                found.append(other)
-                held[owner] -= self.ledger.held(other.sequence)
-        return found
-
-    def _held_by_owner(self) -> dict[PeerId, int]:
-        """Pages by owner, of those that hold any."""
-        held: dict[PeerId, int] = {}
-        for hop in self._hops.values():
-            pages = self.ledger.held(hop.sequence)
-            if pages:
-                held[hop.plan.owner] = held.get(hop.plan.owner, 0) + pages
-        return held
+    def _held_by_owner(self, owner: PeerId) -> int:
+        """Pages."""
+        return sum(self.ledger.held(hop.sequence) for hop in self.of_owner(owner))
 
     def _fork_from(self, parent: Fork | None, hop: HopSession) -> bool:
         """Start `hop` as a copy of its parent's cache and log; False when there is none."""
@@ -258,6 +267,8 @@ class SessionTable:
         length = source.log.valid_length(parent.rev, held)
         if length == 0 or self.ledger.lacking(hop.sequence, length) > 0:
             return False
+        if self._over_share(hop, length) > 0:
+            return False
         actual = self._backend.fork(source.sequence, hop.sequence, length)
         self.ledger.hold(hop.sequence, max(1, actual))
         hop.start_from(source.log.fork(parent.rev, actual))
@@ -268,9 +279,9 @@ class SessionTable:
         held: dict[PeerId, int] = {}
         for hop in self._hops.values():
             held[hop.plan.owner] = held.get(hop.plan.owner, 0) + hop.log.num_bytes
-        if sum(held.values()) <= self._quotas.log_bytes_max:
+        if sum(held.values()) <= self.quotas.log_bytes_max:
             return
-        for owner in owners_over(held, self._quotas.log_bytes_max):
+        for owner in owners_over(held, self.quotas.log_bytes_max):
             for hop in self.of_owner(owner):
                 hop.shorten_log()
 

@@ -11,7 +11,7 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from shoal.base.errors import InternalError, SessionClosed
 
@@ -19,6 +19,30 @@ T = TypeVar("T")
 
 CANCEL_S: Final = 5.0
 """How long an interrupted call may clean up; it takes milliseconds unless the loop is stuck."""
+
+
+class _Call(Generic[T]):
+    """One piece of work on the loop; all but `ended` is touched there only."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self.ended = threading.Event()
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+
+    async def run(self) -> T:
+        self._task = asyncio.current_task()
+        try:
+            return await self._work
+        finally:
+            self.ended.set()
+
+    def cancel(self) -> None:
+        """End it; what comes later than this was never handed over."""
+        if self._task is not None:
+            self._task.cancel()
+            return
+        self._work.close()
+        self.ended.set()
 
 
 class BackgroundLoop:
@@ -50,23 +74,15 @@ class BackgroundLoop:
             work.close()
             raise InternalError("a call that waits was made on the event loop itself")
         self._check_running(work)
-        ended = threading.Event()
-
-        async def noticed() -> T:
-            try:
-                return await work
-            finally:
-                ended.set()
-
-        future = self.start(noticed())
+        call = _Call(work)
         try:
-            return future.result()
+            return self.start(call.run()).result()
         except concurrent.futures.CancelledError:
             raise SessionClosed("the model was closed") from None
-        except KeyboardInterrupt:
-            future.cancel()
+        except KeyboardInterrupt:  # at any moment: also before the call was handed over
+            self.call_soon(call.cancel)
             # What it undoes must be undone before the caller goes on.
-            ended.wait(CANCEL_S)
+            call.ended.wait(CANCEL_S)
             raise
 
     async def run_from(self, work: Coroutine[Any, Any, T]) -> T:

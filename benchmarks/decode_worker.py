@@ -53,13 +53,14 @@ async def alone(given: str, dtype: str) -> None:
     del state
     model.tie_weights()
     model.eval()
+    model.generation_config.eos_token_id = None  # both sides go on, whatever comes
     ids = source.tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
     everything = torch.ones_like(ids)  # otherwise tokens that equal the padding are left out
     async for num_tokens in requests():
         stamps = _Stamps()
         tokens = model.generate(
             ids, attention_mask=everything, max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens, do_sample=False, streamer=stamps, pad_token_id=0,
+            do_sample=False, streamer=stamps, pad_token_id=0,
         )  # fmt: skip
         first, last = stamps.at[1], stamps.at[-1]
         answer(

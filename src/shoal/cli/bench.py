@@ -32,7 +32,7 @@ OptionalModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A directory, a .gguf file or a known name. Without it the suite of the "
+        help="A directory, a .gguf file, a known name or a hub id. Without it the suite of the "
         "checkout is run.",
     ),
 ]

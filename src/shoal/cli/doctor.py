@@ -23,7 +23,8 @@ OptionalModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A model to look at too: a directory, a .gguf file or a known name.",
+        help="A model to look at too: a directory, a .gguf file, a known name or a hub id (then "
+        "only its config and tokenizer are fetched).",
     ),
 ]
 JoinsOption = Annotated[

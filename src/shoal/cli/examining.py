@@ -31,7 +31,7 @@ from shoal.cli.findings import (
 )
 from shoal.cli.joining import SwarmChoice, visit, wall_clock
 from shoal.cli.machine import Machine, disk_free_bytes, look_at_machine, own_address
-from shoal.cli.models import cache_dir, open_given
+from shoal.cli.models import cache_dir, open_outline
 from shoal.cli.status import as_dicts, ask_all, measure_rtt
 from shoal.net.address import Address, parse_listen
 from shoal.net.channel import PURPOSE_CONTROL, Channel, open_channel
@@ -164,7 +164,7 @@ async def examine_port(listen: str) -> Finding:
 def examine_model(given: str) -> list[Finding]:
     """Whether a model can be read, served and talked with here."""
     try:
-        source = open_given(given)
+        source = open_outline(given)
     except (ShoalError, ImportError) as error:
         return [Finding(name="model", level="fail", text=str(error), fix=_model_fix(error))]
     from shoal.model.facts import model_facts

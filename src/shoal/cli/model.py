@@ -1,4 +1,4 @@
-"""`shoal model`: fetch models by name, list them, see what a model costs and how it runs."""
+"""`shoal model`: fetch models, list them, see what a model costs and how it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from shoal.base.errors import ConfigError
-from shoal.cli.logs import progress_bar
-from shoal.cli.models import cache_dir, open_given, quiet_transformers
+from shoal.cli.models import cache_dir, fetch_model, open_outline, quiet_transformers
 from shoal.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -35,22 +34,35 @@ def register(app: typer.Typer) -> None:
 
 
 def get(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="See: shoal model list.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A known name (see: shoal model list), or ORG/NAME or ORG/NAME@REVISION of the "
+            "Hugging Face hub.",
+        ),
+    ],
 ) -> None:
-    """Download a known model, check its SHA-256 and keep it in the cache.
+    """Download a model and print where it is.
 
-    The last line on stdout is the path of the file. What is in the cache already is only
-    checked. The cache is $SHOAL_CACHE, or else ~/.cache/shoal.
+    A known name: its file is checked by SHA-256 and kept in $SHOAL_CACHE, or else
+    ~/.cache/shoal; what is there already is only checked.
+
+    ORG/NAME: config, tokenizer files and safetensors of a repository of the Hugging Face hub,
+    never pickled weights or code, kept in the hub's own cache ($HF_HOME, or else
+    ~/.cache/huggingface). Gets the newest commit of the branch each time; other commands take
+    what is there. Finished files are kept when it is interrupted. Gated and private models
+    need `hf auth login` or HF_TOKEN.
+
+    The last line on stdout is the path of the file or directory.
 
     \b
-    Example:
+    Examples:
       shoal model get smollm2-135m-instruct
+      shoal model get HuggingFaceTB/SmolLM2-360M-Instruct
+      shoal model get ORG/NAME@v1.0
     """
-    from shoal.model.known import get_model
-
-    with progress_bar(is_bytes=True) as progress:
-        path = get_model(name, cache_dir(), progress)
-    print(path, flush=True)
+    print(fetch_model(name), flush=True)
 
 
 def list_known() -> None:
@@ -74,7 +86,7 @@ def inspect(
         typer.Argument(
             metavar="[MODEL]",
             show_default=False,
-            help="A directory, a .gguf file or a known name, as for shoal serve.",
+            help="A directory, a .gguf file, a known name or a hub id, as for shoal serve.",
         ),
     ] = None,
     families: Annotated[
@@ -92,6 +104,8 @@ def inspect(
 ) -> None:
     """Show what a model costs and how it can be served; weights are not read.
 
+    Of ORG/NAME of the Hugging Face hub only config and tokenizer are fetched.
+
     Engine: batched (many sessions share a pass) or per-session. Truncate and fork: a session
     can be cut back or forked at any length, only within its last 64 tokens (margin, beyond
     that it starts again: sliding windows), or only at its start (recurrent blocks). Exact:
@@ -100,6 +114,7 @@ def inspect(
     \b
     Example:
       shoal model inspect smollm2-135m-instruct --memory 2
+      shoal model inspect ORG/NAME
       shoal model inspect --families
     """
     if families == (model is not None):
@@ -107,7 +122,7 @@ def inspect(
     if model is None:
         _print_families(as_json)
         return
-    source = open_given(model)
+    source = open_outline(model)
     from shoal.model.facts import model_facts
 
     facts = model_facts(source.config)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +15,10 @@ from shoal.base.errors import ModelUnknown
 from shoal.cli.logs import progress_bar
 
 if TYPE_CHECKING:
+    from shoal.model.hub import Hub
+    from shoal.model.hub_files import HubId
     from shoal.model.manifest import Manifest
-    from shoal.model.source import ModelSource
+    from shoal.model.source import ModelSource, Outline
     from shoal.wire.weights import FileEntry
 
 
@@ -46,8 +51,16 @@ class OpenModel:
 
 def quiet_transformers() -> None:
     """Keep the library offline and its remarks off our output."""
-    # No command downloads anything but `shoal model get`.
+    # It would ask the hub about directories too. Our own downloads come before this.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if "huggingface_hub" in sys.modules:  # which read the environment when it was imported
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
+    _silence_transformers()
+
+
+def _silence_transformers() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
@@ -55,17 +68,65 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def fetch_model(given: str) -> Path:
+    """Download a known model or one of the hub, or check what is there already.
+
+    Gives the path of its file or directory.
+
+    Raises:
+        ModelError, ConfigError: unknown, unsupported, or it can't be downloaded; says why.
+    """
+    from shoal.model.hub_files import parse_hub_id
+    from shoal.model.known import KNOWN_MODELS, get_model
+    from shoal.model.source import unknown_model
+
+    hub_id = None if given in KNOWN_MODELS else parse_hub_id(given)
+    if hub_id is not None:
+        _silence_transformers()
+        with _hub() as hub:
+            return hub.fetch(hub_id)
+    if given not in KNOWN_MODELS:
+        raise ModelUnknown(unknown_model(given))
+    with progress_bar(is_bytes=True) as progress:
+        return get_model(given, cache_dir(), progress)
+
+
+@contextmanager
+def _hub() -> Iterator[Hub]:
+    from shoal.model.hub import Hub
+
+    with progress_bar(is_bytes=True) as progress:
+        yield Hub(progress=progress)
+
+
+def _in_hub(given: str, look: Callable[[Hub, HubId], Path]) -> Path | None:
+    """Where `look` finds a hub id; None: `given` is none, or a file or directory here."""
+    from shoal.model.hub_files import parse_hub_id
+
+    hub_id = parse_hub_id(given)
+    if hub_id is None or Path(given).exists():
+        return None
+    _silence_transformers()
+    with _hub() as hub:
+        return look(hub, hub_id)
+
+
 def open_given(given: str) -> ModelSource:
     """Open a model without hashing it: headers are read, weights are not.
 
+    A hub id that is not in the hub's cache is fetched.
+
     Raises:
         ModelError: unknown, broken or unsupported.
+        ConfigError: the hub can't be reached, or does not let us in.
     """
+    # Before the library is kept offline.
+    directory = _in_hub(given, lambda hub, hub_id: hub.resolve(hub_id))
     quiet_transformers()
     from shoal.model.source import open_source
 
     try:
-        return open_source(given, cache_dir())
+        return open_source(directory or given, cache_dir())
     except ModelUnknown as error:
         if is_hash(given.partition(".")[0]):
             raise ModelUnknown(
@@ -75,11 +136,27 @@ def open_given(given: str) -> ModelSource:
         raise
 
 
+def open_outline(given: str) -> Outline:
+    """Open what a model is without what it weighs: of a hub id, weights are not fetched.
+
+    Raises:
+        ModelError, ConfigError: as `open_given`.
+    """
+    directory = _in_hub(given, lambda hub, hub_id: hub.preview(hub_id))
+    if directory is None:
+        return open_given(given)
+    quiet_transformers()
+    from shoal.model.safetensors_source import SavedOutline
+
+    return SavedOutline(directory)
+
+
 def open_model(given: str) -> OpenModel:
     """Open and hash a model; hashes are cached, so only the first time takes long.
 
     Raises:
         ModelError: unknown, broken or unsupported.
+        ConfigError: the hub can't be reached, or does not let us in.
     """
     source = open_given(given)
     from shoal.model.manifest import build_manifest

@@ -22,8 +22,9 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=_known_models,
-        help="A directory with config.json and *.safetensors, a .gguf file, or a known name "
-        "(see: shoal model list).",
+        help="A directory with config.json and *.safetensors, a .gguf file, a known name (see: "
+        "shoal model list), or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub, fetched "
+        "unless it is in the cache.",
     ),
 ]
 JoinOption = Annotated[

@@ -17,6 +17,7 @@ from shoal.hf.connection import Connection, Joining, Place, check_served, common
 from shoal.hf.head import load_head
 from shoal.hf.model import DistributedModelForCausalLM
 from shoal.model.families import num_blocks
+from shoal.model.hub import Hub
 from shoal.model.known import default_cache_dir
 from shoal.model.manifest import model_hash
 from shoal.model.rows import DTYPES
@@ -53,8 +54,9 @@ class AutoDistributedModelForCausalLM:
 
         Args:
             model: as on the command line: a directory with config.json and *.safetensors,
-                a .gguf file, or a name that `shoal model get` knows. It must be the very
-                model that the servers hold.
+                a .gguf file, a known name that was fetched, or ORG/NAME or ORG/NAME@REVISION
+                of the Hugging Face hub, fetched unless it is in the cache. It must be the
+                very model that the servers hold.
             join: addresses from servers' ready lines, or a `LocalSwarm`.
             swarm: the swarm's name, if it has one.
             invite: the invite to a private swarm.
@@ -74,7 +76,7 @@ class AutoDistributedModelForCausalLM:
         """
         place = Joining.parse(join, swarm, invite) if isinstance(join, str | Sequence) else join
         directory = default_cache_dir({}) if cache_dir is None else Path(cache_dir)
-        source = open_source(model, directory) if isinstance(model, str | Path) else model
+        source = open_source(model, directory, Hub()) if isinstance(model, str | Path) else model
         name = model_hash(source, directory)
         config = ClientConfig(
             model=name,

@@ -26,6 +26,7 @@ from shoal.discovery.store import RecordStore
 from shoal.hf.connection import Visit, wall_clock
 from shoal.hf.loop import BackgroundLoop
 from shoal.model.families import num_blocks
+from shoal.model.hub import Hub
 from shoal.model.known import default_cache_dir
 from shoal.model.manifest import model_hash
 from shoal.model.source import ModelSource, open_source
@@ -73,7 +74,7 @@ class LocalSwarm:
             ModelError: unknown, broken or unsupported.
         """
         directory = default_cache_dir({}) if cache_dir is None else Path(cache_dir)
-        source = open_source(model, directory) if isinstance(model, str | Path) else model
+        source = open_source(model, directory, Hub()) if isinstance(model, str | Path) else model
         blocks = num_blocks(source.config)
         served = _spans(borders, blocks) if spans is None else [Span(*span) for span in spans]
         config = BackendConfig(

@@ -15,11 +15,10 @@ from transformers import AutoConfig, AutoTokenizer
 from shoal.base.content import SIDE_FILES
 from shoal.base.errors import ModelCorrupt, ModelUnknown, ModelUnsupported
 from shoal.model.families import family_of
+from shoal.model.hub_files import INDEX, ONE_FILE, PICKLE_SUFFIXES
 from shoal.model.rows import tensor_bytes
 from shoal.model.safetensors_header import TensorPlace, read_places
-from shoal.model.source import PICKLE_SUFFIXES, StoredTensor, pickle_refusal
-
-_INDEX = "model.safetensors.index.json"
+from shoal.model.source import StoredTensor, pickle_refusal
 
 _PIECE_BYTES: Final = 16 << 20
 
@@ -42,6 +41,24 @@ _NOT_IDENTITY = frozenset(
 """Config keys that say who saved the model or how to run it, not what it computes."""
 
 
+class SavedOutline:
+    """Config and tokenizer of a directory whose weights may be missing.
+
+    Raises:
+        ModelUnknown, ModelCorrupt, ModelUnsupported: as `SafetensorsSource`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        _read_config_json(directory)
+        self.config = read_config(directory)
+        family_of(self.config)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was saved there."""
+        return read_tokenizer(self._directory)
+
+
 class SafetensorsSource:
     """Weights in one safetensors file or several, read one by one.
 
@@ -58,7 +75,7 @@ class SafetensorsSource:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._config_json = _read_config_json(directory)
-        self.config = _read_config(directory)
+        self.config = read_config(directory)
         family_of(self.config)
         self._open_files: dict[Path, Any] = {}
         self._places: dict[Path, dict[str, TensorPlace]] = {}
@@ -134,10 +151,7 @@ class SafetensorsSource:
 
     def tokenizer(self) -> Any:
         """The tokenizer that was saved beside the weights."""
-        try:
-            return AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelUnsupported(f"{self._directory} has no usable tokenizer: {error}") from error
+        return read_tokenizer(self._directory)
 
     def _place(self, name: str) -> TensorPlace:
         path = self._file_of[name]
@@ -161,10 +175,12 @@ class SafetensorsSource:
         return opened
 
     def _locate_tensors(self) -> dict[str, Path]:
-        index = self._directory / _INDEX
+        index = self._directory / INDEX
         if index.exists():
             return self._from_index(_read_json(index))
-        files = sorted(self._directory.glob("*.safetensors"))
+        # Hub snapshots may hold the same weights again, under names of other programs.
+        one_file = self._directory / ONE_FILE
+        files = [one_file] if one_file.exists() else sorted(self._directory.glob("*.safetensors"))
         if not files:
             raise _no_weights(self._directory)
         return {name: path for path in files for name in _names_in(self._opened(path))}
@@ -172,16 +188,16 @@ class SafetensorsSource:
     def _from_index(self, index: Mapping[str, Any]) -> dict[str, Path]:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelCorrupt(f"{self._directory / _INDEX} has no weight_map")
+            raise ModelCorrupt(f"{self._directory / INDEX} has no weight_map")
         located: dict[str, Path] = {}
         for name, file_name in weight_map.items():
             if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                raise ModelCorrupt(f"{_INDEX} points outside its directory: {file_name!r}")
+                raise ModelCorrupt(f"{INDEX} points outside its directory: {file_name!r}")
             located[name] = self._directory / file_name
         held = {path: set(_names_in(self._opened(path))) for path in set(located.values())}
         for name, path in located.items():
             if name not in held[path]:
-                raise ModelCorrupt(f"{path} lacks {name}, which {_INDEX} says is in it")
+                raise ModelCorrupt(f"{path} lacks {name}, which {INDEX} says is in it")
         return located
 
 
@@ -227,16 +243,41 @@ def _read_config_json(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelUnknown(
             f"{directory} is not a model: no config.json (MODEL is a directory with config.json "
-            "and *.safetensors, a .gguf file or a known name)"
+            "and *.safetensors, a .gguf file, a known name or a hub id)"
         )
     return _read_json(path)
 
 
-def _read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> Any:
+    """The transformers config of a model directory. Code beside it is never run.
+
+    Raises:
+        ModelUnsupported: transformers does not know such a model, or wants its own code.
+    """
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if "auto_map" in _read_json(directory / "config.json"):
+            raise ModelUnsupported(
+                f"{directory} needs code of its own (auto_map in config.json), which is never run: "
+                "take a model whose architecture is in transformers (see: shoal model inspect "
+                "--families)"
+            ) from error
         raise ModelUnsupported(f"{directory}: transformers rejects config.json: {error}") from error
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The transformers tokenizer of a model directory. Code beside it is never run.
+
+    Raises:
+        ModelUnsupported: there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnsupported(f"{directory} has no usable tokenizer: {error}") from error
 
 
 def _no_weights(directory: Path) -> Exception:

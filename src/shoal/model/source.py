@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.base.errors import ConfigError, ModelUnknown, ModelUnsupported
+from shoal.model.hub import Hub
+from shoal.model.hub_files import PICKLE_SUFFIXES, parse_hub_id
 from shoal.model.known import KNOWN_MODELS, cached_model
 
 if TYPE_CHECKING:
     import torch
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-"""Files that hold pickled weights: reading them runs code of whoever made them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +31,23 @@ class StoredTensor:
     """The file format's own name of the type, for example `F32`, `BF16`, `Q4_1`."""
 
 
-class ModelSource(Protocol):
-    """A model on disk or in memory. Cheap to open; not safe for use from two threads."""
+class Outline(Protocol):
+    """What a model is, without its weights."""
 
     @property
     def config(self) -> Any:
         """The transformers config."""
+
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer, chat template included.
+
+        Raises:
+            ModelUnsupported: the source has none that can be used.
+        """
+
+
+class ModelSource(Outline, Protocol):
+    """A model on disk or in memory. Cheap to open; not safe for use from two threads."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -84,23 +94,19 @@ class ModelSource(Protocol):
             ModelCorrupt: the file ends before the tensor does.
         """
 
-    def tokenizer(self) -> Any:
-        """The transformers tokenizer, chat template included.
 
-        Raises:
-            ModelUnsupported: the source has none that can be used.
-        """
+def open_source(model: str | Path, cache_dir: Path, hub: Hub | None = None) -> ModelSource:
+    """The model that a MODEL argument names.
 
-
-def open_source(model: str | Path, cache_dir: Path) -> ModelSource:
-    """The model that a MODEL argument names: a directory, a `.gguf` file or a known name.
-
-    `cache_dir` is where `shoal model get` keeps known models.
+    That is a directory, a `.gguf` file, a known name or a hub id; what is on the disk comes
+    before what only has such a name. `cache_dir` is where `shoal model get` keeps known
+    models. `hub` fetches an id that is not in the hub's cache; None: it must be there.
 
     Raises:
-        ModelUnknown: nothing of that name, or a known model that was not fetched yet.
+        ModelUnknown: nothing of that name, or one that was not fetched yet.
         ModelCorrupt: weights are truncated or altered.
         ModelUnsupported: an architecture or a format that cannot be served.
+        ConfigError: the hub cannot be reached, or does not let us in.
     """
     from shoal.model.gguf_source import GgufSource
     from shoal.model.safetensors_source import SafetensorsSource
@@ -114,10 +120,32 @@ def open_source(model: str | Path, cache_dir: Path) -> ModelSource:
         return GgufSource(path)
     if str(model) in KNOWN_MODELS:
         return GgufSource(cached_model(str(model), cache_dir))
-    raise ModelUnknown(
-        f"no model {str(model)!r}: MODEL is a directory with config.json and *.safetensors, "
-        f"a .gguf file, or one of the known names: {', '.join(sorted(KNOWN_MODELS))}"
+    directory = None if isinstance(model, Path) else _hub_directory(model, hub)
+    if directory is not None:
+        return SafetensorsSource(directory)
+    raise ModelUnknown(unknown_model(str(model)))
+
+
+def unknown_model(given: str) -> str:
+    """Why a MODEL argument names nothing, and what would."""
+    return (
+        f"no model {given!r}: MODEL is a directory with config.json and *.safetensors, "
+        f"a .gguf file, one of the known names ({', '.join(sorted(KNOWN_MODELS))}), or a model "
+        "of the Hugging Face hub (ORG/NAME)"
     )
+
+
+def _hub_directory(given: str, hub: Hub | None) -> Path | None:
+    hub_id = parse_hub_id(given)
+    if hub_id is None:
+        return None
+    found = Hub().cached(hub_id) if hub is None else hub.resolve(hub_id)
+    if found is None:
+        raise ModelUnknown(
+            f"there is no directory {given}, and as a hub id it is not in the hub's cache: run "
+            f"`shoal model get {given}`"
+        )
+    return found
 
 
 def _check_suffix(path: Path) -> None:

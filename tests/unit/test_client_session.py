@@ -228,7 +228,7 @@ def test_a_fork_begins_with_what_its_parent_sent_and_received():
 
 
 @pytest.mark.parametrize(
-    ("count", "chunk"), [(1, 128), (512, 128), (1024, 128), (1500, 160), (2048, 256), (9000, 256)]
+    ("count", "chunk"), [(1, 96), (512, 96), (1024, 128), (1500, 160), (2048, 256), (9000, 256)]
 )
 def test_chunks_depend_on_the_prompts_length_alone(count, chunk):
     assert choose_chunk(count) == chunk

@@ -245,7 +245,7 @@ def test_a_repository_that_lets_nobody_in(
     [
         ({"model_type": "strange", "auto_map": {"AutoConfig": "modeling_tiny.X"}}, "never run"),
         ({"model_type": "strange"}, "transformers rejects config.json"),
-        ({"model_type": "bert"}, "bert"),
+        ({"model_type": "t5"}, "'t5' cannot be served"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_its_weights_travel(

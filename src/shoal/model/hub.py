@@ -213,21 +213,21 @@ def _abort_xet() -> None:
     except ImportError:
         logger.info("this huggingface_hub cannot abort: the files at hand are finished first")
         return
-    abort_xet_session()
+    abort_xet_session()  # type: ignore[no-untyped-call]
 
 
 def _bar_class(progress: Progress | None, total: int, stop: threading.Event) -> type:
     """A bar as `huggingface_hub` wants them, that tells `progress` and heeds `stop`."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """One of them counts files, others bytes."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
             self._is_bytes = kwargs.get("unit") == "B"
             if progress is not None:
                 kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             if stop.is_set():

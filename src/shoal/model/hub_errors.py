@@ -23,7 +23,7 @@ def translated(given: str, endpoint: str | None) -> Iterator[None]:
     hub = endpoint or constants.ENDPOINT
     repo = given.partition("@")[0]
     # The class from which all of its HTTP library's errors descend, whichever that is.
-    transport_error = errors.HfHubHTTPError.__bases__[0]
+    transport_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         yield
     except errors.GatedRepoError as error:

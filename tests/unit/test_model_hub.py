@@ -336,3 +336,11 @@ def test_an_interrupt_stops_the_work_in_its_thread() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.wait(60)
+
+
+def test_the_same_weights_under_other_names_are_not_read(
+    tmp_path: Path, saved: dict[str, bytes]
+) -> None:
+    (tmp_path / "saved" / "consolidated.safetensors").write_bytes(b"of another program")
+    source = open_source(tmp_path / "saved", tmp_path)
+    assert [path.name for path in source.files] == ["model.safetensors"]

@@ -50,7 +50,7 @@ def round_of(
         settled = await asyncio.gather(
             *(decode(one, heads, row, SETTLE) for one, row in zip(sessions, rows, strict=True))
         )
-        heads.num_calls = heads.num_rows = 0
+        heads.batch.num_calls = heads.batch.num_rows = 0
         started = time.perf_counter()
         await asyncio.gather(
             *(decode(one, heads, row, tokens) for one, row in zip(sessions, settled, strict=True))
@@ -81,7 +81,7 @@ async def measured(
         rounds = await take_rounds(ways, wanted)
     return (
         {int(name): taken for name, taken in rounds.items()},
-        {count: one.num_rows / one.num_calls for count, one in batches.items()},
+        {count: one.batch.num_rows / one.batch.num_calls for count, one in batches.items()},
     )
 
 

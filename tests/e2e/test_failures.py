@@ -38,7 +38,14 @@ CACHE_TOKENS = 512
 @pytest.fixture(scope="module")
 def swarm(model, serve):
     """Four servers; the two in the middle hold the same blocks."""
-    return serve(model, ("0:2", "2:5", "2:5", "5:7"), "--cache-tokens", str(CACHE_TOKENS))
+    return serve(
+        model,
+        ("0:2", "2:5", "2:5", "5:7"),
+        "--cache-tokens",
+        str(CACHE_TOKENS),
+        "--cache-share",
+        "1",
+    )
 
 
 def test_full_servers_say_when_to_come_back(model, swarm):

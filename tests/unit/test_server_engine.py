@@ -69,6 +69,14 @@ class Bench:
         hop.admit(hop.plan.predecessor, header, rows)
         self.engine.wake()
 
+    async def fed(self, count):
+        """A session that got so many rows, each an entry of its own, and all that may run did."""
+        hop = await self.open(1)
+        for _ in range(count):
+            self.feed(hop, 1)
+        await self.settle()
+        return hop
+
     async def settle(self, seconds=1.0):
         await asyncio.sleep(seconds)
         assert not self.task.done(), "the engine ended"
@@ -241,10 +249,7 @@ def test_a_session_whose_successor_is_slow_waits():
 
     async def story():
         async with Bench(limits=limits) as it:
-            hop = await it.open(1)
-            for _ in range(20):
-                it.feed(hop, 1)
-            await it.settle()
+            hop = await it.fed(20)
             assert hop.log.end == 8
             hop.outbound.on_have(1, 0, 5, 1 << 20, 5)
             it.engine.wake()
@@ -296,10 +301,7 @@ def test_what_follows_a_bad_entry_in_a_run_is_not_committed():
 
     async def story():
         async with Bench(fault=fault) as it:
-            hop = await it.open(1)
-            for _ in range(4):
-                it.feed(hop, 1)
-            await it.settle()
+            hop = await it.fed(4)
             assert [type(error) for _, error in it.failed] == [BadInput]
             assert logged(hop) == outputs(2)
 
@@ -314,10 +316,7 @@ def test_a_failed_run_of_several_entries_is_redone_in_order():
 
     async def story():
         async with Bench(fault=fault) as it:
-            hop = await it.open(1)
-            for _ in range(4):
-                it.feed(hop, 1)
-            await it.settle()
+            hop = await it.fed(4)
             assert not it.failed
             assert logged(hop) == outputs(4)
 
@@ -329,10 +328,7 @@ def test_a_long_log_is_trimmed_only_where_it_was_acknowledged():
 
     async def story():
         async with Bench(limits=limits) as it:
-            hop = await it.open(1)
-            for _ in range(20):
-                it.feed(hop, 1)
-            await it.settle()
+            hop = await it.fed(20)
             assert (hop.log.start, hop.log.end) == (0, 20)
             hop.outbound.on_have(1, 0, 20, 1 << 20, 3)
             it.feed(hop, 1)

@@ -162,6 +162,10 @@ def parse_bounds(
     Raises:
         ConfigError: no peer id, no size, or a number that makes no sense; names the option.
     """
+    if not 0 < cache_share <= 1:
+        raise ConfigError(f"--cache-share {cache_share:g}: above 0, at most 1")
+    if not slowdown > 1:
+        raise ConfigError(f"--slowdown {slowdown:g}: it must be above 1")
     return Bounds(
         allow=frozenset(_peers(allow, "--allow")) if allow else None,
         deny=frozenset(_peers(deny, "--deny")),

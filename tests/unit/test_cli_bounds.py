@@ -1,0 +1,46 @@
+"""Options about strangers: what they become, and errors that name them."""
+
+import pytest
+
+from shoal.base.errors import ConfigError
+from shoal.base.ids import peer_text
+from shoal.cli import bounds
+from shoal.net.identity import Identity
+from shoal.server.quotas import Quotas
+
+PEER = Identity.from_seed(bytes(32)).peer
+DEFAULTS = {
+    "allow": None, "deny": None, "client_sessions": bounds.CLIENT_SESSIONS,
+    "cache_share": bounds.CACHE_SHARE, "client_streams": bounds.CLIENT_STREAMS,
+    "client_rate": bounds.CLIENT_RATE, "client_rows": bounds.CLIENT_ROWS,
+    "slowdown": bounds.SLOWDOWN, "queue_memory": bounds.QUEUE_MEMORY,
+    "log_memory": bounds.LOG_MEMORY, "idle_timeout": bounds.IDLE_TIMEOUT,
+}  # fmt: skip
+
+
+def test_the_defaults_are_those_of_the_server():
+    parsed = bounds.parse_bounds(**DEFAULTS)
+    assert parsed == bounds.Bounds()
+    assert parsed.server_config({}).quotas == Quotas()
+
+
+def test_options_reach_the_server():
+    options = {"cache_share": 1.0, "client_rate": "1MB", "slowdown": 3.0, "client_rows": 4}
+    parsed = bounds.parse_bounds(**{**DEFAULTS, **options, "deny": [peer_text(PEER)]})
+    config = parsed.server_config({})
+    assert (config.quotas.cache_share, config.quotas.bytes_per_s_per_client) == (1.0, 10**6)
+    assert (config.engine.fair.slowdown_max, config.engine.fair.rows_per_client) == (3.0, 4)
+    assert (parsed.allow, parsed.deny) == (None, {PEER})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("cache_share", 0.0), ("cache_share", 2.0), ("slowdown", 1.0), ("client_rate", "much"),
+        ("client_rate", "0"), ("queue_memory", "0"), ("log_memory", "-1"), ("allow", ["me"]),
+        ("deny", ["1" * 52]),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_by_the_options_name(option, value):
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')}"):
+        bounds.parse_bounds(**{**DEFAULTS, option: value})

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import ShoalError
 from shoal.base.spans import Span
+from shoal.lab.cost_backend import CostBackend, CostConfig
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import expected_output
+from shoal.plan.spec import DecodeTimes, ServerSpec
 from shoal.wire.tensors import row_bytes
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ class Subject:
 def _toy(coarse: int = 1) -> BlockBackend:
     config = ToyConfig(span=SPAN, num_blocks=6, coarse_truncate=coarse, calls_per_sequence_max=9)
     return ToyBackend(config)
+
+
+def _cost() -> BlockBackend:
+    server = ServerSpec(name="s", memory_bytes=0, decode=DecodeTimes(points=((1, 0.0),)))
+    return CostBackend(CostConfig(server=server, span=SPAN, num_blocks=6))
 
 
 def _torch() -> BlockBackend:
@@ -96,6 +103,7 @@ ODD_SUBJECTS: list[Subject] = []
 SUBJECTS = [
     Subject(name="toy", make=_toy, is_bit_exact=True, num_examples=60),
     Subject(name="toy-coarse", make=lambda: _toy(4), is_bit_exact=True, num_examples=60),
+    Subject(name="cost", make=_cost, is_bit_exact=False, num_examples=30, tolerance=0.0),
 ]
 if importlib.util.find_spec("tests.models") is not None:
     SUBJECTS += [

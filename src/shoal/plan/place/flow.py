@@ -24,15 +24,10 @@ from typing import Final
 from shoal.base.errors import NoRouteError
 from shoal.base.spans import Span
 from shoal.plan.bounds import throughput_bound
-from shoal.plan.petals import (
-    THROUGHPUT_MAX,
-    Hosting,
-    block_throughputs,
-    choose_span,
-    settled,
-)
+from shoal.plan.petals import THROUGHPUT_MAX, Hosting, choose_span, settled
 from shoal.plan.place.program import Program
 from shoal.plan.placement import Placement
+from shoal.plan.rates import Rates, decode_rates, rows_through
 from shoal.plan.spec import Problem
 
 LIMIT_S: Final = 15.0
@@ -46,9 +41,6 @@ GOOD_ENOUGH: Final = 0.98
 
 SOLVED_MAX: Final = 30_000
 """Windows of all classes beyond which the solver does not come far, and is not asked."""
-
-Rates = tuple[tuple[float, ...], ...]
-"""By server, then by number of hosted blocks less 1: rows per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,40 +132,6 @@ def _solve(
         for server, span in zip(servers, program.chosen(own, solution.values), strict=False):
             spans[server] = span
     return _add_spare(spans, rates, problem.num_blocks), -solution.bound
-
-
-def decode_rates(problem: Problem) -> Rates:
-    """`T_j(k)`: decode rows per second of each server if it hosts k blocks.
-
-    Its batch is as many sessions as its memory holds then, up to the largest that was
-    measured; its own link carries each row in and out.
-    """
-    return tuple(
-        tuple(_decode_rate(problem, server, count) for count in range(1, problem.num_blocks + 1))
-        for server in range(len(problem.servers))
-    )
-
-
-def _decode_rate(problem: Problem, server: int, num_blocks: int) -> float:
-    spec = problem.servers[server]
-    weights, session = problem.worst_bytes(num_blocks)
-    batch = spec.decode.points[-1][0]
-    if session:
-        batch = min(batch, (spec.memory_bytes - weights) // session)
-    if batch < 1 or num_blocks > problem.blocks_max(server, 1):
-        return 0.0
-    seconds = spec.decode.at(batch) * num_blocks
-    network = min(spec.network_rows_per_s, spec.link_bytes_per_s / problem.model.row_bytes)
-    return min(batch / seconds if seconds else math.inf, network)
-
-
-def rows_through(problem: Problem, placement: Placement, rates: Rates) -> float:
-    """The most rows per second that pass a placement: the worst block's sum of rates."""
-    hostings = [
-        Hosting(span=span, throughput=rates[server][len(span) - 1])
-        for server, span in placement.hosted()
-    ]
-    return min(block_throughputs(hostings, problem.num_blocks))
 
 
 class _Classes:

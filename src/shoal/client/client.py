@@ -40,6 +40,7 @@ from shoal.client.repair import Supervisor
 from shoal.client.routing import Followed, RouteFacts, send_route, sign_route
 from shoal.client.server_link import ServerLink
 from shoal.client.session import SessionState, Trouble
+from shoal.client.waiting import OnWaiting
 from shoal.discovery.directory import Directory
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
@@ -87,6 +88,8 @@ class ClientConfig:
     hidden_size: int
     patience_s: float = 60.0
     """How long a session waits for a chain before it fails."""
+    on_waiting: OnWaiting | None = None
+    """Told what sessions wait for meanwhile."""
 
 
 class Client:
@@ -106,6 +109,7 @@ class Client:
         self.experience = ExperienceBook()
         self.rng = rng
         self.patience_s = config.patience_s
+        self.on_waiting = config.on_waiting
         self.config = config
         self._identity = identity
         self._transport = transport

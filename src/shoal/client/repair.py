@@ -27,6 +27,7 @@ from shoal.base.ids import PeerId, short
 from shoal.client.experience import ExperienceBook
 from shoal.client.routing import Followed, RouteFacts
 from shoal.client.session import Recovery, SessionState, Trouble
+from shoal.client.waiting import OnWaiting, Waiting, gave_up, waiting_for
 from shoal.plan.repair import choose_repair, with_client_links
 from shoal.plan.routing import Wanted, choose_chain
 from shoal.plan.view import Stage, SwarmView
@@ -45,6 +46,10 @@ PROBES_MAX: Final = 4
 """Other servers asked whether they answer, before the client blames its own link."""
 
 
+NOBODY: Final = Followed(held={}, refused={})
+"""A chain that could not be chosen."""
+
+
 class Swarm(Protocol):
     """What a repair needs of the client."""
 
@@ -52,6 +57,7 @@ class Swarm(Protocol):
     experience: ExperienceBook
     rng: random.Random
     patience_s: float
+    on_waiting: OnWaiting | None
 
     def view(self) -> SwarmView:
         """The servers of the model that are known now."""
@@ -84,6 +90,8 @@ class Supervisor:
         self._state = state
         self._facts = facts
         self._wanted = wanted
+        self._waiting: Waiting | None = None
+        """What the user was told last."""
 
     async def run(self) -> None:
         """Mend whenever trouble is reported; ends when the session has failed."""
@@ -114,6 +122,7 @@ class Supervisor:
         try:
             await self._mend()
         finally:
+            self._tell(None)
             self._state.is_mending = False
             self._state.mended_s = asyncio.get_running_loop().time()
 
@@ -129,6 +138,8 @@ class Supervisor:
             state.check_open()
             lost |= await self._find_lost(state.take_trouble(), lost)
             error: ShoalError
+            chain: Sequence[Stage] = ()
+            followed = NOBODY
             try:
                 chain = self._choose(lost)
                 followed = await self._install(chain)
@@ -138,8 +149,13 @@ class Supervisor:
                 error = next(iter(followed.refused.values()), NoRouteError("servers keep failing"))
             except NoRouteError as failure:
                 error = failure
+            waiting = waiting_for(
+                error, before, lost, followed.refused, chain,
+                patience_s=swarm.patience_s, deadline_s=deadline_s,
+            )  # fmt: skip
             if loop.time() + state.backoff_s > deadline_s:
-                raise error
+                raise gave_up(error, waiting, loop.time()) from error
+            self._tell(waiting)
             await self._back_off()
         after = [stage for stage in chain if len(stage.span)]
         state.distrusted.clear()
@@ -147,6 +163,16 @@ class Supervisor:
         self._judge_numerics(before, after)
         if before and lost:
             self._record(since_s, position, before, after, followed)
+
+    def _tell(self, waiting: Waiting | None) -> None:
+        """Say what we wait for, and that it is over."""
+        before, self._waiting = self._waiting, waiting
+        if waiting is not None and (before is None or str(before) != str(waiting)):
+            now_s = asyncio.get_running_loop().time()
+            logger.info("session waits session=%s left_s=%.0f reason=%s",
+                        short(self._state.id), waiting.deadline_s - now_s, waiting)  # fmt: skip
+        if self._swarm.on_waiting is not None and (before, waiting) != (None, None):
+            self._swarm.on_waiting(self._state.id, waiting)
 
     async def _begin(self) -> float:
         """When the repairs since the last row began; waits if there were some."""

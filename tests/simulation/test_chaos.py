@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shoal.cli.app import make_app
-from shoal.lab import campaign, chaos
+from shoal.lab import campaign, chaos, faults
 from shoal.lab.campaign import quiet, run_digest, run_seed, run_seeds, same_failure
 from shoal.lab.chaos import draw_plan, run_plan, shrink
 
@@ -73,15 +73,16 @@ def test_the_digest_sees_a_difference():
 @pytest.fixture
 def a_lying_server(monkeypatch):
     """Faults of kind "slow" make the server compute nonsense: a bug that chaos must find."""
-    begin = chaos._Run._begin
+    begin = faults.Injector.begin
 
-    async def lying_begin(self, kind, server, other):
-        if kind == "slow":
+    async def lying_begin(self, fault):
+        if fault.kind == "slow":
+            server = self._swarm.servers[fault.target]
             server.fault = lambda call: "wrong"
-            return lambda: chaos._done(lambda: setattr(server, "fault", None))
-        return await begin(self, kind, server, other)
+            return faults._call(setattr, server, "fault", None)
+        return await begin(self, fault)
 
-    monkeypatch.setattr(chaos._Run, "_begin", lying_begin)
+    monkeypatch.setattr(faults.Injector, "begin", lying_begin)
 
 
 def find_failing_seed():

@@ -10,53 +10,39 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
-from shoal.base.ids import PeerId
+from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX
 from shoal.base.spans import Span
 from shoal.client.client import Client
 from shoal.lab.clock import run_virtual
+from shoal.lab.faults import Fault, FaultKind, Injector
 from shoal.lab.invariants import check_contents, check_end, check_step
 from shoal.lab.network import LinkConditions, SimulatedNetwork
 from shoal.lab.script import Act, Reference, ScriptRunner, draw_script
-from shoal.lab.swarm import ServerSpec, SimulatedServer, SimulatedSwarm
+from shoal.lab.swarm import ServerSpec, SimulatedSwarm
+from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
-from shoal.server.quotas import Quotas
-
-FaultKind = Literal[
-    "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole", "partition",
-    "client_offline", "no_dialing", "bad_batch", "poison", "evict",
-]  # fmt: skip
+from shoal.server.quotas import LOG_BYTES_MAX, Quotas
 
 HEAL_S: Final = 20.0
 """Virtual time at which every fault has ended."""
 
+ROW_BYTES: Final = 4 * HIDDEN_SIZE
+"""One toy row in float32."""
+
+GHOST_SHARE: Final = 0.3
+"""Part of the plans in which a client vanishes."""
+
 LIMIT_S: Final = 400.0
 """Virtual time within which every session must have finished."""
 
-SETTLE_S: Final = 30.0
+SETTLE_S: Final = 40.0
 """After the last session: longer than every grace period."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """One fault: `kind` at `at_s` for `lasts_s`, at server `target` (towards `other`)."""
-
-    kind: FaultKind
-    at_s: float
-    lasts_s: float
-    target: int
-    other: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.at_s:6.2f} s  {self.kind} server {self.target} (other {self.other}) "
-            f"for {self.lasts_s:.2f} s"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +53,20 @@ class UserPlan:
     at_s: float
     seed: int
     script: tuple[Act, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GhostPlan:
+    """A user whose client vanishes at `vanish_s`; nobody must keep anything of it."""
+
+    user: UserPlan
+    vanish_s: float
+    is_noticed: bool
+    """Whether its streams break, as when a process ends; or silence, as without power."""
+
+    def __str__(self) -> str:
+        how = "noticed" if self.is_noticed else "unnoticed"
+        return f"ghost at {self.user.at_s:.2f} s, gone at {self.vanish_s:.2f} s, {how}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +82,21 @@ class ChaosPlan:
     budget_tokens: int
     users: tuple[UserPlan, ...]
     faults: tuple[Fault, ...]
+    log_bytes_per_session: int = LOG_BYTES_PER_SESSION_MAX
+    log_bytes: int = LOG_BYTES_MAX
+    """Of all sessions together, at one server."""
+    ghost: GhostPlan | None = None
 
     def __str__(self) -> str:
         servers = ", ".join(f"{s.name}{s.span}" for s in self.servers)
         lines = [f"seed {self.seed}: {self.num_blocks} blocks, {servers}", f"  {self.link}"]
         lines.append(
             f"  window {self.window_bytes} B, run ahead {self.run_ahead_bytes} B, "
-            f"budget {self.budget_tokens} tokens"
+            f"budget {self.budget_tokens} tokens, logs {self.log_bytes_per_session} B a session, "
+            f"{self.log_bytes} B in all"
         )
+        if self.ghost is not None:
+            lines.append(f"  {self.ghost}")
         lines += [
             f"  user at {user.at_s:.2f} s: "
             + ", ".join(f"{act.kind} {act.count}" for act in user.script)
@@ -120,21 +127,31 @@ def draw_plan(seed: int) -> ChaosPlan:
         window_bytes=rng.choice((1, 100, 1000, 1 << 20)),
         run_ahead_bytes=rng.choice((1, 1000, 1 << 20)),
         budget_tokens=rng.choice((1, 16, 512)),
-        users=tuple(
-            UserPlan(
-                client=rng.randrange(2),
-                at_s=rng.uniform(0, 2),
-                seed=rng.randrange(1 << 30),
-                script=draw_script(rng),
-            )
-            for _ in range(rng.randint(1, 4))
-        ),
+        users=tuple(_draw_user(rng) for _ in range(rng.randint(1, 4))),
         faults=tuple(
             sorted(
                 (_draw_fault(rng, len(servers)) for _ in range(rng.randint(1, 8))),
                 key=lambda fault: fault.at_s,
             )
         ),
+        log_bytes_per_session=rng.choice((ROW_BYTES * 8, ROW_BYTES * 64, 1 << 20)),
+        log_bytes=rng.choice((ROW_BYTES * 100, 1 << 20)),
+        ghost=_draw_ghost(rng) if rng.random() < GHOST_SHARE else None,
+    )
+
+
+def _draw_user(rng: random.Random) -> UserPlan:
+    return UserPlan(
+        client=rng.randrange(2),
+        at_s=rng.uniform(0, 2),
+        seed=rng.randrange(1 << 30),
+        script=draw_script(rng),
+    )
+
+
+def _draw_ghost(rng: random.Random) -> GhostPlan:
+    return GhostPlan(
+        user=_draw_user(rng), vanish_s=rng.uniform(0, 6), is_noticed=rng.random() < 0.5
     )
 
 
@@ -168,8 +185,9 @@ def _draw_link(rng: random.Random) -> LinkConditions:
 
 def _draw_fault(rng: random.Random, num_servers: int) -> Fault:
     kinds: tuple[FaultKind, ...] = (
-        "crash", "crash", "crash", "vanish", "freeze", "hang", "slow", "cut", "black_hole",
-        "partition", "client_offline", "no_dialing", "bad_batch", "poison", "evict",
+        "crash", "crash", "crash", "vanish", "restart", "neighbours", "all", "freeze", "hang",
+        "slow", "cut", "black_hole", "partition", "client_offline", "no_dialing", "bad_batch",
+        "poison", "evict", "trim",
     )  # fmt: skip
     at_s = rng.uniform(0, 6)
     return Fault(
@@ -202,29 +220,37 @@ class _Run:
             self._rng,
             num_blocks=plan.num_blocks,
             server_config=ServerConfig(
-                quotas=Quotas(cache_share=1.0),
+                quotas=Quotas(cache_share=1.0, log_bytes_max=plan.log_bytes),
                 window_bytes=plan.window_bytes,
                 engine=EngineLimits(
-                    budget_tokens=plan.budget_tokens, run_ahead_bytes=plan.run_ahead_bytes
+                    budget_tokens=plan.budget_tokens,
+                    run_ahead_bytes=plan.run_ahead_bytes,
+                    log_bytes_per_session_max=plan.log_bytes_per_session,
                 ),
             ),
             mixes_call_shape=True,
         )
         self._clients: list[Client] = []
+        self._injector = Injector(self._swarm, self._network, self._clients, self._rng)
         self._rows = 0
         self._recoveries = 0
 
     async def run(self) -> ChaosResult:
         loop = asyncio.get_running_loop()
         async with self._swarm:
-            self._clients = [await self._swarm.open_client(patience_s=LIMIT_S) for _ in range(2)]
+            self._clients += [await self._swarm.open_client(patience_s=LIMIT_S) for _ in range(2)]
             background = [asyncio.ensure_future(self._watch())]
             background += [asyncio.ensure_future(self._inject(f)) for f in self._plan.faults]
+            if self._plan.ghost is not None:
+                background.append(asyncio.ensure_future(self._haunt(self._plan.ghost)))
             try:
                 async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as users:
                     for user in self._plan.users:
                         users.create_task(self._play(user))
             except* Exception as group:
+                for task in background:
+                    task.cancel()
+                await asyncio.gather(*background, return_exceptions=True)
                 raise _first(group) from group
             finally:
                 finished_s = loop.time()
@@ -259,85 +285,26 @@ class _Run:
             self._recoveries += len(runner.session.recoveries)
             runner.session.close()
 
-    # --- faults ------------------------------------------------------------------------
+    async def _haunt(self, ghost: GhostPlan) -> None:
+        client = await self._swarm.open_client(patience_s=LIMIT_S)
+        playing = asyncio.ensure_future(self._play_ghost(client, ghost.user))
+        await asyncio.sleep(max(0.0, ghost.vanish_s - asyncio.get_running_loop().time()))
+        self._swarm.memory.crash(client.me, detect_after_s=0.0 if ghost.is_noticed else None)
+        playing.cancel()
+        with suppress(asyncio.CancelledError):
+            await playing
+
+    async def _play_ghost(self, client: Client, user: UserPlan) -> None:
+        """Like any user, but without saying good-bye."""
+        await asyncio.sleep(user.at_s)
+        reference = Reference(self._plan.num_blocks, mixes_call_shape=True)
+        await ScriptRunner(client, user.script, random.Random(user.seed), reference).run()
 
     async def _inject(self, fault: Fault) -> None:
         await asyncio.sleep(fault.at_s)
-        server = self._swarm.servers[fault.target]
-        other = self._swarm.servers[fault.other]
-        undo = await self._begin(fault.kind, server, other)
+        undo = await self._injector.begin(fault)
         await asyncio.sleep(fault.lasts_s)
         await undo()
-
-    async def _begin(
-        self, kind: FaultKind, server: SimulatedServer, other: SimulatedServer
-    ) -> Callable[[], Awaitable[None]]:
-        network, pair = self._network, (server.peer, other.peer)
-        end: Callable[[], None] = _nothing
-        match kind:
-            case "crash" | "vanish":
-                await server.crash(0.0 if kind == "crash" else None)
-                return lambda: self._restart(server)
-            case "freeze":
-                network.freeze(server.peer)
-                end = _call(network.thaw, server.peer)
-            case "hang":
-                server.hang()
-                end = server.unhang
-            case "slow":
-                server.slowness = 20.0
-                end = _call(setattr, server, "slowness", 1.0)
-            case "cut":
-                network.cut(*pair)
-                end = _call(network.mend, *pair)
-            case "black_hole":
-                network.black_hole(*pair)
-                end = _call(network.mend, *pair)
-            case "no_dialing":
-                network.forbid_dialing(*pair)
-                end = _call(network.mend, *pair)
-            case "partition":
-                network.partition(self._part(server))
-                end = _call(network.partition)
-            case "client_offline":
-                network.partition({client.me for client in self._clients[:1]})
-                end = _call(network.partition)
-            case "bad_batch":
-                server.fault = lambda call: "raise" if self._rng.random() < 0.3 else None
-                end = _call(setattr, server, "fault", None)
-            case "poison":
-                server.fault = lambda call: "poison" if self._rng.random() < 0.3 else None
-                end = _call(setattr, server, "fault", None)
-            case "evict":
-                self._evict(server)
-        return lambda: _done(end)
-
-    async def _restart(self, server: SimulatedServer) -> None:
-        if not server.is_up:
-            await server.start()
-
-    def _part(self, server: SimulatedServer) -> set[PeerId]:
-        others = [one.peer for one in self._swarm.servers if one is not server]
-        return {server.peer, *self._rng.sample(others, len(others) // 2)}
-
-    def _evict(self, server: SimulatedServer) -> None:
-        if server.server is not None:
-            server.server.evict_all()
-
-
-def _nothing() -> None:
-    return None
-
-
-def _call(function: Callable[..., object], *args: object) -> Callable[[], None]:
-    def call() -> None:
-        function(*args)
-
-    return call
-
-
-async def _done(end: Callable[[], None]) -> None:
-    end()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -368,6 +335,11 @@ def _smaller(plan: ChaosPlan) -> Iterator[ChaosPlan]:
             script = user.script[:cut] + user.script[cut + 1 :]
             users = (*plan.users[:index], replace(user, script=script), *plan.users[index + 1 :])
             yield replace(plan, users=users)
+    if plan.ghost is not None:
+        yield replace(plan, ghost=None)
+    if plan.log_bytes_per_session < LOG_BYTES_PER_SESSION_MAX or plan.log_bytes < LOG_BYTES_MAX:
+        unbounded = replace(plan, log_bytes=LOG_BYTES_MAX)
+        yield replace(unbounded, log_bytes_per_session=LOG_BYTES_PER_SESSION_MAX)
     if plan.link != LinkConditions():
         yield replace(plan, link=LinkConditions(delay_s=plan.link.delay_s))
         for name in ("loss", "drop", "duplicate", "reset", "jitter_s"):

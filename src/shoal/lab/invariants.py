@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from shoal.base.errors import InternalError
 from shoal.base.ids import short
 from shoal.client.client import Client
 from shoal.lab.script import ScriptRunner
 from shoal.lab.swarm import SimulatedServer, SimulatedSwarm
+from shoal.server.config import ServerConfig
 from shoal.server.session import HopSession
 from shoal.wire.tensors import is_finite
+
+ENTRIES_OVER: Final = 6
+"""Entries by which a log may pass its bounds: four run at once, one more is under way on the
+link, and one more waits."""
 
 
 class BrokenInvariant(InternalError):
@@ -16,13 +23,14 @@ class BrokenInvariant(InternalError):
 
 
 def check_step(swarm: SimulatedSwarm) -> None:
-    """Lengths, pages and bytes agree at every server that is up."""
+    """Lengths, pages and bytes agree at every server that is up, and logs keep their bounds."""
     for server in swarm.servers:
         if server.server is None:
             continue
         for hop in server.server.sessions:
             hop.check_integrity()
             _check_parked(hop)
+            _check_log_bytes(hop, swarm.server_config)
         _check_pages(server)
 
 
@@ -77,6 +85,20 @@ def _check_parked(hop: HopSession) -> None:
         raise BrokenInvariant(f"a parked hop over {hop.plan.span} holds rows")
 
 
+def _check_log_bytes(hop: HopSession, config: ServerConfig) -> None:
+    """A log passes its bound only by what its receiver had not worked off when it last grew."""
+    limit = config.engine.log_bytes_per_session_max
+    if hop.log.num_bytes <= limit:
+        return
+    largest = max(entry.payload_bytes for entry in hop.log)
+    margin = config.window_bytes + config.engine.run_ahead_bytes + ENTRIES_OVER * largest
+    if hop.log.num_bytes > limit + margin:
+        raise BrokenInvariant(
+            f"the log of {hop.plan.span} has {hop.log.num_bytes} bytes with a bound of {limit} "
+            f"and {margin} that may be under way"
+        )
+
+
 def _check_pages(server: SimulatedServer) -> None:
     if server.server is None or server.backend is None:
         return
@@ -91,5 +113,5 @@ def _check_pages(server: SimulatedServer) -> None:
                 f"{server.spec.name}: {hop.plan.span} uses {hop.settled_length} positions "
                 f"but holds {pages} pages"
             )
-    if held != ledger.total - ledger.free:
+    if held != ledger.used:
         raise BrokenInvariant(f"{server.spec.name}: pages leaked")

@@ -144,7 +144,7 @@ class HopSession:
 
     def shorten_log(self) -> None:
         """Forget the older half of the log, as far as the successor acknowledged it."""
-        self.log.trim(min(self.outbound.acked, (self.log.start + self.log.end) // 2))
+        self.log.trim(min(self.outbound.acked, self.log.middle))
 
     def due_truncation(self) -> int | None:
         """Where the backend must truncate the cache now; None when nothing is due."""

@@ -20,6 +20,7 @@ from shoal.lab.cost_backend import CostBackend, CostConfig
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import expected_output
 from shoal.plan.spec import DecodeTimes, ServerSpec
+from shoal.server.switching import SwitchingBackend
 from shoal.wire.tensors import row_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +58,17 @@ def _toy(coarse: int = 1) -> BlockBackend:
 def _cost() -> BlockBackend:
     server = ServerSpec(name="s", memory_bytes=0, decode=DecodeTimes(points=((1, 0.0),)))
     return CostBackend(CostConfig(server=server, span=SPAN, num_blocks=6))
+
+
+def _switching(make: Callable[[], BlockBackend], *, is_over: bool) -> BlockBackend:
+    """One that has just got a second backend, or has lost the first again."""
+    backend = SwitchingBackend(make())
+    backend.open(SequenceId(0), SPAN)
+    backend.add(make())
+    if is_over:
+        backend.close(SequenceId(0))
+        asyncio.run(backend.drop_old())
+    return backend
 
 
 def _torch() -> BlockBackend:

@@ -45,3 +45,27 @@ def test_a_begun_page_is_a_page():
     ledger = PageLedger(TOTAL * PAGE, PAGE)
     assert [ledger.pages(tokens) for tokens in (0, 1, PAGE, PAGE + 1)] == [0, 1, 1, 2]
     assert ledger.held("nobody") == 0
+
+
+def test_the_retired_share_what_they_had_and_others_a_new_budget():
+    ledger = PageLedger(TOTAL * PAGE, PAGE)
+    ledger.hold("a", 12 * PAGE)
+    ledger.hold("b", 8 * PAGE)
+    ledger.retire(["a", "b", "parked"])
+    assert (ledger.free, ledger.used) == (TOTAL, TOTAL)
+    ledger.hold("new", TOTAL * PAGE)
+    assert ledger.lacking("a", 13 * PAGE) == 1
+    ledger.release("b")
+    assert ledger.lacking("parked", 8 * PAGE) == 0
+    assert ledger.lacking("another", PAGE) == 1
+    ledger.assign("fork", is_retired=True)
+    ledger.hold("fork", 8 * PAGE)
+    with pytest.raises(InternalError, match="20 pages of the old cache"):
+        ledger.end_retirement()
+    with pytest.raises(InternalError, match="one move at a time"):
+        ledger.retire([])
+    for key in ("a", "fork"):
+        ledger.release(key)
+    ledger.end_retirement()
+    assert (ledger.free, ledger.used) == (0, TOTAL)
+    assert not ledger.is_retired("a")

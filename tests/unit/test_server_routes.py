@@ -124,3 +124,24 @@ def test_what_we_do_not_serve(hops, message):
 def test_another_model():
     with pytest.raises(ModelUnknown, match="this is toy"):
         read(body(model="another"))
+
+
+@pytest.mark.parametrize("span", [(0, 4), (4, 10)])
+def test_sessions_and_forks_of_blocks_that_we_leave_may_go_on(span):
+    """`runs` knows one session that runs just these blocks here."""
+    before = [hop(LEFT, 0, span[0])] if span[0] else []
+    after = [hop(RIGHT, span[1], 10)] if span[1] < 10 else []
+    made = body(*before, hop(ME, *span), *after)
+    route = Route(1, encode(made), OWNER.sign(ROUTE, encode(made)))
+    session = session_id(OWNER.peer, NONCE)
+    with pytest.raises(BadInput, match=r"not served here \(we have \[2,8\)\)"):
+        read_route(route, OWNER.peer, ME, FACTS, lambda one, blocks: one != session)
+    asked = []
+    plan = read_route(
+        route, OWNER.peer, ME, FACTS, lambda one, blocks: asked.append((one, blocks)) or True
+    )
+    assert [one.span for one in plan.hops] == [Span(*span)]
+    assert asked == [(session, Span(*span))]
+    made = structs.replace(made, parent=Fork(b"p" * 16, 2, 30))
+    route = Route(1, encode(made), OWNER.sign(ROUTE, encode(made)))
+    read_route(route, OWNER.peer, ME, FACTS, lambda one, blocks: one == b"p" * 16)

@@ -1,5 +1,8 @@
 """Who gives way when the cache is full, and what opening a session costs."""
 
+import asyncio
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from shoal.lab.toy_blocks import toy_embedding
 from shoal.server.quotas import SESSIONS_PER_CLIENT, Quotas
 from shoal.server.session import HopPlan
 from shoal.server.sessions import IDLE_VICTIM_S, SessionTable
+from shoal.server.switching import SwitchingBackend
 from shoal.wire.messages import WANT_ALL, Entry, Fork
 
 PAGE, TOTAL = 16, 12
@@ -239,3 +243,62 @@ def test_two_owners_that_fill_the_cache_do_not_wait_for_each_other():
     table.make_room(young, 3 * PAGE, NOW_S)
     assert table.make_room(young, 4 * PAGE, NOW_S) is None
     assert table.make_room(old, 6 * PAGE, NOW_S) == [young]
+
+
+# --- a move to other blocks --------------------------------------------------------------
+
+
+def moving_table():
+    """A full old cache over [0,4), and a new one over [2,6)."""
+    old = ToyConfig(span=Span(0, 4), num_blocks=6, cache_tokens=TOTAL * PAGE, page_tokens=PAGE)
+    backend = SwitchingBackend(ToyBackend(old))
+    table = SessionTable(backend, window_bytes=1 << 20, quotas=Quotas(cache_share=1.0))
+    for number in (1, 2):
+        hop = table.open(make_plan(number, opened_ms=number), None, NOW_S)
+        table.make_room(hop, TOTAL // 2 * PAGE, NOW_S)
+    backend.add(ToyBackend(dataclasses.replace(old, span=Span(2, 6))))
+    table.retire_all()
+    return table, backend
+
+
+def test_the_old_pages_dont_count_for_the_new_blocks():
+    table, backend = moving_table()
+    assert table.ledger.free == TOTAL
+    new = table.open(make_plan(3, opened_ms=0, span=(2, 6)), None, NOW_S)
+    assert table.make_room(new, TOTAL * PAGE, NOW_S) == []
+    assert [hop.plan.session[-1] for hop in table.retired] == [1, 2]
+    assert all(table.runs(hop.plan.session, Span(0, 4)) for hop in table.retired)
+    assert not table.runs(new.plan.session, Span(0, 4))
+    assert backend.is_old_used
+
+
+def test_room_in_one_cache_is_never_made_by_victims_of_the_other():
+    table, _ = moving_table()
+    older, younger = table.retired
+    new = table.open(make_plan(3, opened_ms=9, span=(2, 6)), None, NOW_S)
+    assert table.make_room(older, TOTAL * PAGE, NOW_S) == [younger]
+    assert not new.is_parked
+    # Blocks that both have belong to the new ones from now on, others stay with the old.
+    both = table.open(make_plan(4, opened_ms=9, span=(2, 4)), None, NOW_S)
+    assert both not in table.retired
+    with pytest.raises(PeerBusy):
+        table.open(make_plan(5, opened_ms=9, span=(0, 2)), None, NOW_S)
+
+
+def test_a_fork_lives_where_its_parent_does():
+    table, backend = moving_table()
+    parent = table.retired[0]
+    table.ledger.hold(table.retired[1].sequence, PAGE)
+    admit(parent, 0, 3)
+    calls = parent.next_calls(1)
+    (output,) = asyncio.run(backend.run(calls))
+    parent.commit(output)
+    child = table.open(make_plan(7, opened_ms=9), Fork(parent.plan.session, 0, 2), NOW_S)
+    assert child.cache_length == 2
+    assert child in table.retired
+    for hop in list(table):
+        table.close(hop)
+    table.settle()
+    assert not backend.is_old_used
+    table.ledger.end_retirement()
+    asyncio.run(backend.drop_old())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,8 +27,21 @@ class RoutePlan:
     hops: tuple[HopPlan, ...]
 
 
-def read_route(route: Route, sender: PeerId, me: PeerId, facts: BackendFacts) -> RoutePlan:
+RunsHere = Callable[[SessionId, Span], bool]
+"""Whether a hop of the session runs just these blocks here."""
+
+
+def read_route(
+    route: Route,
+    sender: PeerId,
+    me: PeerId,
+    facts: BackendFacts,
+    runs: RunsHere = lambda session, span: False,
+) -> RoutePlan:
     """The hops that `route` gives to `me`; `sender` is the control stream's peer.
+
+    `facts` judge it, but sessions that run here on blocks that we leave may go on, and so
+    may their forks.
 
     Raises:
         ProtocolError: malformed, or hops that are no chain.
@@ -46,11 +60,13 @@ def read_route(route: Route, sender: PeerId, me: PeerId, facts: BackendFacts) ->
         )
     _check_chain(body.hops, owner)
     session = session_id(owner, body.nonce)
-    hops = tuple(
-        _hop_plan(body, index, session, facts)
-        for index, hop in enumerate(body.hops)
-        if hop.peer == me
-    )
+    mine = [index for index, hop in enumerate(body.hops) if hop.peer == me]
+    known = [session] if body.parent is None else [session, SessionId(body.parent.session)]
+    for index in mine:
+        span = Span(body.hops[index].start, body.hops[index].end)
+        if not facts.span.covers(span) and not any(runs(one, span) for one in known):
+            raise BadInput(f"blocks {span} are not served here (we have {facts.span})")
+    hops = tuple(_hop_plan(body, index, session, facts) for index in mine)
     if not hops:
         raise BadInput("this route has no hop for us")
     return RoutePlan(session=session, epoch=body.epoch, parent=body.parent, hops=hops)
@@ -72,8 +88,6 @@ def _check_chain(hops: list[Hop], owner: PeerId) -> None:
 def _hop_plan(body: RouteBody, index: int, session: SessionId, facts: BackendFacts) -> HopPlan:
     hop, owner = body.hops[index], PeerId(body.owner)
     span = Span(hop.start, hop.end)
-    if not facts.span.covers(span):
-        raise BadInput(f"blocks {span} are not served here (we have {facts.span})")
     if hop.encoding not in facts.encodings:
         raise BadInput(
             f"encoding {hop.encoding!r} is not served here (we have {', '.join(facts.encodings)})"

@@ -16,6 +16,7 @@ from typing import Final
 from shoal.base.backend import BackendFacts, BlockBackend, SequenceId
 from shoal.base.errors import PeerBusy, SessionTooLong
 from shoal.base.ids import PeerId, SessionId
+from shoal.base.spans import Span
 from shoal.server.pages import PageLedger
 from shoal.server.quotas import RETRY_AFTER_S, SESSIONS_MAX, Line, Quotas, owners_over
 from shoal.server.session import HopPlan, HopSession, SessionKey
@@ -73,6 +74,10 @@ class SessionTable:
         """All hops of one client here."""
         return [hop for hop in self._hops.values() if hop.plan.owner == owner]
 
+    def has_predecessor(self, peer: PeerId) -> bool:
+        """Whether any hop here takes rows from this peer."""
+        return any(hop.plan.predecessor == peer for hop in self._hops.values())
+
     def open(self, plan: HopPlan, parent: Fork | None, now_s: float) -> HopSession:
         """A new hop, empty or forked; replaces an old one. Only while no engine iteration runs.
 
@@ -83,6 +88,7 @@ class SessionTable:
         self._check_count(plan)
         hop = HopSession(plan, self._take_sequence(), window_bytes=self._window_bytes)
         hop.used_s = now_s
+        self._enlist(hop)
         if not self._fork_from(parent, hop):
             self._find_place(hop, now_s)
             self.settle()
@@ -203,7 +209,7 @@ class SessionTable:
         older = sum(
             self.ledger.held(other.sequence)
             for other in self.of_owner(hop.plan.owner)
-            if other.seniority < hop.seniority
+            if other.seniority < hop.seniority and self._is_beside(other, hop)
         )
         return older + self.ledger.pages(length) > self._owner_pages
 
@@ -228,7 +234,7 @@ class SessionTable:
 
     def _over_share(self, hop: HopSession, length: int) -> int:
         """Pages that the owner's other sessions must give up for it."""
-        mine = self._held_by_owner(hop.plan.owner) - self.ledger.held(hop.sequence)
+        mine = self._held_by_owner(hop) - self.ledger.held(hop.sequence)
         return mine + self.ledger.pages(length) - self._owner_pages
 
     def _may_give_way(self, hop: HopSession, now_s: float) -> list[HopSession]:
@@ -238,6 +244,8 @@ class SessionTable:
         for other in self._hops.values():
             if other is hop or not self.ledger.held(other.sequence):
                 continue
+            if not self._is_beside(other, hop):
+                continue
             if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S:
                 idle.append(other)
             elif other.seniority > hop.seniority:
@@ -246,9 +254,10 @@ class SessionTable:
         younger.sort(key=lambda other: other.seniority, reverse=True)
         return idle + younger
 
-    def _held_by_owner(self, owner: PeerId) -> int:
-        """Pages."""
-        return sum(self.ledger.held(hop.sequence) for hop in self.of_owner(owner))
+    def _held_by_owner(self, hop: HopSession) -> int:
+        """Pages of the cache in which `hop` lives."""
+        beside = (one for one in self.of_owner(hop.plan.owner) if self._is_beside(one, hop))
+        return sum(self.ledger.held(one.sequence) for one in beside)
 
     def _fork_from(self, parent: Fork | None, hop: HopSession) -> bool:
         """Start `hop` as a copy of its parent's cache and log; False when there is none."""
@@ -265,14 +274,45 @@ class SessionTable:
             return False
         held = min(parent.length, source.settled_length, source.log.end)
         length = source.log.valid_length(parent.rev, held)
-        if length == 0 or self.ledger.lacking(hop.sequence, length) > 0:
-            return False
-        if self._over_share(hop, length) > 0:
+        is_retired = self.ledger.is_retired(source.sequence)
+        self.ledger.assign(hop.sequence, is_retired=is_retired)
+        lacking = max(self.ledger.lacking(hop.sequence, length), self._over_share(hop, length))
+        if length == 0 or lacking > 0:
+            self._enlist(hop)
             return False
         actual = self._backend.fork(source.sequence, hop.sequence, length)
         self.ledger.hold(hop.sequence, max(1, actual))
         hop.start_from(source.log.fork(parent.rev, actual))
         return True
+
+    # --- a move to other blocks ----------------------------------------------------------
+
+    @property
+    def retired(self) -> list[HopSession]:
+        """The hops that live in the cache of the blocks that we leave."""
+        return [hop for hop in self._hops.values() if self.ledger.is_retired(hop.sequence)]
+
+    def retire_all(self) -> None:
+        """The backend has just got other blocks: all that run now stay with the old ones.
+
+        Only while no engine iteration runs.
+        """
+        self.settle()
+        self.ledger.retire(hop.sequence for hop in self._hops.values())
+
+    def runs(self, session: SessionId, span: Span) -> bool:
+        """Whether a hop of the session runs just these blocks here."""
+        hop = self.find((session, span.start))
+        return hop is not None and hop.plan.span == span
+
+    def _enlist(self, hop: HopSession) -> None:
+        """A hop that is opened anew goes to the newest blocks, if they will do."""
+        is_retired = not self.facts.span.covers(hop.plan.span)
+        self.ledger.assign(hop.sequence, is_retired=is_retired)
+
+    def _is_beside(self, one: HopSession, other: HopSession) -> bool:
+        """Whether both live in the same cache."""
+        return self.ledger.is_retired(one.sequence) == self.ledger.is_retired(other.sequence)
 
     def bound_logs(self) -> None:
         """Let those with most give up acknowledged rows when all logs together are too long."""

@@ -205,7 +205,7 @@ class Server:
 
     async def route(self, sender: PeerId, message: Route) -> Routed:
         """Follow a route: open, change or confirm our hops of it."""
-        plan = read_route(message, sender, self.peer, self._backend.facts)
+        plan = read_route(message, sender, self.peer, self._backend.facts, self.sessions.runs)
         for record in message.records:
             self._book.learn(record)
         held: list[Held] = []

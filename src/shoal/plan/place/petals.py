@@ -46,13 +46,13 @@ def place_petals(problem: Problem, rng: random.Random) -> Placement:
     joined = _join_all(problem, rng)
     hosted = joined.hosted()
     order = [server for server, _ in hosted]
-    hostings = [_hosting(problem, server, span) for server, span in hosted]
+    hostings = [hosting(problem, server, span) for server, span in hosted]
     for _ in range(CHECKS_PER_SERVER):
         has_moved = False
         for index in rng.sample(range(len(order)), len(order)):
             target = choose_move(hostings, index, problem.num_blocks, rng)
             if target is not None:
-                hostings[index] = _hosting(problem, order[index], target)
+                hostings[index] = hosting(problem, order[index], target)
                 has_moved = True
         if not has_moved:
             break
@@ -109,12 +109,13 @@ def _join_all(problem: Problem, rng: random.Random) -> Placement:
             continue
         span = choose_span(throughputs, num_blocks)
         spans[server], caches[server] = span, petals_cache_bytes(problem, span)
-        added = block_throughputs([_hosting(problem, server, span)], problem.num_blocks)
+        added = block_throughputs([hosting(problem, server, span)], problem.num_blocks)
         throughputs = [old + new for old, new in zip(throughputs, added, strict=True)]
     return Placement(spans=tuple(spans), cache_bytes=tuple(caches))
 
 
-def _hosting(problem: Problem, server: int, span: Span) -> Hosting:
+def hosting(problem: Problem, server: int, span: Span) -> Hosting:
+    """A server with its throughput, as Petals' rules want it."""
     spec = problem.servers[server]
     return Hosting(
         span=span,

@@ -7,6 +7,7 @@ import logging
 import random
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,8 @@ def test_small_frames_leave_at_once() -> None:
                 sock = end._connected().get_extra_info("socket")
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                if sys.platform == "linux":  # else the kernel tries for 15 minutes
+                    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
     run(work())
 

@@ -80,6 +80,12 @@ class SenderPool:
         async with self._in_use(sender):
             await sender.run(channel)
 
+    def close_unused(self, peer: PeerId) -> None:
+        """End the stream to a peer that is gone, unless a link uses it."""
+        sender = self._senders.get(peer)
+        if sender is not None and not sender.outbounds:
+            sender.close()
+
     async def close(self) -> None:
         """End all streams."""
         await self._tasks.close()

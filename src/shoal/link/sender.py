@@ -84,6 +84,11 @@ class RowSender:
             self._ready[key] = None
             self._wake.set()
 
+    def close(self) -> None:
+        """End the stream that is served now, if there is one."""
+        if self._channel is not None:
+            self._channel.close()
+
     async def run(self, channel: Channel, *, idle_s: float = math.inf) -> None:
         """Serve one stream until it breaks, or carried no session for `idle_s`.
 

@@ -15,6 +15,10 @@ KEEPALIVE_INTERVAL_S: Final = 5
 KEEPALIVE_PROBES: Final = 3
 """A silent machine that lost power is noticed after 30 s even if nobody asks it anything."""
 
+UNACKNOWLEDGED_MS: Final = 1000 * (KEEPALIVE_IDLE_S + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL_S)
+"""The same where bytes are under way to it: the kernel would send them again for 15 minutes, and
+keep-alive probes don't count meanwhile (RFC 5482)."""
+
 BACKLOG: Final = 512
 """Connections that wait in the kernel to be accepted."""
 
@@ -34,6 +38,7 @@ def tune(sock: socket.socket) -> None:
         ("TCP_KEEPALIVE", KEEPALIVE_IDLE_S),  # what macOS calls it
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MS),  # Linux only
     ):
         option = getattr(socket, name, None)
         if option is not None:

@@ -44,6 +44,7 @@ from shoal.net.tasks import TaskSet
 from shoal.net.transport import Stream, Transport
 from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
+from shoal.server.departures import Departures
 from shoal.server.engine import Engine
 from shoal.server.intake import REOPEN_PERIOD_S, Intake, compact
 from shoal.server.routes import read_route
@@ -99,11 +100,12 @@ class Server:
         self._senders = SenderPool(self._dial, self)
         self._receivers: dict[PeerId, RowReceiver] = {}
         self._controls: dict[PeerId, ControlLink] = {}
-        self._left: dict[PeerId, int] = {}
-        """How often each owner's control stream ended while it had sessions here."""
         self._broken = asyncio.Event()
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
+        self._departures = Departures(
+            config.orphan_grace_s, self._controls.__contains__, self._free, self._tasks
+        )
         self._services: dict[str, StreamService] = {
             PURPOSE_CONTROL: self._serve_control,
             PURPOSE_ROWS_OUT: self._serve_rows,
@@ -178,9 +180,7 @@ class Server:
         finally:
             if self._controls.get(channel.peer) is control:
                 del self._controls[channel.peer]
-                if self.sessions.of_owner(channel.peer) and not self._tasks.is_closed:
-                    self._left[channel.peer] = self._left.get(channel.peer, 0) + 1
-                    self._tasks.spawn(self._close_orphans(channel.peer), "orphans")
+                self._departures.left(channel.peer)
 
     async def _serve_rows(self, channel: Channel) -> None:
         receiver = self._receivers[channel.peer] = RowReceiver(channel, self)
@@ -439,15 +439,13 @@ class Server:
                 receiver.close()
             self._broken.set()
 
-    async def _close_orphans(self, owner: PeerId) -> None:
-        times = self._left[owner]
-        await asyncio.sleep(self._config.orphan_grace_s)
-        if self._left.get(owner) != times:
-            return  # came back and left again: the later grace period counts
-        del self._left[owner]
-        if owner not in self._controls:
-            for hop in self.sessions.of_owner(owner):
-                self._forget(hop)
+    def _free(self, client: PeerId) -> None:
+        """The client is gone: its sessions, its places in the line, its streams."""
+        self.keep_sessions(client, ())
+        receiver = self._receivers.get(client)
+        if receiver is not None and not self.sessions.has_predecessor(client):
+            receiver.close()
+        self._senders.close_unused(client)
 
     async def _reopen(self) -> None:
         while True:

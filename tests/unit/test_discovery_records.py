@@ -13,8 +13,15 @@ from shoal.base.errors import ConfigError, MessageTooLarge, PeerMisbehaved, Prot
 from shoal.base.ids import peer_text
 from shoal.base.limits import RECORD_BYTES_MAX
 from shoal.base.spans import Span
-from shoal.discovery.records import claimed_peer, open_record, sign_record, to_server_view
+from shoal.discovery.records import (
+    MoveIntent,
+    claimed_peer,
+    open_record,
+    sign_record,
+    to_server_view,
+)
 from shoal.net.identity import RECORD, ROUTE, Identity
+from shoal.plan.view import Intent
 from tests.unit.discovery_cases import identity, record, signed
 
 ALICE, BOB = identity(1), identity(2)
@@ -56,6 +63,8 @@ def test_fields_of_later_versions_are_ignored_and_missing_ones_have_defaults() -
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "empty span": {"start": 4, "end": 4},
+    "a move to nowhere": {"intent": MoveIntent(ticket=1, start=4, end=4)},
+    "a move beyond the model": {"intent": MoveIntent(ticket=1, start=4, end=13)},
     "backward span": {"start": 5, "end": 4},
     "beyond the model": {"end": 13},
     "never valid": {"ttl_s": 0.0},
@@ -172,3 +181,15 @@ def test_a_tombstone_is_no_server() -> None:
     data = signed(ALICE, state="offline", addresses=[])
     with pytest.raises(ValueError, match="tombstone"):
         to_server_view(open_record(data), data)
+
+
+def test_an_intent_to_move_travels_and_old_readers_do_without() -> None:
+    intent = MoveIntent(ticket=7, start=2, end=6, is_going=True)
+    data = signed(ALICE, intent=intent)
+    assert open_record(data).intent == intent
+    view = to_server_view(open_record(data), data)
+    assert view.intent == Intent(ticket=7, span=Span(2, 6), is_going=True)
+    assert to_server_view(record(ALICE), b"").intent is None
+    fields = msgspec.msgpack.decode(body_of(intent=intent))
+    assert fields.pop() == [7, 2, 6, True]
+    assert open_record(envelope(msgspec.msgpack.encode(fields))) == record(ALICE)

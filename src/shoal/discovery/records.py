@@ -17,7 +17,7 @@ from shoal.base.limits import RECORD_BYTES_MAX, RECORD_TTL_S, SESSION_TOKENS_MAX
 from shoal.base.spans import Span
 from shoal.net.address import parse_address
 from shoal.net.identity import RECORD, Identity, verify
-from shoal.plan.view import ServerView
+from shoal.plan.view import Intent, ServerView
 from shoal.wire.fields import Block, Count, Name, Peer, Seconds, Signature
 
 ADDRESSES_MAX: Final = 16
@@ -36,6 +36,17 @@ RecordState = Literal["joining", "online", "draining", "offline"]
 """`offline` is a tombstone: the peer says that it has gone."""
 
 AddressText = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARS_MAX)]
+
+
+class MoveIntent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """A server wants to host [start, end) instead of what it hosts now."""
+
+    ticket: Count
+    """Who has the lower one may leave first; more than any that the server knew of."""
+    start: Block
+    end: Block
+    is_going: bool = False
+    """It has decided and loads the blocks; the old ones can't be counted on."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -71,6 +82,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         SESSION_TOKENS_MAX
     )
     """The longest session that the model itself supports."""
+    intent: MoveIntent | None = None
+    """None: the server stays where it is."""
 
     @property
     def sequence(self) -> tuple[int, int]:
@@ -157,6 +170,9 @@ def find_fault(record: Record) -> str:
     """What is wrong with a record whose fields are well-formed; empty if nothing is."""
     if not record.start < record.end <= record.num_blocks:
         return f"blocks [{record.start},{record.end}) of a model with {record.num_blocks}"
+    intent = record.intent
+    if intent is not None and not intent.start < intent.end <= record.num_blocks:
+        return f"a move to blocks [{intent.start},{intent.end}) of {record.num_blocks}"
     if not 0 < record.ttl_s <= RECORD_TTL_S:
         return f"valid for {record.ttl_s} s (more than 0, at most {RECORD_TTL_S})"
     if not record.addresses and record.state != "offline":
@@ -191,5 +207,13 @@ def to_server_view(record: Record, data: bytes) -> ServerView:
         decode_s_per_block=record.decode_s_per_block,
         prefill_s_per_block_token=record.prefill_s_per_block_token,
         version=record.version,
+        intent=_to_intent(record.intent),
         record=data,
     )
+
+
+def _to_intent(intent: MoveIntent | None) -> Intent | None:
+    if intent is None:
+        return None
+    span = Span(intent.start, intent.end)
+    return Intent(ticket=intent.ticket, span=span, is_going=intent.is_going)

@@ -12,6 +12,18 @@ ServerState = Literal["joining", "online", "draining"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """A server's word that it wants to host other blocks (`shoal.plan.rebalance`)."""
+
+    ticket: int
+    """Of two servers that want to leave the same blocks, the higher one waits."""
+    span: Span
+    """Where it wants to go."""
+    is_going: bool = False
+    """It has decided: nobody may count on it for the blocks that it hosts now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
     """One server as its record describes it."""
 
@@ -27,6 +39,8 @@ class ServerView:
     """Measured time of one decode row through one block, at batch 1."""
     prefill_s_per_block_token: float = 0.0
     version: str = ""
+    intent: Intent | None = None
+    """None: it stays where it is."""
     record: bytes = b""
     """The signed record itself, to hand on."""
 

@@ -16,10 +16,11 @@ from shoal.base.errors import ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S
 from shoal.discovery.exchange import Intake, answer_directory
-from shoal.discovery.records import Record, RecordState, sign_record
+from shoal.discovery.records import MoveIntent, Record, RecordState, sign_record
 from shoal.discovery.store import RecordStore
 from shoal.net.address import Address, parse_address, parse_listen
 from shoal.net.identity import Identity
+from shoal.plan.view import Intent
 from shoal.wire.messages import ControlMessage, GetRecords, Publish
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class Announcement:
     """Measured; 0: not measured."""
     prefill_s_per_block_token: float = 0.0
     version: str = ""
+    intent: Intent | None = None
+    """Where it wants to move."""
 
 
 class Announcer:
@@ -97,6 +100,11 @@ class Announcer:
         self._announcement = announcement
         self._state: RecordState = "joining"
         self._counter = 0
+
+    @property
+    def announcement(self) -> Announcement:
+        """What is said now."""
+        return self._announcement
 
     def restate(self, announcement: Announcement) -> None:
         """Say this from the next record on."""
@@ -167,7 +175,17 @@ class Announcer:
             prefill_s_per_block_token=said.prefill_s_per_block_token,
             version=said.version,
             session_tokens_max=facts.session_tokens_max,
+            intent=_to_wire(said.intent),
         )
+
+
+def _to_wire(intent: Intent | None) -> MoveIntent | None:
+    if intent is None:
+        return None
+    span = intent.span
+    return MoveIntent(
+        ticket=intent.ticket, start=span.start, end=span.end, is_going=intent.is_going
+    )
 
 
 def public_address(listening: Address, announced: str | None) -> Address:

@@ -56,8 +56,8 @@ def place_petals(problem: Problem, rng: random.Random) -> Placement:
                 has_moved = True
         if not has_moved:
             break
-    for server, hosting in zip(order, hostings, strict=True):
-        joined = joined.moved(server, hosting.span)
+    for server, one in zip(order, hostings, strict=True):
+        joined = joined.moved(server, one.span)
     return covering(problem, joined)
 
 

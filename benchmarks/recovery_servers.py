@@ -1,182 +1,35 @@
 """Real `shoal serve` processes that may be killed and are back within a second or two.
 
-`python recovery_servers.py` imports everything once; each line on stdin is then a server to
-fork (JSON), each line on stdout its process id. The end of stdin kills them all. A forked
-process runs the command line of `shoal serve` and nothing else, but a thread beside it
-answers questions on a Unix socket: what the server holds, and orders that no server takes
-from anybody else (drop all sessions with their links, give up logs at once). It finds the
-server through the garbage collector, so that `shoal` needs no hook.
+They are forked by `recovery_spawner.py`, which imported everything before; a server that is
+started again is the same peer at the same port, as a service that its machine restarts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import importlib
 import json
 import os
+import random
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from workers import environment
+from recovery_spawner import ORDER_S_MAX
+from workers import HERE, environment
 
 READY: Final = re.compile(r"^ready peer=(\S+) address=(\S+)", re.MULTILINE)
+SERVE: Final = "shoal.cli.app:run"
+PORT_MIN: Final = 20_000
+PORT_END: Final = 30_000
 START_S_MAX: Final = 60.0
 POLL_S: Final = 0.02
-PREPARED: Final = ("shoal.cli.app", "shoal.cli.serve", "shoal.cli.serving")
-"""What takes seconds to import, done once before any fork."""
-
-ORDER_S_MAX: Final = 5.0
-"""How long an order may take; a stopped process answers nothing."""
-
-
-# --- in the forked process ---------------------------------------------------------------
-
-
-def _found(kind: type[Any], is_wanted: Callable[[Any], bool]) -> Any:
-    found = [one for one in gc.get_objects() if isinstance(one, kind) and is_wanted(one)]
-    if len(found) != 1:
-        raise LookupError(f"{len(found)} objects of {kind.__name__}")
-    return found[0]
-
-
-def holdings(server: Any) -> dict[str, Any]:
-    """What a server holds now: nothing of it may be left when all clients are gone."""
-    ledger = server.sessions.ledger
-    hops = list(server.sessions)
-    return {
-        "hops": len(hops),
-        "links": server.num_links,
-        "cache_tokens_in_use": (ledger.total - ledger.free) * ledger.page_tokens,
-        "log_bytes": sum(hop.log.num_bytes for hop in hops),
-        "tasks": len(asyncio.all_tasks()),
-        "objects": len(gc.get_objects()),
-        "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
-        "iterations": server.engine.iteration,
-    }
-
-
-def drop_everything(server: Any) -> dict[str, Any]:
-    """As if the process had died, but it is back at once: sessions are gone, streams break."""
-    hops = list(server.sessions)
-    for hop in hops:
-        server._forget(hop)
-    for end in (*server._controls.values(), *server._receivers.values()):
-        end.close()
-    return {"dropped": len(hops)}
-
-
-def trim_logs_at_once(server: Any) -> dict[str, Any]:
-    """From now on logs forget rows as soon as they were sent: no repair is possible."""
-
-    def trim() -> None:
-        for hop in server.sessions:
-            hop.log.trim(hop.outbound.cursor)
-
-    server.sessions.bound_logs = trim
-    return {}
-
-
-ORDERS: Final = {"holdings": holdings, "drop": drop_everything, "trim": trim_logs_at_once}
-
-
-def _obey(order: str) -> Any:
-    """Run an order in the server's event loop."""
-    from shoal.server.server import Server
-
-    server = _found(Server, lambda _: True)
-    loop = _found(asyncio.AbstractEventLoop, lambda one: one.is_running())
-    done: list[Any] = []
-    is_done = threading.Event()
-
-    def work() -> None:
-        done.append(ORDERS[order](server))
-        is_done.set()
-
-    loop.call_soon_threadsafe(work)
-    if not is_done.wait(ORDER_S_MAX):
-        raise TimeoutError(f"{order}: the event loop stands still")
-    return done[0]
-
-
-def _answer_orders(listening: socket.socket, parent: int) -> None:
-    listening.settimeout(1.0)
-    while True:
-        if os.getppid() != parent:
-            os._exit(1)  # nobody is there any more to end us
-        try:
-            talking, _ = listening.accept()
-        except TimeoutError:
-            continue
-        with talking, talking.makefile("rw", encoding="utf-8") as lines:
-            try:
-                answer: Any = _obey(lines.readline().strip())
-            except (LookupError, TimeoutError) as error:
-                answer = {"error": str(error)}
-            lines.write(json.dumps(answer) + "\n")
-
-
-def _be_a_server(request: dict[str, Any], parent: int) -> None:
-    """In the forked process; does not return."""
-    os.setsid()
-    for number in (signal.SIGCHLD, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    out = os.open(request["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (out, 1), (out, 2)):
-        os.dup2(source, target)
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(request["socket"])
-    listening.listen()
-    threading.Thread(target=_answer_orders, args=(listening, parent), daemon=True).start()
-    from shoal.cli.app import run
-
-    code = 1
-    try:
-        code = run(request["arguments"])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def spawn_forever() -> None:
-    """The forking process: one server per line on stdin."""
-    from shoal.cli.models import quiet_transformers
-
-    quiet_transformers()
-    for name in PREPARED:
-        importlib.import_module(name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark says when it is over
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
-    gc.freeze()
-    parent, children = os.getpid(), []
-    print("ready", flush=True)
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            _be_a_server(json.loads(line), parent)
-        children.append(child)
-        print(child, flush=True)
-    for child in children:
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-# --- in the benchmark --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,11 +57,7 @@ class Member:
     @property
     def is_alive(self) -> bool:
         """Whether the process exists (stopped counts)."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+        return exists(self.pid)
 
     async def wait_gone(self, timeout_s: float) -> bool:
         """Whether it ended within this time."""
@@ -246,6 +95,25 @@ class Member:
         return 1024 * sum(map(int, private))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A forked process."""
+
+    pid: int
+    output: Path
+    """What it prints."""
+    socket: Path
+    """Where its thread takes orders."""
+
+    def said(self) -> str:
+        """Everything that it printed so far."""
+        return _text(self.output)
+
+
+class NotStarted(Exception):
+    """A server ended before it was ready, or took too long."""
+
+
 class Fleet:
     """The servers of one swarm. Made by `fleet`."""
 
@@ -254,37 +122,46 @@ class Fleet:
         self._folder = folder
         self._common = common
         self._count = 0
+        self._ports: dict[str, int] = {}
         self._lock = asyncio.Lock()
         self.members: dict[str, Member] = {}
         """The last process of each name."""
 
     async def start(self, name: str, blocks: str) -> Member:
-        """Start (or start again, as the same peer) the server of this name.
+        """Start (or start again, as the same peer at the same port) the server of this name.
 
         Raises:
-            SystemExit: it did not start; with what it said.
+            NotStarted: it did not; with what it said.
         """
-        async with self._lock:
-            self._count += 1
-            stem = f"{name}-{self._count}"
-            join = next((m.address for m in self.members.values() if m.name != name), None)
-            started_s = time.monotonic()
-            arguments = [*self._common, "--blocks", blocks]
-            arguments += ["--identity", str(self._folder / f"{name}.key")]
-            arguments += ["--join", join] if join else []
-            output, address = self._folder / f"{stem}.log", self._folder / f"{stem}.sock"
-            request = {"arguments": arguments, "output": str(output), "socket": str(address)}
-            pid = await asyncio.to_thread(self._fork, json.dumps(request))
-        while (match := READY.search(_text(output))) is None:
-            if time.monotonic() - started_s > START_S_MAX or not _exists(pid):
-                raise SystemExit(f"server {name} did not start: {_text(output)[-2000:]}")
+        started_s = time.monotonic()
+        port = self._ports.setdefault(name, _free_port())
+        arguments = [*self._common, "--blocks", blocks, "--listen", f"tcp://127.0.0.1:{port}"]
+        arguments += ["--identity", str(self._folder / f"{name}.key")]
+        for member in self.members.values():
+            arguments += ["--join", member.address] if member.name != name else []
+        child = await self.fork(name, SERVE, arguments)
+        while (match := READY.search(child.said())) is None:
+            if time.monotonic() - started_s > START_S_MAX or not exists(child.pid):
+                raise NotStarted(f"server {name} did not start: {child.said()[-2000:]}")
             await asyncio.sleep(POLL_S)
         member = Member(
-            name=name, blocks=blocks, pid=pid, peer=match[1], address=match[2], socket=address,
-            started_s=started_s, ready_s=time.monotonic(),
+            name=name, blocks=blocks, pid=child.pid, peer=match[1], address=match[2],
+            socket=child.socket, started_s=started_s, ready_s=time.monotonic(),
         )  # fmt: skip
         self.members[name] = member
         return member
+
+    async def fork(self, name: str, program: str, arguments: list[str]) -> Child:
+        """A process that runs `MODULE:FUNCTION` with these arguments."""
+        async with self._lock:
+            self._count += 1
+            stem = self._folder / f"{name}-{self._count}"
+            child = Child(pid=0, output=Path(f"{stem}.log"), socket=Path(f"{stem}.sock"))
+            request = {
+                "program": program, "arguments": arguments, "output": str(child.output),
+                "socket": str(child.socket),
+            }  # fmt: skip
+            return replace(child, pid=await asyncio.to_thread(self._fork, json.dumps(request)))
 
     def _fork(self, request: str) -> int:
         if self._spawner.stdin is None or self._spawner.stdout is None:
@@ -319,7 +196,8 @@ def _lines(path: Path) -> list[str]:
     return [f"{path.stem}: {line}" for line in _text(path).splitlines()]
 
 
-def _exists(pid: int) -> bool:
+def exists(pid: int) -> bool:
+    """Whether there is such a process (stopped counts)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -327,14 +205,29 @@ def _exists(pid: int) -> bool:
     return True
 
 
+def _free_port() -> int:
+    """Outside the range that outgoing connections use: it must be free after a kill too."""
+    rng = random.SystemRandom()
+    while True:
+        port = rng.randrange(PORT_MIN, PORT_END)
+        with socket.socket() as trying:
+            try:
+                trying.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
 @contextmanager
-def fleet(folder: Path, model: str, *options: str) -> Iterator[Fleet]:
+def fleet(folder: Path, model: str, *options: str, programs: Sequence[str] = ()) -> Iterator[Fleet]:
     """An empty fleet whose servers run with one thread; all end with it.
 
-    `folder` takes their keys, logs and sockets; `options` go to `shoal serve`.
+    `folder` takes their keys, logs and sockets; `options` go to `shoal serve`; `programs` are
+    modules of ours that will be forked too.
     """
     spawner = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(HERE / "recovery_spawner.py"), *programs],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=environment(1) | {"SHOAL_LOG": os.environ.get("SHOAL_LOG", "info")},
     )  # fmt: skip
     try:
@@ -343,7 +236,3 @@ def fleet(folder: Path, model: str, *options: str) -> Iterator[Fleet]:
         yield Fleet(spawner, folder, ["serve", model, "--threads", "1", *options])
     finally:
         spawner.communicate()
-
-
-if __name__ == "__main__":
-    spawn_forever()

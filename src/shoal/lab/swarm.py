@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
-from shoal.base.backend import Call
+from shoal.base.backend import BackendFacts, Call
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import Client, ClientConfig, open_client
@@ -24,8 +25,10 @@ from shoal.net.membership import SwarmPass
 from shoal.net.memory import SCHEME, MemoryNetwork
 from shoal.server.announcing import StoreBook
 from shoal.server.config import ServerConfig
+from shoal.server.events import Began, Event, Recorder
 from shoal.server.quotas import Quotas
-from shoal.server.server import Server, open_server
+from shoal.server.recording import RecordedServer, began
+from shoal.server.server import Server, ServerMaker, open_server
 
 SWARM = "lab"
 RECORD_TTL_S = 600.0
@@ -47,6 +50,19 @@ class ServerSpec:
     """Does not start with the swarm; `SimulatedServer.start` starts it."""
 
 
+class Fuse:
+    """A recorder that can be cut off: a server that crashes doesn't record its end."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.is_blown = False
+        self._recorder = recorder
+
+    def record(self, event: Event) -> None:
+        """Hand the event on."""
+        if not self.is_blown:
+            self._recorder.record(event)
+
+
 class SimulatedServer:
     """One server process: it can crash, hang, crawl and come back under its identity."""
 
@@ -59,6 +75,7 @@ class SimulatedServer:
         self.backend: ToyBackend | None = None
         self._swarm = swarm
         self._boots = 0
+        self._fuse: Fuse | None = None
         self._hung = asyncio.Event()
         self._hung.set()
         self._stack = AsyncExitStack()
@@ -95,17 +112,28 @@ class SimulatedServer:
                 self._swarm.swarm_pass,
                 StoreBook(RecordStore(SWARM)),
                 self._swarm.server_config,
+                make=self._maker(self.backend.facts),
             )
         )
         where = ListenAddress(SCHEME, self.spec.name, 1)
         listener = await transport.listen(where, self.server.serve_stream)
         self._swarm.publish(self, str(listener.address), self._boots)
 
+    def _maker(self, facts: BackendFacts) -> ServerMaker:
+        record, config = self._swarm.record, self._swarm.server_config
+        if record is None:
+            return Server
+        now_s = asyncio.get_running_loop().time()
+        self._fuse = Fuse(record(began(self.peer, facts, config, now_s)))
+        return partial(RecordedServer, recorder=self._fuse)
+
     async def crash(self, detect_after_s: float | None = 0.0) -> None:
         """End without a farewell; `detect_after_s` as in MemoryNetwork.crash."""
         if self.server is None:
             return
         self.server, self.backend = None, None
+        if self._fuse is not None:
+            self._fuse.is_blown = True
         self._swarm.memory.crash(self.peer, detect_after_s=detect_after_s)
         await self._stack.aclose()
 
@@ -145,7 +173,10 @@ class SimulatedSwarm:
         num_blocks: int,
         server_config: ServerConfig | None = None,
         mixes_call_shape: bool = False,
+        record: Callable[[Began], Recorder] | None = None,
     ) -> None:
+        self.record = record
+        """Makes the recorder of each server that starts."""
         self.num_blocks = num_blocks
         self.network = network
         self.memory = MemoryNetwork(network)

@@ -476,6 +476,9 @@ def _have(hop: HopSession) -> Have:
     return hop.inbound.have_message(0 if is_waiting else hop.window_bytes, hop.settled_length)
 
 
+ServerMaker = Callable[[BlockBackend, Transport, SwarmPass, AddressBook, ServerConfig], Server]
+
+
 @asynccontextmanager
 async def open_server(
     backend: BlockBackend,
@@ -484,9 +487,10 @@ async def open_server(
     book: AddressBook,
     config: ServerConfig | None = None,
     on_start: Callable[[Server], None] | None = None,
+    make: ServerMaker = Server,
 ) -> AsyncIterator[Server]:
     """A running server; give its `serve_stream` to `transport.listen`."""
-    server = Server(backend, transport, swarm_pass, book, config or ServerConfig())
+    server = make(backend, transport, swarm_pass, book, config or ServerConfig())
     server.start()
     if on_start is not None:
         on_start(server)

@@ -10,7 +10,7 @@ its own sessions give way to each other in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from shoal.base.backend import BackendFacts, BlockBackend, SequenceId
@@ -44,6 +44,8 @@ class SessionTable:
         """The same hops by (session, end block)."""
         self._doomed: list[SequenceId] = []
         self._next_sequence = 0
+        self.on_parked: Callable[[HopSession], None] = _nobody
+        """Told of each hop whose cache was taken away."""
         facts = backend.facts
         self.ledger = PageLedger(facts.cache_tokens, facts.page_tokens)
 
@@ -332,6 +334,7 @@ class SessionTable:
         hop.is_parked = True
         hop.lose_cache(0)
         self.ledger.release(hop.sequence)
+        self.on_parked(hop)
 
     def returning(self) -> list[HopSession]:
         """Parked hops that have work, oldest first."""
@@ -341,3 +344,7 @@ class SessionTable:
     def _take_sequence(self) -> SequenceId:
         self._next_sequence += 1
         return SequenceId(self._next_sequence)
+
+
+def _nobody(hop: HopSession) -> None:
+    """Nobody wants to hear of it."""

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from shoal.plan.cost import Chain
 from shoal.plan.placement import Placement
+from shoal.plan.spec import Problem
 
 Fidelity = Literal["a", "b", "c"]
 
@@ -185,6 +186,14 @@ def write_requests(path: Path, results: Iterable[Result], names: Sequence[str]) 
 def chain_text(chain: Chain, names: Sequence[str]) -> str:
     """A chain for people: `a [0,4) b [4,8)`."""
     return " ".join(f"{names[hop.server]} {hop.span}" for hop in chain)
+
+
+def names_of(problem: Problem) -> list[str]:
+    """The servers' names, made unique where they are not."""
+    names = [server.name for server in problem.servers]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}{number}" for number, name in enumerate(names)]
 
 
 def write_summary(path: Path, content: Mapping[str, Any]) -> None:

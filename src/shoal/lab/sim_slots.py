@@ -14,27 +14,21 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any
 
 from shoal.base.errors import NoRouteError
-from shoal.base.spans import Span
 from shoal.lab.sim_books import Books
 from shoal.lab.sim_jobs import Job, Memory
-from shoal.lab.sim_moves import Layout, Targets, moved, mover
 from shoal.lab.sim_result import Result, Sample
-from shoal.lab.sim_scenario import Event, Scenario, back_off_s, start_placement
+from shoal.lab.sim_scenario import Scenario, back_off_s
+from shoal.lab.sim_servers import Servers
 from shoal.lab.sim_times import Times
-from shoal.plan.change import change_between
 from shoal.plan.compose import needs_on, room_of
-from shoal.plan.placement import Placement, uncovered
+from shoal.plan.placement import Placement
 from shoal.plan.policies import router
 from shoal.plan.route.contract import Choice, Router
-
-IDLE_CHECKS_MAX: Final = 4
-"""Checks per server after which a swarm in which nothing else happens counts as at its end."""
 
 
 def simulate_slots(scenario: Scenario) -> Result:
@@ -58,12 +52,11 @@ class _Run:
         """Jobs whose dispatcher said: wait until a session ends."""
         self.stranded: list[Job] = []
         """Jobs that no chain could hold; another placement may."""
-        self.swarm = _Swarm(self)
+        self.servers = Servers(self)
         self.times = Times(self.problem)
         self.maker = router(scenario.router)
-        self.memory = Memory(room_of(self.problem, self.swarm.loaded))
+        self.memory = Memory(room_of(self.problem, self.servers.loaded))
         self.samples: list[Sample] = []
-        self.history = [(0.0, self.swarm.loaded)]
         self._come = 0
         self.running = 0
         """Jobs that have all their memory."""
@@ -72,29 +65,27 @@ class _Run:
         self._open()
 
     def run(self) -> Result:
-        for event in self.scenario.events:
-            self.at(event.at_s, self.swarm.happen, event)
+        self.servers.start()
         for job in self.jobs:
             self.at(job.request.at_s, self._come_in, job)
-        self.swarm.start()
-        while self._heap and (self.alive or self.swarm.is_expecting):
+        while self._heap and (self.alive or self.servers.is_expecting):
             at_s, _, action, arguments = heapq.heappop(self._heap)
-            self.swarm.pass_time(at_s)
             self.now_s = at_s
             action(*arguments)
             self._sample()
+        self.servers.pass_time(self.now_s)
         for job in [*self.stranded, *self.queue]:
             job.error = job.error or "there was never memory for it"
         return Result(
             fidelity="b",
             seed=self.scenario.seed,
             served=tuple(job.result() for job in self.jobs),
-            placement=self.swarm.loaded,
+            placement=self.servers.loaded,
             samples=tuple(self.samples),
-            outage_s=self.swarm.outage_s,
-            history=tuple(self.history),
-            moves=self.swarm.moves,
-            reload_bytes=self.swarm.reload_bytes,
+            outage_s=self.servers.outage_s,
+            history=tuple(self.servers.history),
+            moves=self.servers.moves,
+            reload_bytes=self.servers.reload_bytes,
         )
 
     def at(self, at_s: float, action: Callable[..., None], *arguments: Any) -> None:
@@ -223,20 +214,18 @@ class _Run:
 
     # --- what the swarm does to them ------------------------------------------------------
 
-    def change(self, loaded: Placement) -> None:
+    def change(self, loaded: Placement, killed: int | None) -> None:
         """Servers serve other blocks from now on: whoever ran on lost ones looks for new."""
         lost = [job for job in self.jobs if job.is_booked and not _is_served(job, loaded)]
         for job in lost:
             self._interrupt(job, loaded)
         self.memory.resize(room_of(self.problem, loaded))
-        self.swarm.loaded = loaded
-        self.history.append((self.now_s, loaded))
         self._open()
         self._grant(range(len(loaded.spans)))
         waiting = sorted([*lost, *self.queue, *self.stranded], key=lambda job: job.turn)
         self.queue.clear()
         self.stranded.clear()
-        delay_s = self.swarm.detect_s
+        delay_s = 0.0 if killed is None else self.scenario.detect_s
         for job in waiting:
             if delay_s and job.is_cut_off:
                 self.at(self.now_s + delay_s, self._arrive, job)
@@ -259,7 +248,7 @@ class _Run:
 
     def _open(self) -> None:
         """Books and router of the placement that serves now."""
-        loaded = self.swarm.loaded
+        loaded = self.servers.loaded
         self.books = Books(self.problem, loaded)
         for job in self.jobs:
             if job.is_booked:
@@ -282,105 +271,3 @@ def _is_served(job: Job, loaded: Placement) -> bool:
         (span := loaded.spans[hop.server]) is not None and span.covers(hop.span)
         for hop in job.chain
     )
-
-
-class _Swarm:
-    """The servers: who is there, who serves what, who loads."""
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        scenario = run.scenario
-        self.problem = scenario.problem
-        self.present = set(scenario.present)
-        self.planned = self.loaded = start_placement(scenario)
-        """Where all are or will be, and what is served now."""
-        self.outage_s = 0.0
-        self.moves = 0
-        self.reload_bytes = 0
-        self.detect_s = 0.0
-        self._mover = mover(scenario)
-        self._rng = random.Random(scenario.seed + 1)
-        self._loading: dict[int, int] = {}
-        """By server: the number of the load that counts."""
-        self._numbers = itertools.count()
-        self._idle_checks = 0
-        self._to_come = len(scenario.events)
-        self._since_s = 0.0
-
-    def start(self) -> None:
-        """Begin to check."""
-        if math.isfinite(self._run.scenario.moves.check_every_s):
-            self._run.at(self._next_check_s(), self._check)
-
-    @property
-    def is_expecting(self) -> bool:
-        """Whether servers still come, go or load: outages count to the end of it."""
-        return bool(self._loading or self._to_come)
-
-    def pass_time(self, at_s: float) -> None:
-        """Count how long blocks were without a server."""
-        if uncovered(self.problem, self.loaded.spans):
-            self.outage_s += at_s - self._since_s
-        self._since_s = at_s
-
-    def happen(self, event: Event) -> None:
-        """A server comes or goes."""
-        server = event.server
-        self._to_come -= 1
-        if event.kind == "join":
-            if server in self.present:
-                return
-            self.present.add(server)
-            self._follow(self._mover.joined(self._layout(), server, self._rng))
-            return
-        self.present.discard(server)
-        self._loading.pop(server, None)
-        self.planned = moved(self.problem, self.planned, server, None)
-        self.detect_s = self._run.scenario.detect_s if event.kind == "kill" else 0.0
-        self._serve(server, None)
-        self.detect_s = 0.0
-        self._follow(self._mover.left(self._layout(), server, self._rng))
-
-    def _layout(self) -> Layout:
-        return Layout(
-            placement=self.planned, present=frozenset(self.present), running=self._run.running
-        )
-
-    def _next_check_s(self) -> float:
-        """Checks come at random, so often on average."""
-        return self._run.now_s + self._rng.uniform(0, 2 * self._run.scenario.moves.check_every_s)
-
-    def _check(self) -> None:
-        hosted = [server for server, _ in self.planned.hosted() if server not in self._loading]
-        if hosted:
-            server = self._rng.choice(hosted)
-            self._follow(self._mover.checked(self._layout(), server, self._rng))
-        self._idle_checks = self._idle_checks + 1 if self._run.is_idle else 0
-        if self._idle_checks <= IDLE_CHECKS_MAX * len(self.problem.servers):
-            self._run.at(self._next_check_s(), self._check)
-
-    def _follow(self, targets: Targets) -> None:
-        """Servers go where a rule says: load, then serve."""
-        scenario = self._run.scenario
-        after = self.planned
-        for server, span in targets.items():
-            after = moved(self.problem, after, server, span)
-        change = change_between(self.problem, self.planned, after)
-        self.planned = after
-        for move in change.moves:
-            self.moves += move.before is not None
-            self.reload_bytes += move.load_bytes
-            number = self._loading[move.server] = next(self._numbers)
-            if scenario.moves.is_down and move.before is not None:
-                self._serve(move.server, None)
-            delay_s = scenario.moves.reload.seconds(move.load_bytes)
-            self._run.at(self._run.now_s + delay_s, self._loaded, move.server, move.after, number)
-
-    def _loaded(self, server: int, span: Span | None, number: int) -> None:
-        if self._loading.get(server) == number:
-            del self._loading[server]
-            self._serve(server, span)
-
-    def _serve(self, server: int, span: Span | None) -> None:
-        if self.loaded.spans[server] != span:
-            self._run.change(moved(self.problem, self.loaded, server, span))

@@ -217,3 +217,34 @@ async def test_everybody_is_lost_one_after_the_other(it):
         await it[name].crash()
     await reader.decode(3)
     assert reader.chain == ["spare-a", "spare-b", "spare-c"]
+
+
+@pytest.mark.parametrize("back", ["spare-a", "spare-b", "spare-c"])
+def test_only_the_slow_one_of_two_lost_servers_comes_back(back):
+    """Nobody knows which: those that were tried most seldom are tried first."""
+
+    async def story():
+        async with Scene(CHAIN, patience_s=30.0) as it:
+            reader = await it.read(40)
+            for name in (back.removeprefix("spare-"), back):
+                await it[name].crash()
+            step = asyncio.ensure_future(reader.decode(3))
+            await asyncio.sleep(3.0)
+            await it[back].start()
+            await step
+            assert back in reader.chain
+
+    run_virtual(story)
+
+
+@scene(CHAIN)
+async def test_all_are_lost_and_the_slow_ones_come_back(it):
+    reader = await it.read(40)
+    for name in it.servers:
+        await it[name].crash()
+    step = asyncio.ensure_future(reader.decode(3))
+    await asyncio.sleep(3.0)
+    for name in ("spare-a", "b", "spare-c"):
+        await it[name].start()
+    await step
+    assert reader.chain == ["spare-a", "b", "spare-c"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
@@ -92,6 +93,8 @@ class Supervisor:
         self._wanted = wanted
         self._waiting: Waiting | None = None
         """What the user was told last."""
+        self._strikes: Counter[PeerId] = Counter()
+        """How often peers failed or refused in the repair that runs."""
 
     async def run(self) -> None:
         """Mend whenever trouble is reported; ends when the session has failed."""
@@ -134,9 +137,12 @@ class Supervisor:
         before = [stage for stage in state.chain if len(stage.span)]
         position = state.received_length
         lost: set[PeerId] = set()
+        self._strikes.clear()
         while True:
             state.check_open()
-            lost |= await self._find_lost(state.take_trouble(), lost)
+            found = await self._find_lost(state.take_trouble(), lost)
+            self._strikes.update(found)
+            lost |= found
             error: ShoalError
             chain: Sequence[Stage] = ()
             followed = NOBODY
@@ -244,7 +250,7 @@ class Supervisor:
         state, swarm = self._state, self._swarm
         now_s = asyncio.get_running_loop().time()
         experience = swarm.experience.snapshot(now_s)
-        experience = replace(experience, avoid=experience.avoid | lost)
+        experience = replace(experience, avoid=experience.avoid | lost, strikes=dict(self._strikes))
         stages = [stage for stage in state.chain if len(stage.span)]
         if not stages:
             chosen = choose_chain(
@@ -278,6 +284,7 @@ class Supervisor:
                 self._swarm.experience.busy(peer, now_s, error.retry_after_s or BACKOFF_S_MAX)
             elif not isinstance(error, PeerError):
                 self._swarm.experience.failed(peer, now_s)
+        self._strikes.update(followed.refused.keys())
         return set(followed.refused)
 
     def _dismiss_replaced(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:

@@ -95,7 +95,7 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
         peer=server.peer,
         span=server.span,
         entry=Cost(
-            avoided=int(server.peer in experience.avoid),
+            avoided=int(server.peer in experience.avoid) + experience.strikes.get(server.peer, 0),
             rebuilt=0,
             crossed=int(numerics is not None and server.numerics != numerics),
             leaving=int(server.state == "draining"),

@@ -70,5 +70,8 @@ class Experience:
     rtt_s: dict[PeerId, float] = field(default_factory=dict)
     avoid: frozenset[PeerId] = frozenset()
     """Peers not to use now (failed, busy); used again only when nobody else is left."""
+    strikes: dict[PeerId, int] = field(default_factory=dict)
+    """How often peers failed during the decision that is due: when nobody else is left,
+    those that failed least often go first, or the same dead ones would be tried for ever."""
     unreachable_pairs: frozenset[tuple[PeerId, PeerId]] = frozenset()
     """(sender, receiver) pairs whose direct link failed: link them via the client."""

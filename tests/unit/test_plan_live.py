@@ -84,6 +84,12 @@ def test_who_is_going_counts_where_it_will_be(policy: LivePolicy) -> None:
     assert join(policy, 6, server(1, 0, 6, intent=wanting)) == Span(6, 12)
 
 
+def test_whoever_has_an_earlier_ticket_counts_where_it_wants_to_be() -> None:
+    seen = view(server(1, 0, 6, intent=Intent(ticket=4, span=Span(6, 12))))
+    assert swarm_of(seen, before=(4, seen.servers[0].peer)).servers[0].span == Span(0, 6)
+    assert swarm_of(seen, before=(5, b"")).servers[0].span == Span(6, 12)
+
+
 def test_latency_ends_where_others_begin() -> None:
     """Petals' window may begin anywhere; a short chain needs borders that meet."""
     servers = [server(1, 0, 6), server(2, 6, 12), server(3, 0, 7, speed=0.2)]
@@ -229,7 +235,7 @@ class Game:
         self._delays = delays
         self._events: list[tuple[float, int, int, str, ServerView | None]] = []
         self._numbers = itertools.count()
-        self._versions: dict[tuple[int, PeerId], int] = {}
+        self._latest_s: dict[tuple[int, PeerId], float] = {}
 
     def at(self, when_s: float, who: int, what: str, said: ServerView | None = None) -> None:
         heapq.heappush(self._events, (when_s, next(self._numbers), who, what, said))
@@ -264,8 +270,8 @@ class Game:
             if other is not player:
                 delay_s = self._delays.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])) * CONVERGENCE_S
                 # News of one server comes in order.
-                last_s = max(now_s + delay_s, self._versions.get((who, player.peer), 0))
-                self._versions[(who, player.peer)] = last_s
+                last_s = max(now_s + delay_s, self._latest_s.get((who, player.peer), 0.0))
+                self._latest_s[(who, player.peer)] = last_s
                 self.at(last_s, who, "hears", truth)
 
     def check(self) -> None:

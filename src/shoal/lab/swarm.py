@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from shoal.base.backend import BackendFacts, Call
@@ -26,9 +26,11 @@ from shoal.net.memory import SCHEME, MemoryNetwork
 from shoal.server.announcing import StoreBook
 from shoal.server.config import ServerConfig
 from shoal.server.events import Began, Event, Recorder
+from shoal.server.moving import LEAVE_S, AskOwnersToLeave, SpanMover
 from shoal.server.quotas import Quotas
 from shoal.server.recording import RecordedServer, began
 from shoal.server.server import Server, ServerMaker, open_server
+from shoal.server.switching import SwitchingBackend
 
 SWARM = "lab"
 RECORD_TTL_S = 600.0
@@ -75,6 +77,7 @@ class SimulatedServer:
         self.backend: ToyBackend | None = None
         self._swarm = swarm
         self._boots = 0
+        self._address = ""
         self._fuse: Fuse | None = None
         self._hung = asyncio.Event()
         self._hung.set()
@@ -95,19 +98,13 @@ class SimulatedServer:
         self._boots += 1
         self._hung.set()
         self._stack = AsyncExitStack()
-        config = ToyConfig(
-            span=self.spec.span,
-            num_blocks=self._swarm.num_blocks,
-            cache_tokens=self.spec.cache_tokens,
-            coarse_truncate=self.spec.coarse_truncate,
-            mixes_call_shape=self._swarm.mixes_call_shape,
-        )
-        self.backend = ToyBackend(config, pace=self._pace, fault=self._choose_fault)
+        self.backend = self._toy(self.spec.span)
+        self._switching = SwitchingBackend(self.backend)
         transport = self._swarm.memory.transport(self.peer)
         self._stack.push_async_callback(transport.close)
         self.server = await self._stack.enter_async_context(
             open_server(
-                self.backend,
+                self._switching,
                 transport,
                 self._swarm.swarm_pass,
                 StoreBook(RecordStore(SWARM)),
@@ -117,7 +114,47 @@ class SimulatedServer:
         )
         where = ListenAddress(SCHEME, self.spec.name, 1)
         listener = await transport.listen(where, self.server.serve_stream)
-        self._swarm.publish(self, str(listener.address), self._boots)
+        self._address = str(listener.address)
+        self._swarm.publish(self, self._address, self._boots)
+
+    async def move(
+        self, span: Span, *, load_s: float = 1.0, leave_s: float = LEAVE_S,
+        ask_owners_to_leave: AskOwnersToLeave | None = None,
+    ) -> bool:  # fmt: skip
+        """Go to other blocks while serving; False: refused.
+
+        Raises:
+            RuntimeError: it is not up.
+        """
+        if self.server is None:
+            raise RuntimeError(f"{self.spec.name} is not up")
+        backend: list[ToyBackend] = []
+
+        async def load(span: Span) -> ToyBackend:
+            await asyncio.sleep(load_s)
+            backend.append(self._toy(span))
+            return backend[0]
+
+        async def announce(facts: BackendFacts) -> None:
+            self.spec, self.backend = replace(self.spec, span=facts.span), backend[0]
+            self._boots += 1
+            self._swarm.publish(self, self._address, self._boots)
+
+        mover = SpanMover(
+            self.server, self._switching, load, announce,
+            ask_owners_to_leave=ask_owners_to_leave, leave_s=leave_s,
+        )  # fmt: skip
+        return await mover.move(span)
+
+    def _toy(self, span: Span) -> ToyBackend:
+        config = ToyConfig(
+            span=span,
+            num_blocks=self._swarm.num_blocks,
+            cache_tokens=self.spec.cache_tokens,
+            coarse_truncate=self.spec.coarse_truncate,
+            mixes_call_shape=self._swarm.mixes_call_shape,
+        )
+        return ToyBackend(config, pace=self._pace, fault=self._choose_fault)
 
     def _maker(self, facts: BackendFacts) -> ServerMaker:
         record, config = self._swarm.record, self._swarm.server_config

@@ -79,15 +79,21 @@ class Swarm:
         raise ConfigError("this server is not in its own view of the swarm")
 
 
-def swarm_of(view: SwarmView, rtt_s: float = RTT_UNKNOWN_S) -> Swarm:
+def swarm_of(
+    view: SwarmView, *, rtt_s: float = RTT_UNKNOWN_S, before: tuple[int, bytes] = (0, b"")
+) -> Swarm:
     """Everybody who stays, in the order of their ids.
 
-    Who loads counts as if it served, where it will; who leaves the swarm does not count.
+    Who loads counts as if it served; who has decided to go counts where it will be, and so
+    does who wants to and has a ticket before (ticket, peer) `before`. Who leaves the swarm
+    does not count.
     """
-    staying = [server for server in view.servers if server.state != "draining"]
+    staying = [one for one in view.servers if one.state != "draining"]
     return Swarm(
         num_blocks=view.num_blocks,
-        servers=tuple(sorted(map(_where_it_will_be, staying), key=lambda server: server.peer)),
+        servers=tuple(
+            sorted((_where_it_will_be(one, before) for one in staying), key=lambda one: one.peer)
+        ),
         rtt_s=rtt_s,
     )
 
@@ -200,11 +206,11 @@ def goal_of(swarm: Swarm) -> tuple[Goal, Placement]:
     return goal, Placement(spans=tuple(one.span for one in swarm.servers))
 
 
-def _where_it_will_be(server: ServerView) -> ServerView:
-    """Who has decided to go counts at its new place."""
-    if server.intent is None or not server.intent.is_going:
+def _where_it_will_be(server: ServerView, before: tuple[int, bytes]) -> ServerView:
+    intent = server.intent
+    if intent is None or not (intent.is_going or (intent.ticket, server.peer) < before):
         return server
-    return replace(server, span=server.intent.span, intent=None)
+    return replace(server, span=intent.span, intent=None)
 
 
 def _rows_per_s(server: ServerView) -> float:

@@ -302,6 +302,11 @@ class SessionTable:
         self.settle()
         self.ledger.retire(hop.sequence for hop in self._hops.values())
 
+    def end_retirement(self) -> None:
+        """None of them is left; only while no engine iteration runs."""
+        self.settle()
+        self.ledger.end_retirement()
+
     def runs(self, session: SessionId, span: Span) -> bool:
         """Whether a hop of the session runs just these blocks here."""
         hop = self.find((session, span.start))

@@ -1,0 +1,105 @@
+"""How a running server goes to other blocks: load, switch, announce, clear out, drop.
+
+The new blocks load while the old ones serve. Then new sessions get the new blocks, those that
+run stay with the old ones until their owners have moved them, or until a deadline; what is left
+then is closed as lost, and its owners bring it back elsewhere by replay. Where to go, and
+whether, is decided in `shoal.plan` and `rebalancing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from shoal.base.backend import BackendFacts, BlockBackend
+from shoal.base.errors import SessionLost, ShoalError
+from shoal.base.spans import Span
+from shoal.server.server import Server
+from shoal.server.switching import SwitchingBackend
+
+logger = logging.getLogger(__name__)
+
+LEAVE_S: Final = 60.0
+"""Running sessions may stay with the old blocks for this long: their memory is held twice."""
+
+LOOK_S: Final = 0.25
+"""How often to look whether they have left."""
+
+LoadBlocks = Callable[[Span], Awaitable[BlockBackend]]
+"""Loads blocks beside those that are served; raises ShoalError if there is no room, or else."""
+
+AnnounceBlocks = Callable[[BackendFacts], Awaitable[None]]
+"""Tells the swarm what is served from now on."""
+
+AskOwnersToLeave = Callable[[Span, float], None]
+"""Asks the owners of sessions that run on these blocks to move them within so many seconds."""
+
+
+class SpanMover:
+    """Moves one server to other blocks, one move at a time."""
+
+    def __init__(
+        self,
+        server: Server,
+        backend: SwitchingBackend,
+        load: LoadBlocks,
+        announce: AnnounceBlocks,
+        *,
+        ask_owners_to_leave: AskOwnersToLeave | None = None,
+        leave_s: float = LEAVE_S,
+    ) -> None:
+        """`backend` is what the server was made with."""
+        self._server = server
+        self._backend = backend
+        self._load = load
+        self._announce = announce
+        self._ask_owners_to_leave = ask_owners_to_leave
+        self._leave_s = leave_s
+
+    async def move(self, span: Span) -> bool:
+        """Serve `span` instead; returns when the old blocks are gone.
+
+        False: it was refused, and nothing has changed; the log says why.
+
+        Raises:
+            ConfigError: the announcement is no good (as `Announcer.announce`).
+        """
+        old = self._backend.facts.span
+        try:
+            new = await self._load(span)
+        except ShoalError as error:
+            logger.warning("move refused from=%s to=%s reason=%s", old, span, error)
+            return False
+        try:
+            async with self._server.engine.exclusive():
+                self._backend.add(new)
+                self._server.sessions.retire_all()
+        except BaseException:
+            if self._backend.facts is not new.facts:
+                await new.aclose()
+            raise
+        logger.info("blocks switched from=%s to=%s sessions_left=%d",
+                    old, span, len(self._server.sessions.retired))  # fmt: skip
+        await self._announce(self._backend.facts)
+        await self._clear_out(old)
+        return True
+
+    async def _clear_out(self, old: Span) -> None:
+        """Wait for the sessions of the old blocks to leave; close the rest; free the memory."""
+        sessions, loop = self._server.sessions, asyncio.get_running_loop()
+        if self._ask_owners_to_leave is not None and sessions.retired:
+            self._ask_owners_to_leave(old, self._leave_s)
+        deadline_s = loop.time() + self._leave_s
+        while True:
+            if not sessions.retired or loop.time() >= deadline_s:
+                break
+            await asyncio.sleep(LOOK_S)
+        async with self._server.engine.exclusive():
+            for hop in sessions.retired:
+                error = SessionLost(f"blocks {old} are not served here any more")
+                self._server.on_failed(hop, error)
+            sessions.end_retirement()
+            await self._backend.drop_old()
+        logger.info("old blocks dropped blocks=%s", old)

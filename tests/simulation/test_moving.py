@@ -1,0 +1,68 @@
+"""A server goes to other blocks while clients read over it: no row is wrong, none is lost."""
+
+import asyncio
+
+from shoal.base.spans import Span
+from tests.simulation.scene import scene
+
+
+@scene("a 0:2, b 2:4, spare-b 2:4, c 4:6")
+async def test_running_sessions_stay_until_the_deadline_then_go_on_elsewhere(it):
+    reader = await it.read(prompt=20)
+    assert it.hop("b", reader)
+    moving = asyncio.ensure_future(it["b"].move(Span(4, 6), leave_s=3.0))
+    await reader.decode(10, pause_s=0.2)
+    assert it.hop("b", reader).plan.span == Span(2, 4)  # switched at 1 s, and still served
+    assert it["b"].server.sessions.retired
+    late = await it.read(prompt=5)
+    assert not it.hop("b", late) or it.hop("b", late).plan.span == Span(4, 6)
+    await reader.decode(15, pause_s=0.2)
+    assert await moving
+    assert it.hop("spare-b", reader)
+    assert not it["b"].server.sessions.retired
+    await reader.decode(3)
+
+
+@scene("a 0:2, b 2:4, spare-b 2:4, c 4:6")
+async def test_sessions_that_owners_move_in_time_are_not_closed(it):
+    reader = await it.read(prompt=8)
+    asked = []
+    moving = asyncio.ensure_future(
+        it["b"].move(
+            Span(4, 6), leave_s=60.0,
+            ask_owners_to_leave=lambda span, within_s: asked.append((span, within_s)),
+        )
+    )  # fmt: skip
+    await reader.decode(8, pause_s=0.2)
+    assert asked == [(Span(2, 4), 60.0)]
+    reader.session.close()
+    it.readers.remove(reader)
+    async with asyncio.timeout(2.0):
+        assert await moving
+
+
+@scene("a 0:2, spare-a 0:2, b 2:5, spare-b 2:5")
+async def test_a_session_on_old_blocks_may_still_be_routed_and_forked(it):
+    reader = await it.read(prompt=8)
+    moving = asyncio.ensure_future(it["b"].move(Span(0, 3), leave_s=8.0))
+    await reader.decode(8, pause_s=0.2)
+    await it["a"].crash()
+    await reader.decode(3)
+    child = await reader.fork(6)
+    await child.decode(2)
+    assert it.hop("b", reader).plan.span == it.hop("b", child).plan.span == Span(2, 5)
+    assert not moving.done()
+    await asyncio.gather(*(one.decode(40, pause_s=0.2) for one in (reader, child)))
+    assert await moving
+    assert it.hop("spare-b", reader)
+    assert it.hop("spare-b", child)
+
+
+@scene("a 0:2, b 2:4, spare-b 2:4, c 4:6", cache_tokens=160)
+async def test_a_move_under_a_full_cache_does_not_hurt_either_side(it):
+    readers = [await it.read(prompt=40) for _ in range(3)]
+    moving = asyncio.ensure_future(it["b"].move(Span(4, 6), leave_s=4.0))
+    await asyncio.sleep(1.5)
+    readers += [await it.read(prompt=40) for _ in range(3)]
+    await asyncio.gather(*(reader.decode(20, pause_s=0.2) for reader in readers))
+    assert await moving

@@ -19,7 +19,7 @@ from shoal.plan.cost import Chain, Hop, Prices, chain_s, entry_after, mean_price
 from shoal.plan.spec import Problem
 
 SPLITS_MAX: Final = 8
-"""Numbers of servers looked at one by one: longer chains are only slower or larger."""
+"""Numbers of servers looked at: what still longer chains do can be seen from these."""
 
 SETS_MAX: Final = 500
 """Sets of servers that are all tried,"""
@@ -48,8 +48,8 @@ class Split:
 def fastest_splits(problem: Problem, *, sessions: int = 1) -> tuple[Split, ...]:
     """By rising number of servers; numbers that can't hold the model are left out.
 
-    Each server has to have room for `sessions` sessions beside its blocks. Looks at up to
-    `SPLITS_MAX` servers, and at all of them together.
+    Each server has to have room for `sessions` sessions beside its blocks. Looks at
+    `SPLITS_MAX` numbers from the first that holds the model.
     """
     sizes = [problem.blocks_max(server, sessions) for server in range(len(problem.servers))]
     usable = [server for server, size in enumerate(sizes) if size]
@@ -68,9 +68,8 @@ class _Splitter:
 
     def all(self, usable: Sequence[int]) -> tuple[Split, ...]:
         most = min(len(usable), self.blocks)
-        numbers = [*range(1, min(most, SPLITS_MAX) + 1)]
-        if most > SPLITS_MAX and most == len(usable):
-            numbers.append(most)
+        fewest = self.fewest(usable)
+        numbers = range(fewest, min(most, fewest + SPLITS_MAX - 1) + 1)
         found: list[Split] = []
         chosen: tuple[int, ...] = ()
         for number in numbers:
@@ -84,6 +83,15 @@ class _Splitter:
                 chain = self.chain(chosen)
                 found.append(Split(chain=chain, seconds=chain_s(self.price, chain)))
         return tuple(found)
+
+    def fewest(self, usable: Sequence[int]) -> int:
+        """How many servers it takes at least to hold the model; one more than all: too many."""
+        left = self.blocks
+        for number, size in enumerate(sorted((self.sizes[one] for one in usable), reverse=True), 1):
+            left -= size
+            if left <= 0:
+                return number
+        return len(usable) + 1
 
     def cost(self, servers: Sequence[int]) -> _Cost:
         """How well these servers together run the model."""

@@ -1,0 +1,81 @@
+"""The `shoal serve` lines that make a placement real."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Final
+
+from shoal.base.spans import Span
+from shoal.cli.plan_file import Cluster, PlannedServer
+from shoal.cli.plan_model import PAGE_TOKENS
+from shoal.plan.placement import Placement, free_bytes
+from shoal.plan.spec import Problem
+
+SPARE: Final = 2
+"""Room for this many times the planned sessions,"""
+
+SESSIONS: Final = 64
+"""or for so many, whatever is more, as far as memory goes: larger passes gain little."""
+
+MODEL: Final = '"$MODEL"'
+ADDRESS: Final = '"$ADDRESS"'
+
+
+def command_lines(cluster: Cluster, placement: Placement) -> tuple[str, ...]:
+    """A shell text: per server a comment with its name, and its command.
+
+    The first server begins the swarm; the others join by the address that its ready line
+    prints, to be put into $ADDRESS. $MODEL stands for a model that has no name.
+    """
+    lines: list[str] = []
+    if cluster.model.given is None:
+        lines.append("# MODEL: a directory, a .gguf file, a known name or a hub id")
+    first = ""
+    for server, span in placement.hosted():
+        if not first:
+            first = cluster.servers[server].name
+        lines.append(f"# on {cluster.servers[server].name}")
+        is_first = cluster.servers[server].name == first
+        lines.append(_command(cluster, server, span, is_first=is_first))
+        if is_first and len(placement.hosted()) > 1:
+            lines.append(f"# ADDRESS: the address on the ready line of {first}")
+    return tuple(lines)
+
+
+def _command(cluster: Cluster, server: int, span: Span, *, is_first: bool) -> str:
+    model, planned = cluster.model, cluster.servers[server]
+    words = ["shoal", "serve", MODEL if model.given is None else shlex.quote(model.given)]
+    words += ["--blocks", f"{span.start}:{span.end}"]
+    if model.dtype != "float32":
+        words += ["--dtype", model.dtype]
+    if model.quantize != "none":
+        words += ["--quantize", model.quantize]
+    if planned.device != "cpu":
+        words += ["--device", planned.device]
+    words += ["--cache-tokens", str(cache_tokens(cluster.problem, server, span))]
+    words += _addresses(planned)
+    if not is_first:
+        words += ["--join", ADDRESS]
+    return " ".join(words)
+
+
+def _addresses(planned: PlannedServer) -> list[str]:
+    words = ["--listen", shlex.quote(planned.listen)]
+    if planned.announce is not None:
+        words += ["--announce", shlex.quote(planned.announce)]
+    return words
+
+
+def cache_tokens(problem: Problem, server: int, span: Span) -> int:
+    """Positions for its KV cache, in whole pages, one at least."""
+    workload = problem.workload
+    each = problem.session_bytes(span)
+    tokens = -(-(workload.tokens_in + workload.tokens_out) // PAGE_TOKENS) * PAGE_TOKENS
+    free = free_bytes(problem, _only(problem, server, span), server)
+    wanted = max(SESSIONS, SPARE * workload.sessions)
+    sessions = min(free // each, wanted) if each else wanted
+    return max(PAGE_TOKENS, sessions * tokens)
+
+
+def _only(problem: Problem, server: int, span: Span) -> Placement:
+    return Placement(spans=(None,) * len(problem.servers)).moved(server, span)

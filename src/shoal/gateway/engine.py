@@ -1,0 +1,299 @@
+"""Many answers at once over one client: sessions, prompts, tokens.
+
+Each choice of each answer is a task that waits for its session's next row. Rows that came
+in one frame wake their tasks in one turn of the event loop; the tasks ask `HeadBatch`, and
+the head runs once for all of them. Nothing here waits for a slow reader but its own answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from shoal.base.errors import SessionTooLong, ShoalError
+from shoal.gateway.answering import Piece, Words, Writing
+from shoal.gateway.errors import ApiError, too_long
+from shoal.gateway.grammars import Grammars
+from shoal.gateway.kept import Kept, KeptSessions, Match
+from shoal.gateway.meter import Meter
+from shoal.gateway.requests import Settings
+from shoal.hf.generation import RowScores, TokenHead, TokenLog
+from shoal.plan.view import Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.client.chain_session import ChainSession
+    from shoal.client.session import Recovery
+
+ROOM_S: Final = 1.0
+"""A session that is not open by then waits for cache: sessions at rest give theirs up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model that a swarm runs, as the gateway uses it."""
+
+    open_session: Callable[[], Awaitable[ChainSession]]
+    head: TokenHead
+    batch: RowScores
+    words: Words
+    context_tokens: int
+    """The longest session, prompt and answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One prompt to answer."""
+
+    owner: str
+    """Whose sessions may be used again."""
+    prompt_ids: tuple[int, ...]
+    settings: Settings
+    keeps_special: bool = False
+    """See `Words.keeps_special`."""
+    param: str = "response_format"
+    """What to name when the schema is no good."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """The prompt is computed; tokens follow."""
+
+    chain: tuple[Stage, ...]
+    kept_tokens: int
+    """Tokens of the prompt that the servers had already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """How an answer came about."""
+
+    prompt_tokens: int
+    kept_tokens: int
+    answer_tokens: int
+    """Over all choices."""
+    chain: tuple[Stage, ...]
+    recoveries: tuple[Recovery, ...]
+    numerics: str
+
+
+class Sink(Protocol):
+    """Who takes an answer. What it raises ends the answer."""
+
+    async def begun(self, begun: Begun) -> None:
+        """Called once, before the first piece."""
+
+    async def piece(self, piece: Piece) -> None:
+        """Called for each piece; of several choices, in turns."""
+
+
+class Engine:
+    """Answers jobs. One event loop, the client's own."""
+
+    def __init__(
+        self, served: Served, kept: KeptSessions, grammars: Grammars, meter: Meter
+    ) -> None:
+        self.served = served
+        self._kept = kept
+        self._grammars = grammars
+        self._meter = meter
+        self._clock = asyncio.get_running_loop().time
+
+    def check_length(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many new tokens fit behind the prompt, or were asked for.
+
+        Raises:
+            ApiError: 400: too long.
+        """
+        limit = self.served.context_tokens
+        if prompt_tokens + (max_tokens or 1) > limit:
+            raise too_long(prompt_tokens, max_tokens or 0, limit)
+        return max_tokens or limit - prompt_tokens
+
+    async def answer(self, job: Job, sink: Sink) -> Done:
+        """Compute an answer; cancelling it frees its sessions at once.
+
+        Raises:
+            ApiError: 400: too long, or a schema that can't be followed.
+            BadInput: a token or a bias outside the vocabulary.
+            NoRouteError, PeerError, SessionError: the swarm could not do it.
+        """
+        started_s = self._clock()
+        writings = await self._writings(job)
+        async with self._session(job) as (session, kept_tokens):
+            before = len(session.recoveries)
+            log = TokenLog(self.served.head, session.encoding, session.length)
+            rest = job.prompt_ids[kept_tokens:]
+            log.append(rest)
+            row = await session.step(log.rows, len(rest))
+            scores = await self.served.batch.logits(row, session.encoding)
+            await sink.begun(Begun(chain=session.chain, kept_tokens=kept_tokens))
+            self._meter.first_token_s.observe(self._clock() - started_s)
+            forked = await self._write_all(session, log, scores, writings, sink)
+            recoveries = (*session.recoveries[before:], *forked)
+            self._keep(job, session, writings[0].tokens)
+            return self._done(job, session, kept_tokens, writings, recoveries)
+
+    async def _writings(self, job: Job) -> list[Writing]:
+        settings = job.settings
+        max_tokens = self.check_length(len(job.prompt_ids), settings.max_tokens)
+        words = replace(self.served.words, keeps_special=job.keeps_special)
+        writings = []
+        for choice in range(settings.num_choices):
+            grammar = None
+            if settings.schema is not None:
+                grammar = await self._grammars.open(settings.schema, job.param)
+            writings.append(Writing(choice, words, settings, job.prompt_ids, max_tokens, grammar))
+        return writings
+
+    # --- sessions ----------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _session(self, job: Job) -> AsyncIterator[tuple[ChainSession, int]]:
+        """A session that holds a beginning of the prompt; closed unless all goes well."""
+        session, kept_tokens = await self._begin(job)
+        try:
+            yield session, kept_tokens
+        except BaseException:
+            session.close()
+            raise
+
+    async def _begin(self, job: Job) -> tuple[ChainSession, int]:
+        match = self._kept.find(job.owner, job.prompt_ids, self._clock())
+        if match is not None:
+            found = await self._continued(match)
+            if found is not None:
+                return found, match.length
+        return await self._opened(), 0
+
+    async def _continued(self, match: Match) -> ChainSession | None:
+        """The kept session, cut to what is in common; None: it failed while it was at rest."""
+        session: ChainSession = match.kept.session  # type: ignore[assignment]
+        try:
+            if match.is_fork:
+                return await session.fork(match.length)
+            session.truncate(match.length)
+        except ShoalError:
+            session.close()
+            return None
+        return session
+
+    async def _opened(self) -> ChainSession:
+        opening = asyncio.ensure_future(self.served.open_session())
+        try:
+            done, _ = await asyncio.wait({opening}, timeout=ROOM_S)
+            if not done:
+                self._kept.clear()
+            return await opening
+        except BaseException:
+            opening.cancel()
+            (result,) = await asyncio.gather(opening, return_exceptions=True)
+            if not isinstance(result, BaseException):
+                result.close()
+            raise
+
+    def _keep(self, job: Job, session: ChainSession, tokens: Sequence[int]) -> None:
+        held = (*job.prompt_ids, *tokens)[: session.length]
+        self._kept.put(Kept(owner=job.owner, tokens=held, session=session, at_s=self._clock()))
+
+    # --- tokens ------------------------------------------------------------------------
+
+    async def _write_all(
+        self,
+        session: ChainSession,
+        log: TokenLog,
+        scores: torch.Tensor,
+        writings: Sequence[Writing],
+        sink: Sink,
+    ) -> list[Recovery]:
+        """All choices at the same time; repairs of the forks' chains come back."""
+        forks: list[ChainSession] = []
+        try:
+            for _ in writings[1:]:
+                forks.append(await session.fork())
+            logs = [TokenLog(self.served.head, fork.encoding, fork.length) for fork in forks]
+            works = [
+                asyncio.ensure_future(self._write(one, mine, scores, writing, sink))
+                for one, mine, writing in zip(
+                    (session, *forks), (log, *logs), writings, strict=True
+                )
+            ]
+            try:
+                await asyncio.gather(*works)
+            finally:
+                for work in works:
+                    work.cancel()
+                await asyncio.gather(*works, return_exceptions=True)
+            return [recovery for fork in forks for recovery in fork.recoveries]
+        finally:
+            for fork in forks:
+                fork.close()
+
+    async def _write(
+        self,
+        session: ChainSession,
+        log: TokenLog,
+        scores: torch.Tensor,
+        writing: Writing,
+        sink: Sink,
+    ) -> None:
+        told, at_s = len(session.recoveries), self._clock()
+        while True:
+            token_id = writing.choose(scores, session.length)
+            piece = writing.write()
+            if piece is not None:
+                fresh = session.recoveries[told:]
+                told += len(fresh)
+                await sink.piece(replace(piece, recoveries=fresh) if fresh else piece)
+            if writing.ending is not None:
+                return
+            log.append([token_id])
+            try:
+                row = await session.step(log.rows, 1)
+            except SessionTooLong:
+                await sink.piece(writing.end("length"))
+                return
+            scores = await self.served.batch.logits(row, session.encoding)
+            now_s = self._clock()
+            self._meter.token_s.observe(now_s - at_s)
+            at_s = now_s
+
+    def _done(
+        self,
+        job: Job,
+        session: ChainSession,
+        kept_tokens: int,
+        writings: Sequence[Writing],
+        recoveries: Sequence[Recovery],
+    ) -> Done:
+        answer_tokens = sum(len(writing.tokens) for writing in writings)
+        self._meter.prompt_tokens.inc(len(job.prompt_ids))
+        self._meter.kept_tokens.inc(kept_tokens)
+        self._meter.answer_tokens.inc(answer_tokens)
+        for recovery in recoveries:
+            self._meter.repaired(recovery)
+        return Done(
+            prompt_tokens=len(job.prompt_ids),
+            kept_tokens=kept_tokens,
+            answer_tokens=answer_tokens,
+            chain=session.chain,
+            recoveries=tuple(recoveries),
+            numerics=session.numerics,
+        )
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse tokens that the model has not.
+
+    Raises:
+        ApiError: 400: names one.
+    """
+    strange = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if strange is not None:
+        raise ApiError(
+            400, f"token {strange} is outside the vocabulary of {vocab_size}", param="prompt"
+        )

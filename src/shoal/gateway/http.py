@@ -1,0 +1,180 @@
+"""Bytes in and out: bodies within bounds, JSON, event streams, callers who leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from shoal.gateway.errors import ApiError
+
+T = TypeVar("T")
+
+BODY_S: Final = 30.0
+"""A body that takes longer is a caller that only holds memory."""
+
+WRITE_S: Final = 30.0
+"""A reader that takes nothing for so long is gone: its session is needed elsewhere."""
+
+BODIES_BYTES_MAX: Final = 256 << 20
+"""Bodies of all requests that are being read at a time."""
+
+STREAM_HEADERS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy must not collect the stream
+}
+
+_encoder: Final = msgspec.json.Encoder()
+
+
+class CallerGone(Exception):
+    """Whoever asked has closed the connection, or reads nothing."""
+
+
+class Bodies:
+    """Reads bodies; all together take a bounded amount of memory."""
+
+    def __init__(self, bytes_max: int, total_max: int = BODIES_BYTES_MAX) -> None:
+        self._bytes_max = bytes_max
+        self._total_max = total_max
+        self._total = 0
+
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """One request's body.
+
+        Raises:
+            ApiError: 413: too long. 408: too slow. 503: too many at a time.
+            CallerGone: it ended before its end.
+        """
+        declared = header(scope, "content-length")
+        if declared is not None and declared.isdigit() and int(declared) > self._bytes_max:
+            raise self._too_long()
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise CallerGone
+                    part = message.get("body", b"")
+                    size += len(part)
+                    self._total += len(part)
+                    self._check(size)
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {BODY_S:g} s") from None
+        finally:
+            self._total -= size
+
+    def _check(self, size: int) -> None:
+        if size > self._bytes_max:
+            raise self._too_long()
+        if self._total > self._total_max:
+            raise ApiError(
+                503, "too much is being read at this moment: try again", retry_after_s=1.0
+            )
+
+    def _too_long(self) -> ApiError:
+        return ApiError(
+            413, f"the body is longer than {self._bytes_max} bytes, which no prompt for this "
+            "model is", code="body_too_large",
+        )  # fmt: skip
+
+
+def header(scope: Scope, name: str) -> str | None:
+    """A request's header; None: not sent."""
+    wanted = name.encode("ascii")
+    found = next((value for key, value in scope["headers"] if key == wanted), None)
+    return None if found is None else found.decode("latin-1")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the caller leaves.
+
+    Raises:
+        CallerGone: it left.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise CallerGone
+        return task.result()
+    finally:
+        for one in (task, leaving):
+            one.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_bytes(value: Any) -> bytes:
+    """Compact JSON in UTF-8."""
+    return _encoder.encode(value)
+
+
+async def send_whole(
+    send: Send,
+    body: bytes,
+    *,
+    status: int = 200,
+    kind: str = "application/json",
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """A response that is all there."""
+    fields = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
+    await send_in_time(send, _start(status, fields))
+    await send_in_time(send, {"type": "http.response.body", "body": body})
+
+
+async def send_in_time(send: Send, message: Message) -> None:
+    """Send one message.
+
+    Raises:
+        CallerGone: the reader takes nothing.
+    """
+    try:
+        async with asyncio.timeout(WRITE_S):
+            await send(message)
+    except TimeoutError:
+        raise CallerGone from None
+
+
+class EventStream:
+    """Server-sent events, as OpenAI streams."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_open = False
+        """Whether the status has gone out: errors must go into the stream."""
+
+    async def open(self) -> None:
+        """Send the status."""
+        self.is_open = True
+        await send_in_time(self._send, _start(200, STREAM_HEADERS))
+
+    async def event(self, value: Any) -> None:
+        """One object."""
+        data = b"data: " + json_bytes(value) + b"\n\n"
+        message = {"type": "http.response.body", "body": data, "more_body": True}
+        await send_in_time(self._send, message)
+
+    async def close(self) -> None:
+        """The end that clients wait for."""
+        await send_in_time(self._send, {"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def _start(status: int, headers: Mapping[str, str]) -> Message:
+    fields = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": status, "headers": fields}

@@ -1,0 +1,202 @@
+"""A gateway from its parts: a client, a head, a tokenizer, and what it is allowed to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Literal
+
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
+
+from shoal.base.limits import SESSION_TOKENS_MAX
+from shoal.base.spans import Span, missing_blocks
+from shoal.client.client import Client
+from shoal.discovery.directory import Snapshot
+from shoal.discovery.records import Record
+from shoal.gateway.answering import Words
+from shoal.gateway.app import Api, ModelFacts, Parts
+from shoal.gateway.encoding import Encoder
+from shoal.gateway.engine import Engine, Served
+from shoal.gateway.front import Front, FrontConfig
+from shoal.gateway.grammars import Grammars
+from shoal.gateway.kept import KeptConfig, KeptSessions
+from shoal.gateway.keys import Keys
+from shoal.gateway.line import Line, LineConfig
+from shoal.gateway.meter import Meter
+from shoal.hf.head import Head
+from shoal.hf.head_batch import HeadBatch, find_head_tiles
+from shoal.model.row_tiles import TILE_ROWS_MAX, RowTiles
+
+Exactness = Literal["auto", "always"]
+"""Whether company may change the last bits of the head's scores where keeping them costs
+several times the work (float32 on CPUs): `auto` lets it."""
+
+GUARDED: Final = frozenset({"v1", "metrics", "swarm.json"})
+"""Paths that need a key, where there are keys: pages hold nothing of anybody's."""
+
+KEPT_SHARE: Final = 4
+"""Sessions at rest may have one part in this of the smallest server's cache."""
+
+BODY_BYTES_MIN: Final = 1 << 20
+BODY_BYTES_PER_TOKEN: Final = 64
+"""A body has room for so many bytes per token of the context: JSON, and long words."""
+
+SWEEP_S: Final = 10.0
+"""Between two looks for sessions that nobody came back to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backing:
+    """What answers come from."""
+
+    client: Client
+    head: Head
+    encoding: str
+    inner_encoding: str | None
+    tokenizer: Any
+    end_ids: Collection[int]
+    config: Any
+    """transformers' own, of the model."""
+    snapshot: Callable[[], Snapshot]
+    """Who serves now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """How a gateway behaves."""
+
+    names: tuple[str, ...]
+    """Of the model; the first one is what answers say."""
+    keys: Keys = field(default_factory=lambda: Keys({}))
+    line: LineConfig = field(default_factory=LineConfig)
+    kept_tokens: int | None = None
+    """Positions of sessions at rest; None: a part of the smallest server's cache."""
+    exactness: Exactness = "auto"
+    template: str | None = None
+    """In place of the model's own."""
+    hosts: frozenset[str] | None = None
+    """See `FrontConfig`."""
+
+
+@asynccontextmanager
+async def open_gateway(
+    backing: Backing,
+    config: GatewayConfig,
+    wall_clock: Callable[[], float],
+    more: Sequence[BaseRoute] = (),
+) -> AsyncIterator[ASGIApp]:
+    """A gateway as an ASGI application, on the client's event loop. `more`: other pages.
+
+    Answers that are being written when it closes are not waited for: stop serving first.
+    """
+    model = backing.client.config.model
+    records = _records(backing.snapshot(), model)
+    num_blocks = backing.client.config.num_blocks
+    context = context_tokens(backing.config, records, num_blocks)
+    meter = Meter()
+    batch = await asyncio.to_thread(_head_batch, backing.head, config.exactness)
+    words = Words(
+        tokenizer=backing.tokenizer,
+        end_ids=frozenset(backing.end_ids),
+        vocab_size=backing.head.vocab_size,
+    )
+    served = Served(
+        open_session=partial(
+            backing.client.open_session, backing.encoding, inner_encoding=backing.inner_encoding
+        ),
+        head=backing.head,
+        batch=batch,
+        words=words,
+        context_tokens=context,
+    )
+    kept_tokens = config.kept_tokens
+    if kept_tokens is None:
+        smallest = min((record.cache_tokens for record in records), default=0)
+        kept_tokens = smallest // KEPT_SHARE
+    kept = KeptSessions(KeptConfig(tokens_max=kept_tokens))
+    line = Line(config.line)
+    grammars = Grammars(backing.tokenizer, words.vocab_size, words.end_ids)
+    encoder = Encoder(backing.tokenizer, config.template, context)
+    parts = Parts(
+        facts=ModelFacts(
+            names=config.names,
+            created=int(wall_clock()),
+            num_blocks=num_blocks,
+            context_tokens=context,
+        ),
+        engine=Engine(served, kept, grammars, meter),
+        encoder=encoder,
+        line=line,
+        meter=meter,
+        wall_clock=wall_clock,
+        body_bytes_max=max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * context),
+        missing_blocks=lambda: _missing(_records(backing.snapshot(), model), num_blocks),
+    )
+    _watch(meter, backing.client, batch, line, kept)
+    sweeping = asyncio.create_task(_sweep(kept), name="gateway sweep")
+    front = FrontConfig(keys=config.keys, guarded=GUARDED, hosts=config.hosts)
+    try:
+        yield Front(Api(parts).routes(more), front, meter)
+    finally:
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
+        kept.clear()
+        encoder.close()
+
+
+def context_tokens(config: Any, records: Sequence[Record], num_blocks: int) -> int:
+    """The longest session that the model and the servers of today hold.
+
+    Of each block the roomiest server counts. Nobody there: the model's own limit.
+    """
+    own = getattr(config, "max_position_embeddings", None)
+    limit = own if isinstance(own, int) and own > 0 else SESSION_TOKENS_MAX
+    for block in range(num_blocks):
+        rooms = [
+            min(record.session_tokens_max, record.cache_tokens)
+            for record in records
+            if record.start <= block < record.end and record.cache_tokens
+        ]
+        limit = min(limit, max(rooms, default=limit))
+    return min(limit, SESSION_TOKENS_MAX)
+
+
+def _records(snapshot: Snapshot, model: str) -> list[Record]:
+    return [one.record for one in snapshot.records if one.record.model == model]
+
+
+def _missing(records: Sequence[Record], num_blocks: int) -> list[tuple[int, int]]:
+    held = [Span(one.start, one.end) for one in records if one.state != "joining"]
+    return [(span.start, span.end) for span in missing_blocks(Span(0, num_blocks), held)]
+
+
+def _head_batch(head: Head, exactness: Exactness) -> HeadBatch:
+    tiles = find_head_tiles(head)
+    if tiles is None and exactness == "auto":
+        tiles = RowTiles(counts=tuple(range(1, TILE_ROWS_MAX + 1)), probe="")
+    return HeadBatch(head, tiles)
+
+
+def _watch(meter: Meter, client: Client, batch: HeadBatch, line: Line, kept: KeptSessions) -> None:
+    gauges: dict[str, tuple[str, Callable[[], float]]] = {
+        "running": ("Answers at work.", lambda: line.num_running),
+        "waiting": ("Requests in the line.", lambda: line.num_waiting),
+        "sessions": ("Sessions at servers.", lambda: client.num_sessions),
+        "kept_sessions": ("Sessions at rest.", lambda: kept.num_sessions),
+        "kept_session_tokens": ("Positions of sessions at rest.", lambda: kept.num_tokens),
+        "head_calls": ("How often the head was applied.", lambda: batch.num_calls),
+        "head_rows": ("To how many rows.", lambda: batch.num_rows),
+    }
+    for name, (text, value) in gauges.items():
+        meter.watch(f"shoal_gateway_{name}", text, value)
+
+
+async def _sweep(kept: KeptSessions) -> None:
+    clock = asyncio.get_running_loop().time
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        kept.expire(clock())

@@ -49,24 +49,11 @@ class Member:
 
     def signal(self, number: int) -> None:
         """Send it a signal; no error when it is gone."""
-        try:
-            os.kill(self.pid, number)
-        except ProcessLookupError:
-            return
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process exists (stopped counts)."""
-        return exists(self.pid)
+        send_signal(self.pid, number)
 
     async def wait_gone(self, timeout_s: float) -> bool:
         """Whether it ended within this time."""
-        deadline_s = time.monotonic() + timeout_s
-        while self.is_alive:
-            if time.monotonic() > deadline_s:
-                return False
-            await asyncio.sleep(POLL_S)
-        return True
+        return await wait_gone(self.pid, timeout_s)
 
     async def order(self, order: str) -> dict[str, Any]:
         """Have it do or tell something.
@@ -203,6 +190,24 @@ def exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+async def wait_gone(pid: int, timeout_s: float) -> bool:
+    """Whether the process ended within this time."""
+    deadline_s = time.monotonic() + timeout_s
+    while exists(pid):
+        if time.monotonic() > deadline_s:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Send a signal; no error when the process is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
 
 
 def _free_port() -> int:

@@ -15,16 +15,15 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
-
-PREPARED: Final = ("shoal.cli.app", "shoal.cli.serve", "shoal.cli.serving")
-"""What takes seconds to import, done once before any fork."""
 
 ORDER_S_MAX: Final = 5.0
 """How long an order may take; a stopped process answers nothing."""
@@ -40,13 +39,14 @@ def _found(kind: type[Any], is_wanted: Callable[[Any], bool]) -> Any:
 def holdings(server: Any) -> dict[str, Any]:
     """What a server holds now: nothing of it may be left when all clients are gone."""
     ledger = server.sessions.ledger
-    hops = list(server.sessions)
+    hops, tasks = list(server.sessions), asyncio.all_tasks()
     return {
         "hops": len(hops),
         "links": server.num_links,
         "cache_tokens_in_use": (ledger.total - ledger.free) * ledger.page_tokens,
         "log_bytes": sum(hop.log.num_bytes for hop in hops),
-        "tasks": len(asyncio.all_tasks()),
+        "tasks": len(tasks),
+        "task_names": Counter(re.sub(r"[0-9a-f]{6,}", "*", one.get_name()) for one in tasks),
         "objects": len(gc.get_objects()),
         "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
         "iterations": server.engine.iteration,
@@ -139,10 +139,12 @@ def _be(request: dict[str, Any], parent: int) -> None:
 
 def spawn_forever() -> None:
     """The forking process: one process per line on stdin."""
+    from shoal.cli.app import COMMANDS
     from shoal.cli.models import quiet_transformers
 
     quiet_transformers()
-    for name in (*PREPARED, *sys.argv[1:]):
+    commands = [f"shoal.cli.{name}" for name in COMMANDS]
+    for name in (*commands, "shoal.cli.serving", *sys.argv[1:]):
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark says when it is over
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead

@@ -4,13 +4,15 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.e2e.nursery import Nursery
 from tests.e2e.processes import Server, end_all
+from tests.e2e.recovery import exact_model
 from tests.models import VOCABULARY, tiny_model
 
 
-def save_model(folder, family="llama", seed=7):
-    """A tiny model whose tokens are the printable characters of ASCII."""
-    tiny_model(family, seed=seed).save_pretrained(folder)
+def save_model(folder, family="llama", seed=7, model=None):
+    """A tiny model (or `model`) whose tokens are the printable characters of ASCII."""
+    (model or tiny_model(family, seed=seed)).save_pretrained(folder)
     vocabulary = {chr(32 + index): index for index in range(VOCABULARY - 1)}
     vocabulary["<unk>"] = VOCABULARY - 1
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -28,6 +30,18 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("other-model"), seed=8)
+
+
+@pytest.fixture(scope="session")
+def exactable_model(tmp_path_factory):
+    """One that exact mode finds row tiles for, in float32 and in bfloat16."""
+    return save_model(tmp_path_factory.mktemp("exactable-model"), model=exact_model())
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    with Nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,21 +31,45 @@ STOP_TIMEOUT_S = 20.0
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "SHOAL_LOG": "info"}
 
 
+class Running(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    stdin: IO[str] | None
+    stdout: IO[str] | None
+    stderr: IO[str] | None
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: int) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[Sequence[str]], Running]
+"""Starts a `shoal` with these arguments."""
+
+
+def popen(arguments: Sequence[str], stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """A `shoal` that a shell might have started."""
+    return subprocess.Popen(
+        [SHOAL, *arguments],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
 class Process:
     """A running `shoal`; stdout and stderr are read all the time."""
 
-    def __init__(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> None:
+    def __init__(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, launch: Launch | None = None
+    ) -> None:
         self.arguments = arguments
-        self.process = subprocess.Popen(
-            [SHOAL, *arguments],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
+        self.process = launch(arguments) if launch else popen(arguments, stdin)
         self._is_stopped = False
         self.out: list[str] = []
         self.err: list[str] = []
@@ -120,10 +145,17 @@ class Process:
 class Server(Process):
     """A `shoal serve` process."""
 
-    def __init__(self, model: Path, blocks: str, *extra: str, join: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        blocks: str,
+        *extra: str,
+        join: str | None = None,
+        launch: Launch | None = None,
+    ) -> None:
         joins = ["--join", join] if join else []
-        threads = ["--threads", "1"]
-        super().__init__("serve", str(model), "--blocks", blocks, *threads, *joins, *extra)
+        command = ["serve", str(model), "--blocks", blocks, "--threads", "1", *joins, *extra]
+        super().__init__(*command, launch=launch)
         self.peer = self.address = ""
 
     def ready(self) -> Server:

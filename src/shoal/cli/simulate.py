@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from shoal.cli.logs import progress_bar
+from shoal.cli.simulate_replay import replay
 
 if TYPE_CHECKING:
     from shoal.lab.campaign import Failure
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     )
     group.callback()(_group)
     group.command("chaos")(chaos)
+    group.command("replay")(replay)
     app.add_typer(group, name="simulate")
 
 

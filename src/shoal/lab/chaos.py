@@ -27,6 +27,7 @@ from shoal.lab.swarm import ServerSpec, SimulatedSwarm
 from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
+from shoal.server.events import Began, Recorder
 from shoal.server.quotas import LOG_BYTES_MAX, Quotas
 
 HEAL_S: Final = 20.0
@@ -199,18 +200,18 @@ def _draw_fault(rng: random.Random, num_servers: int) -> Fault:
     )
 
 
-def run_plan(plan: ChaosPlan) -> ChaosResult:
-    """Play the plan on virtual time.
+def run_plan(plan: ChaosPlan, *, record: Callable[[Began], Recorder] | None = None) -> ChaosResult:
+    """Play the plan on virtual time; `record` makes a recorder for each server that starts.
 
     Raises:
         WrongText, BrokenInvariant, ShoalError, Deadlock, Livelock, VirtualTimeout: what
             went wrong.
     """
-    return run_virtual(lambda: _Run(plan).run(), timeout_s=10 * LIMIT_S)
+    return run_virtual(lambda: _Run(plan, record).run(), timeout_s=10 * LIMIT_S)
 
 
 class _Run:
-    def __init__(self, plan: ChaosPlan) -> None:
+    def __init__(self, plan: ChaosPlan, record: Callable[[Began], Recorder] | None = None) -> None:
         self._plan = plan
         self._rng = random.Random(plan.seed + 1)
         self._network = SimulatedNetwork(self._rng, default=plan.link, break_after_s=5.0)
@@ -229,6 +230,7 @@ class _Run:
                 ),
             ),
             mixes_call_shape=True,
+            record=record,
         )
         self._clients: list[Client] = []
         self._injector = Injector(self._swarm, self._network, self._clients, self._rng)

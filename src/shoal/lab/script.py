@@ -78,6 +78,11 @@ class Reference:
         del self.tokens[length:], self._shapes[length:]
         self._sequence.truncate(length)
 
+    def copy_from(self, parent: Reference, length: int) -> None:
+        """Begin as a fork: with the parent's first `length` positions."""
+        self.tokens, self._shapes = parent.tokens[:length], parent._shapes[:length]
+        self._sequence = parent._sequence.copy(length)
+
     def outputs_at(self, border: int) -> list[bytes]:
         """Every position's row behind block `border - 1`."""
         sequence = ToySequence(Span(0, border))

@@ -1,0 +1,88 @@
+"""`shoal simulate replay`: an incident that servers recorded, again on virtual time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from shoal.lab.trace_incident import Incident
+    from shoal.lab.trace_replay import Replay
+
+
+def replay(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="Traces of the incident's servers.")
+    ],
+    seed: Annotated[
+        int, typer.Option(metavar="S", min=0, help="0: as even as can be; others differ a little.")
+    ] = 0,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Play so many seeds, from --seed on.")
+    ] = 1,
+) -> None:
+    """Play an incident again: the real code on virtual time, as the traces tell it.
+
+    Servers write traces with `shoal serve --trace FILE`. Give those of as many of the
+    incident's servers as there are (FILE.1 too); servers without a trace are known from the
+    others' routes. In the lab servers come and go when they did and sessions send as many rows
+    when they did, with made-up contents that are checked. What happened is shown beside what
+    happens in the lab; the same files and seed give the same run. The last line on stdout sums
+    up; the exit code is 1 if the lab finds a bug: a wrong row, books that don't agree,
+    something that stands still.
+
+    \b
+    Example:
+      shoal simulate replay a.trace b.trace c.trace
+      shoal simulate replay *.trace --seeds 100
+      shoal --debug simulate replay *.trace --seed 7           (with its whole log)
+    """
+    from shoal.lab.campaign import quiet
+    from shoal.lab.trace_incident import find_incident
+    from shoal.lab.trace_reading import read_traces
+    from shoal.lab.trace_report import describe
+
+    incident = find_incident(read_traces(traces))
+    print("\n".join(describe(incident)), flush=True)
+    is_debugging = logging.getLogger("shoal").getEffectiveLevel() <= logging.DEBUG
+    same = failures = 0
+    with nullcontext() if is_debugging else quiet():
+        for number in range(seed, seed + seeds):
+            played = _play(incident, number, traces)
+            failures += played is None
+            same += played is not None and _show(incident, played, is_first=number == seed)
+    print(f"{seeds} replays, {same} as in the traces, {failures} failures", flush=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _play(incident: Incident, seed: int, traces: list[Path]) -> Replay | None:
+    """What came of one seed; None: it failed, and that was shown."""
+    from shoal.lab.trace_replay import run_replay
+
+    try:
+        return run_replay(incident, seed)
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in the lab is the result
+        files = " ".join(map(str, traces))
+        print(
+            f"seed {seed} failed: {type(error).__name__}: {error}\n"
+            f"repeat it with: shoal simulate replay {files} --seed {seed}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+
+
+def _show(incident: Incident, replay: Replay, *, is_first: bool) -> bool:
+    """Print the first comparison, and of the others those that differ; True: all the same."""
+    from shoal.lab.trace_report import compare, same_stories
+
+    is_same = same_stories(incident, replay) == len(incident.sessions)
+    if is_first or not is_same:
+        print("\n".join(compare(incident, replay)), flush=True)
+    return is_same

@@ -1,0 +1,75 @@
+"""A directory that shows each session the servers that the trace's session took.
+
+Among equals a client chooses by chance. In a replay it should choose as it did: a session sees
+the servers of its own chain and of the one that followed in the trace. What is lost, when, and
+what is then done, the real code decides alone. When the trace's choice does not work here, it
+sees everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Final
+
+from shoal.base.ids import PeerId
+from shoal.client.chain_session import ChainSession
+from shoal.discovery.directory import Snapshot
+from shoal.discovery.static import StaticDirectory
+
+PATIENCE_S: Final = 5.0
+"""A chain that can't be had for this long is given up: the session sees everybody."""
+
+ASK_PAUSE_S: Final = 3.0
+"""Whoever did not ask for this long begins a new search."""
+
+
+class Guide:
+    """Where one session goes next. `chains`: the servers of each chain of the trace, in order."""
+
+    def __init__(self, chains: Sequence[frozenset[PeerId]]) -> None:
+        self.session: ChainSession | None = None
+        self._chains = chains
+        self._next = 0
+        self._searching_s = 0.0
+        self._asked_s = float("-inf")
+
+    @property
+    def first(self) -> list[PeerId]:
+        """The servers of the first chain."""
+        return sorted(self._chains[0])
+
+    def allowed(self, now_s: float) -> frozenset[PeerId] | None:
+        """Who is shown; None: everybody."""
+        here: frozenset[PeerId] = frozenset()
+        if self.session is not None:
+            here = frozenset(stage.peer for stage in self.session.chain)
+        while self._next < len(self._chains) and self._chains[self._next] == here:
+            self._next += 1
+            self._asked_s = float("-inf")
+        if now_s - self._asked_s > ASK_PAUSE_S:
+            self._searching_s = now_s
+        self._asked_s = now_s
+        if self._next == len(self._chains) or now_s - self._searching_s > PATIENCE_S:
+            return None
+        return here | self._chains[self._next]
+
+
+GUIDE: Final[ContextVar[Guide | None]] = ContextVar("GUIDE", default=None)
+"""Of the session whose task asks: a session's tasks inherit it from the one that opens it."""
+
+
+class GuidedDirectory(StaticDirectory):
+    """Shows each session what its guide allows."""
+
+    def snapshot(self) -> Snapshot:
+        """What is known now, as far as it is shown."""
+        snapshot = super().snapshot()
+        guide = GUIDE.get()
+        allowed = None if guide is None else guide.allowed(asyncio.get_running_loop().time())
+        if allowed is None:
+            return snapshot
+        records = tuple(one for one in snapshot.records if one.record.peer in allowed)
+        return replace(snapshot, records=records)

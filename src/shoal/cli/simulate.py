@@ -1,4 +1,4 @@
-"""`shoal simulate`: whole swarms on virtual time, with everything going wrong."""
+"""`shoal simulate`: scenarios, and whole swarms with everything going wrong."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from shoal.cli.logs import progress_bar
 from shoal.cli.simulate_replay import replay
+from shoal.cli.simulate_run import run
 
 if TYPE_CHECKING:
     from shoal.lab.campaign import Failure
@@ -23,16 +26,32 @@ ERROR_LINES_MAX: Final = 30
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(
-        help="Run whole swarms on virtual time.", no_args_is_help=True, rich_markup_mode=None
-    )
+        cls=_ScenarioGroup, no_args_is_help=True, rich_markup_mode=None,
+        help="Simulate scenarios, and run whole swarms on virtual time.",
+    )  # fmt: skip
     group.callback()(_group)
+    group.command("run")(run)
     group.command("chaos")(chaos)
     group.command("replay")(replay)
     app.add_typer(group, name="simulate")
 
 
 def _group() -> None:
-    """Run whole swarms on virtual time."""
+    """Simulate scenarios, and run whole swarms on virtual time.
+
+    `shoal simulate SCENARIO.toml` is `shoal simulate run SCENARIO.toml`.
+    """
+
+
+class _ScenarioGroup(TyperGroup):
+    """A group whose first word may be a file instead of a command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is a file and no command is run."""
+        is_file = bool(args) and (args[0].endswith(".toml") or Path(args[0]).is_file())
+        if is_file and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
 
 def chaos(

@@ -33,6 +33,7 @@ from shoal.server.config import ServerConfig
 Progress = Callable[[int, int], None]
 """Told how many requests are done, and of how many."""
 
+
 def simulate_live(
     scenario: Scenario,
     *,

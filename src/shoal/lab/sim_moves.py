@@ -169,7 +169,7 @@ class _Latency:
             return {}
         moves = self._scenario.moves
         switch = latency.SwitchCost(
-            reload_s=moves.reload.seconds(self._problem.weight_bytes(span)),
+            reload_s=moves.reload.seconds(server, self._problem.weight_bytes(span)),
             sessions_now=layout.running,
             sessions_per_s=self._problem.workload.requests_per_s,
             horizon_s=moves.horizon_s,

@@ -197,15 +197,16 @@ def names_of(problem: Problem) -> list[str]:
 
 
 def write_summary(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON without what JSON can't say: what is no number becomes null."""
-    path.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+    """A JSON file; see `plain`."""
+    path.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON can say it: what is no finite number becomes null."""
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -54,11 +54,14 @@ class Reload:
     """What it costs to load blocks."""
 
     bytes_per_s: float = math.inf
+    by_server: tuple[float, ...] = ()
+    """Bytes per second of each server; empty: `bytes_per_s` for all."""
     fixed_s: float = 0.0
 
-    def seconds(self, num_bytes: int) -> float:
+    def seconds(self, server: int, num_bytes: int) -> float:
         """Until so many bytes of weights are there; nothing to load takes no time."""
-        return self.fixed_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+        rate = self.by_server[server] if self.by_server else self.bytes_per_s
+        return self.fixed_s + num_bytes / rate if num_bytes else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,8 @@ class Scenario:
                 raise ConfigError(
                     "a request needs at least 1 token in and 1 out, a time from 0 s on, and work"
                 )
+        if len(self.moves.reload.by_server) not in (0, count):
+            raise ConfigError(f"rates of loading for {count} servers, or for none")
         if self.placement is not None:
             check_placement(self.problem, self.placement)
 

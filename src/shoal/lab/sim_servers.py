@@ -139,7 +139,7 @@ class Servers:
             number = self._loading[move.server] = next(self._numbers)
             if scenario.moves.is_down and move.before is not None:
                 self._serve(move.server, None)
-            delay_s = scenario.moves.reload.seconds(move.load_bytes)
+            delay_s = scenario.moves.reload.seconds(move.server, move.load_bytes)
             self._host.at(self._host.now_s + delay_s, self._loaded, move.server, move.after, number)
 
     def _loaded(self, server: int, span: Span | None, number: int) -> None:

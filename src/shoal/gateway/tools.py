@@ -98,7 +98,7 @@ class CallReader:
             (size for size in range(1, len(way.opening)) if text.endswith(way.opening[:size])),
             default=0,
         )
-        if not begun:
+        if not text[: len(text) - kept].strip():
             kept = len(text)  # white space before a call is not part of the answer
         self._show(text[: len(text) - kept], found)
         self._held = text[len(text) - kept :]

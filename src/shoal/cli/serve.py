@@ -46,6 +46,7 @@ from shoal.cli.options import (
 )
 from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
+from shoal.cli.tracing import TRACE_LIMIT, TraceLimitOption, TraceOption, parse_trace
 
 LISTEN = "tcp://127.0.0.1:0"
 LISTEN_LAN = "tcp://0.0.0.0:0"
@@ -171,6 +172,8 @@ def serve(
     queue_memory: QueueMemoryOption = QUEUE_MEMORY,
     log_memory: LogMemoryOption = LOG_MEMORY,
     idle_timeout: IdleTimeoutOption = IDLE_TIMEOUT,
+    trace: TraceOption = None,
+    trace_limit: TraceLimitOption = TRACE_LIMIT,
 ) -> None:
     """Serve a span of a model's blocks.
 
@@ -229,6 +232,7 @@ def serve(
                     log_memory=log_memory,
                     idle_timeout=idle_timeout,
                 ),
+                trace=parse_trace(trace, trace_limit),
             )
             limit_bytes = parse_size(cache_limit, "--cache-limit")
             if weights_from_peers:

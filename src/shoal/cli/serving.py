@@ -24,7 +24,9 @@ from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
 from shoal.cli.placing import find_place
+from shoal.cli.recorder import server_maker
 from shoal.cli.shelves import ThreadedShelf
+from shoal.cli.tracing import TraceChoice
 from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.quantize import quantization
@@ -72,6 +74,7 @@ class ServeSettings:
     bounds: Bounds
     weights_bytes_per_s: int
     """At which others may fetch weights from here; 0: not at all."""
+    trace: TraceChoice | None = None
 
 
 async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None:
@@ -135,10 +138,10 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         stack.push_async_callback(backend.aclose)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        bounds = settings.bounds.server_config(services)
+        make = server_maker(settings.trace, identity.peer, backend.facts, bounds)
         server = await stack.enter_async_context(
-            open_server(
-                backend, transport, swarm_pass, book, settings.bounds.server_config(services)
-            )
+            open_server(backend, transport, swarm_pass, book, bounds, make=make)
         )
         if weights is not None:
             weights.yield_to(lambda: server.engine.running_tokens > 0)

@@ -18,7 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +28,7 @@ from recovery_client import Setting, joined, load_setting
 from recovery_servers import Child, Fleet, exists, fleet, send_signal, wait_gone
 from report import environment, publish
 from shoal.cli.models import open_model
-from soak_chaos import Chaos
+from soak_chaos import Chaos, Losses
 from soak_client import Timing, Work, answer, plan_text
 from soak_report import Soak, read_answers, rows
 from tiny_model import save_tiny
@@ -175,19 +174,22 @@ class Soaking:
     def publish(self, facts: dict[str, Any]) -> None:
         """What was found so far."""
         answers = read_answers(self.outputs)
-        losses = self.chaos.losses if self.chaos else None
-        faults = [*self.soak.faults, *(losses.faults if losses else ())]
+        losses = self.chaos.losses if self.chaos else Losses()
+        faults = [*self.soak.faults, *losses.faults]
         faults += sorted(set(self.servers.said(FAULTY)))[:20]
-        counts = losses.counts() if losses else Counter[str]()
+        spans = [
+            [f"stage{stage}-{replica}" for replica in range(REPLICAS)] for stage in range(STAGES)
+        ]
         minutes = round((time.monotonic() - self.soak.started_s) / 60, 1)
         table: list[dict[str, Any]] = [
             {"what": "model, dtype", "figure": f"{self.options.name}, {self.options.dtype}"},
             {"what": "minutes, with references and end", "figure": minutes},
-            *rows(self.soak, answers, counts, faults, SPARED),
+            *rows(self.soak, answers, losses, faults, SPARED, spans),
         ]
         details = {
-            "losses": losses.log if losses else [],
-            "leave_s": losses.leave_s if losses else [],
+            "losses": losses.log,
+            "away": losses.away,
+            "leave_s": losses.leave_s,
             "samples": self.soak.samples,
             "left": self.soak.left,
             "not_equal": [

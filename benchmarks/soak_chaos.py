@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,8 +30,9 @@ class Losses:
     """What was done to processes."""
 
     log: list[tuple[float, str, str]] = field(default_factory=list)
-    """(seconds since the start, what, to whom)."""
-    started_s: float = field(default_factory=time.monotonic)
+    """(monotonic time, what, to whom)."""
+    away: list[tuple[float, float, str]] = field(default_factory=list)
+    """(from, to, whom): when servers could not be used, monotonic."""
     leave_s: list[float] = field(default_factory=list)
     """How long those took that were asked to leave."""
     faults: list[str] = field(default_factory=list)
@@ -39,11 +40,21 @@ class Losses:
 
     def note(self, what: str, whom: str) -> None:
         """It was done just now."""
-        self.log.append((round(time.monotonic() - self.started_s, 3), what, whom))
+        self.log.append((round(time.monotonic(), 3), what, whom))
 
     def counts(self) -> Counter[str]:
         """How often each was done."""
         return Counter(what for _, what, _ in self.log)
+
+    def is_covered(self, names: Collection[str], start_s: float, end_s: float) -> bool:
+        """Whether one of these servers could be used at any moment of this time."""
+        away = [one for one in self.away if one[2] in names and one[0] < end_s and start_s < one[1]]
+        edges = {start_s, *(one[1] for one in away), *(one[0] for one in away)}
+        return all(
+            sum(1 for one in away if one[0] <= at_s < one[1]) < len(names)
+            for at_s in edges
+            if start_s <= at_s < end_s
+        )
 
     @property
     def num_kills(self) -> int:
@@ -95,7 +106,7 @@ class Chaos:
         return [victim]
 
     async def _lose(self, member: Member, kind: str) -> None:
-        down_s = self._rng.uniform(0.0, DOWN_S_MAX)
+        down_s, since_s = self._rng.uniform(0.0, DOWN_S_MAX), time.monotonic()
         if kind == "stop":
             self.losses.note("SIGSTOP", member.name)
             member.signal(signal.SIGSTOP)
@@ -105,6 +116,7 @@ class Chaos:
             await self._end(member, kind)
             await asyncio.sleep(down_s)
             await self._start(member)
+        self.losses.away.append((since_s, time.monotonic(), member.name))
         self._away.discard(member.name)
 
     async def _end(self, member: Member, kind: str) -> None:

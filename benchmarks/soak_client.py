@@ -23,6 +23,7 @@ import torch
 from recovery_client import Setting, load_setting
 from shoal.base.errors import PeerUnreachable, ShoalError
 from shoal.cli.joining import SwarmChoice, visit, wall_clock
+from shoal.cli.logs import configure_logging
 from shoal.cli.models import open_model
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client, ClientConfig, open_client
@@ -65,12 +66,15 @@ class Timing:
     """Time to the first token."""
     longest_s: float = 0.0
     """Between two tokens."""
+    longest_at_s: float = 0.0
+    """Monotonic time at which that pause began."""
 
     def token(self) -> None:
         """Another one is here."""
         now_s = time.monotonic()
         if self.first_s:
-            self.longest_s = max(self.longest_s, now_s - self.last_s)
+            if now_s - self.last_s > self.longest_s:
+                self.longest_s, self.longest_at_s = now_s - self.last_s, self.last_s
         else:
             self.first_s = now_s - self.started_s
         self.last_s = now_s
@@ -171,6 +175,7 @@ class Clients:
             | {
                 "tokens": len(ids), "expected": len(expected), "same": same,
                 "first_s": round(timing.first_s, 3), "longest_s": round(timing.longest_s, 3),
+                "longest_at_s": round(timing.longest_at_s, 3),
                 "seconds": round(time.monotonic() - timing.started_s, 3),
                 "recoveries": recoveries, "numerics": numerics,
             }
@@ -199,6 +204,7 @@ def main(arguments: Sequence[str]) -> int:
     """Answer until SIGTERM."""
     plan = json.loads(arguments[0])
     torch.set_num_threads(1)
+    configure_logging("info")
     setting = load_setting(open_model(plan["model"]), plan["dtype"], plan["stages"])
     with Path(plan["output"]).open("a", encoding="utf-8") as out:
 

@@ -6,13 +6,14 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final
 
 from recovery_servers import Fleet, Member
+from soak_chaos import Losses
 
 KEPT: Final = ("hops", "links", "cache_tokens_in_use", "log_bytes")
 """Of these nothing may be left when all clients are gone."""
@@ -94,21 +95,26 @@ def read_answers(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def rows(
-    soak: Soak, answers: Sequence[Mapping[str, Any]], losses: Counter[str],
-    faults: Sequence[str], spared: str,
+    soak: Soak, answers: Sequence[Mapping[str, Any]], losses: Losses,
+    faults: Sequence[str], spared: str, spans: Sequence[Collection[str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The table: a figure per line."""
+    """The table: a figure per line. `spans` holds the names of each span's servers."""
     given = [one for one in answers if one["work"] is not None]
     done = [one for one in given if one["error"] is None]
     equal = [one for one in done if one["same"] == one["tokens"] == one["expected"]]
     wrong = [one for one in given if one["same"] != one["tokens"]]
-    pauses = sorted(one["longest_s"] for one in done)
+    pauses: dict[bool, list[float]] = {True: [], False: []}
+    for one in done:
+        start_s, pause_s = one["longest_at_s"], one["longest_s"]
+        is_covered = all(losses.is_covered(names, start_s, start_s + pause_s) for names in spans)
+        pauses[is_covered].append(pause_s)
+    counts = losses.counts()
     errors = Counter(one["error"] for one in answers if one["error"] is not None)
     figures: dict[str, Any] = {
-        "server processes killed (kill -9)": losses["SIGKILL"],
-        "asked to leave (SIGTERM)": losses["SIGTERM"],
-        "stopped for a while (SIGSTOP)": losses["SIGSTOP"],
-        "clients killed": losses["client killed"],
+        "server processes killed (kill -9)": counts["SIGKILL"],
+        "asked to leave (SIGTERM)": counts["SIGTERM"],
+        "stopped for a while (SIGSTOP)": counts["SIGSTOP"],
+        "clients killed": counts["client killed"],
         "answers begun": len(given),
         "answers finished": len(done),
         "equal to the reference": len(equal),
@@ -117,7 +123,8 @@ def rows(
         "tokens": sum(one["tokens"] for one in given),
         "repairs": sum(one["recoveries"] for one in given),
         "answers with repairs": sum(1 for one in given if one["recoveries"]),
-        "pause in an answer: median / p99 / longest, s": _spread(pauses),
+        "pause in an answer: median / p99 / longest, s": _spread(pauses[True] + pauses[False]),
+        "the same, all blocks served meanwhile": _spread(pauses[True]),
         "first token: median / p99 / longest, s": _spread([one["first_s"] for one in done]),
         "numerics": _named(Counter(one["numerics"] for one in done)),
         f"own memory of {spared} (never killed), MB": _memory(soak, spared),

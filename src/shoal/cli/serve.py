@@ -48,6 +48,9 @@ from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 from shoal.cli.tracing import TRACE_LIMIT, TraceLimitOption, TraceOption, parse_trace
 
+REBALANCE_S = 120.0
+"""Petals' default."""
+
 LISTEN = "tcp://127.0.0.1:0"
 LISTEN_LAN = "tcp://0.0.0.0:0"
 
@@ -59,8 +62,24 @@ NumBlocksOption = Annotated[
     typer.Option(
         metavar="N",
         min=1,
-        help="Instead of --blocks: host N blocks, those that the swarm serves least "
-        "(Petals' rule). Without --join the first N.",
+        help="Instead of --blocks: host N blocks, wherever they do the swarm most good, and "
+        "move when that changes. Without --join it begins with the first N.",
+    ),
+]
+PlacementOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="How --num-blocks chooses: latency (short answers; the default), petals (as many "
+        "rows per second for each block as for the next), or fixed (choose once, never move).",
+    ),
+]
+RebalanceOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="How often a server that chose its blocks looks whether others would be better, on "
+        "average; it moves only if all blocks stay covered. 0: never.",
     ),
 ]
 ListenOption = Annotated[
@@ -145,6 +164,8 @@ def serve(
     model: ModelArgument,
     blocks: BlocksOption = None,
     num_blocks: NumBlocksOption = None,
+    placement: PlacementOption = None,
+    rebalance: RebalanceOption = REBALANCE_S,
     listen: ListenOption = LISTEN,
     announce: AnnounceOption = None,
     join: JoinsOption = None,
@@ -182,8 +203,12 @@ def serve(
     \b
       ready peer=<id> address=<addr> blocks=[A,B)
 
-    The address works unchanged as --join. Ctrl-C or SIGTERM stops it; sessions that run
-    here go on at other servers with the same blocks.
+    The address works unchanged as --join. Ctrl-C or SIGTERM stops it; sessions that run here go
+    on at other servers with the same blocks.
+
+    A server that was told --num-blocks may go to other blocks later. It loads them while it
+    serves, and prints such a line again, with "moved" for "ready". Both spans must fit into
+    memory for a while, or it stays.
 
     With --weights-from-peers this machine needs no copy of the model: only the blocks' own
     tensors are fetched, from several peers at once, and handed on to others. A download that
@@ -194,6 +219,7 @@ def serve(
       shoal serve smollm2-135m-instruct --blocks 0:15
       shoal serve smollm2-135m-instruct --blocks 15:30 --join tcp://PEERID@10.0.0.5:4001
       shoal serve smollm2-135m-instruct --num-blocks 10 --join tcp://PEERID@10.0.0.5:4001
+      shoal serve smollm2-135m-instruct --num-blocks 10 --placement petals --join ADDR
       shoal serve 2150765b1495 --blocks 15:30 --join ADDR --weights-from-peers
       shoal serve smollm2-135m-instruct --blocks 15:30 --lan
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
@@ -203,6 +229,7 @@ def serve(
         with noticing_interrupts(signal.SIGINT, signal.SIGTERM):
             thread_count = set_threads(threads)
             from shoal.cli.models import open_model
+            from shoal.cli.placing import parse_place
             from shoal.cli.serving import ServeSettings, serve_until_stopped
 
             settings = ServeSettings(
@@ -212,6 +239,9 @@ def serve(
                 identity=identity,
                 span=None if blocks is None else parse_span(blocks),
                 num_blocks=num_blocks,
+                place=parse_place(
+                    placement, rebalance, has_span=blocks is not None, num_blocks=num_blocks
+                ),
                 dtype=dtype,
                 quantize=quantize,
                 exact=exact,

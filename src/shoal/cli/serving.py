@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +23,9 @@ from shoal.cli.bounds import Bounds
 from shoal.cli.joining import SwarmChoice, keep_on_lan, wall_clock
 from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
+from shoal.cli.moving import keep_placed, loader, mover_of
 from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
-from shoal.cli.placing import find_place
+from shoal.cli.placing import PlaceChoice, find_place
 from shoal.cli.recorder import server_maker
 from shoal.cli.shelves import ThreadedShelf
 from shoal.cli.tracing import TraceChoice
@@ -43,6 +45,8 @@ from shoal.server.announcing import Announcement, Announcer, StoreBook, public_a
 from shoal.server.config import StreamService
 from shoal.server.door import Door
 from shoal.server.server import open_server
+from shoal.server.surroundings import Pinger, ServerSurroundings
+from shoal.server.switching import SwitchingBackend
 from shoal.server.weights import WeightsConfig, WeightServer, hand_out_nothing
 
 logger = logging.getLogger(__name__)
@@ -65,6 +69,8 @@ class ServeSettings:
     span: Span | None
     num_blocks: int | None
     """Instead of a span: how many blocks, wherever the swarm needs them most."""
+    place: PlaceChoice | None
+    """How it finds them; None: the span is given, or all blocks."""
     dtype: str
     quantize: str
     exact: str
@@ -132,9 +138,12 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
             on_lan = keep_on_lan(directory, listener.address, hosts, said)
             keeping.append(asyncio.create_task(on_lan, name="lan"))
         stack.push_async_callback(_end, keeping)
-        if model.is_from_peers:
-            await _fetch(model, facts.span, Swarm(transport, swarm_pass, directory.snapshot), stack)
-        backend = await _load(model, facts.span, config)
+        peers = Swarm(transport, swarm_pass, directory.snapshot)
+        fetch = partial(_fetch, model, swarm=peers, stack=stack)
+        await fetch(facts.span)
+        loop, since_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        backend = SwitchingBackend(await _load(model, facts.span, config))
+        load_s = loop.time() - since_s
         stack.push_async_callback(backend.aclose)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -150,6 +159,19 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={addresses[0]} blocks={facts.span}", flush=True)
+        if settings.place is not None and settings.place.period_s:
+            load = loader(model, config, fetch, partial(_load, model, config=config))
+            around = ServerSurroundings(
+                server=server,
+                announcer=announcer,
+                directory=directory,
+                pinger=Pinger(transport, swarm_pass, random.SystemRandom()),
+                mover=mover_of(server, backend, announcer, load),
+                load_s=load_s,
+            )
+            placing = asyncio.create_task(keep_placed(settings.place, around), name="placing")
+            stack.push_async_callback(_end, [placing])
+            keeping.append(placing)
         await first_failure(*map(_wait_for, keeping), server.wait_broken())
 
 
@@ -180,7 +202,9 @@ def _weight_server(settings: ServeSettings, model: OpenModel) -> WeightServer | 
 
 
 async def _fetch(model: OpenModel, span: Span, swarm: Swarm, stack: AsyncExitStack) -> None:
-    """Get the span's tensors; nobody removes them from the store while we live."""
+    """Get the span's tensors if others have them; nobody removes them while we live."""
+    if not model.is_from_peers:
+        return
     items = await asyncio.to_thread(span_items, model, span)
     stack.enter_context(weight_store().pinned(item.content.hex() for item in items))
     await fetch_items(model, items, swarm, span)
@@ -199,13 +223,13 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 async def _placed(settings: ServeSettings, model: OpenModel) -> ServeSettings:
     """With the span that `--num-blocks` leads to."""
-    if settings.num_blocks is None:
+    if settings.num_blocks is None or settings.place is None:
         return settings
-    if settings.span is not None:
-        raise ConfigError("--blocks and --num-blocks: give one")
-    rng = random.SystemRandom()
-    span = await find_place(settings.swarm, model, settings.num_blocks, rng)
-    logger.info("place chosen blocks=%s num_blocks=%d", span, settings.num_blocks)
+    span = await find_place(
+        settings.swarm, model, settings.place.policy, settings.num_blocks,
+        settings.cache_tokens, random.SystemRandom(),
+    )  # fmt: skip
+    logger.info("place chosen blocks=%s policy=%s", span, settings.place.policy)
     return replace(settings, span=span)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from shoal.base.backend import BackendFacts
@@ -120,6 +120,24 @@ class Announcer:
         self._counter += 1
         logger.info("announcing state=%s counter=%d", state, self._counter)
         await self._directory.publish(sign_record(self._identity, self._record()))
+
+    async def want(self, intent: Intent | None) -> None:
+        """Say where we want to move; None: we stay.
+
+        Raises:
+            ConfigError: as `announce`.
+        """
+        self._announcement = replace(self._announcement, intent=intent)
+        await self.announce("online")
+
+    async def moved(self, facts: BackendFacts) -> None:
+        """Say that these blocks are served from now on.
+
+        Raises:
+            ConfigError: as `announce`.
+        """
+        self._announcement = replace(self._announcement, facts=facts, intent=None)
+        await self.announce("online")
 
     async def keep(self) -> None:
         """Publish again before the record expires and when somebody believes that we have

@@ -49,14 +49,16 @@ class SpanMover:
         *,
         ask_owners_to_leave: AskOwnersToLeave | None = None,
         leave_s: float = LEAVE_S,
+        tidy: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`backend` is what the server was made with."""
+        """`backend` is what the server was made with; `tidy` runs after the old one is gone."""
         self._server = server
         self._backend = backend
         self._load = load
         self._announce = announce
         self._ask_owners_to_leave = ask_owners_to_leave
         self._leave_s = leave_s
+        self._tidy = tidy
 
     async def move(self, span: Span) -> bool:
         """Serve `span` instead; returns when the old blocks are gone.
@@ -102,4 +104,6 @@ class SpanMover:
                 self._server.on_failed(hop, error)
             sessions.end_retirement()
             await self._backend.drop_old()
+        if self._tidy is not None:
+            await self._tidy()
         logger.info("old blocks dropped blocks=%s", old)

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -147,9 +146,8 @@ def _simulate(
                 runs.append(simulate_slots(story))
             else:
                 with quiet():
-                    # Opening a session takes what it takes: nothing on top.
                     told = partial(progress, f"fidelity c, seed {seed}, requests")
-                    runs.append(simulate_live(replace(story, setup_s=0.0), progress=told))
+                    runs.append(simulate_live(story, progress=told))
         progress(f"fidelity {fidelity}", len(runs), len(seeds))
     return results
 

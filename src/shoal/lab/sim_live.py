@@ -2,8 +2,9 @@
 
 Nothing of them is modelled: routes, batches, growing caches, parked sessions, repairs and
 replays are those of the code that serves people. Modelled are blocks (`cost_backend`) and the
-network. The client chooses chains by itself, so a scenario's router does not count here, nor
-does how sessions wait. Every row that comes back is checked.
+network. The client chooses chains by itself and opens sessions as it does, so a scenario's
+router, `waiting`, `setup_s` and `detect_s` don't count here. Every row that comes back is
+checked.
 """
 
 from __future__ import annotations
@@ -12,21 +13,15 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
-from shoal.base.errors import ConfigError, ShoalError
-from shoal.base.ids import PeerId
-from shoal.base.spans import Span
-from shoal.client.chain_session import ChainSession
+from shoal.base.errors import ConfigError
 from shoal.lab.clock import VIRTUAL_LIMIT_S, run_virtual
-from shoal.lab.cost_backend import CostSequence, number_of, prompt_number, row_of
-from shoal.lab.script import WrongText
-from shoal.lab.sim_result import Result, Sample, Served
-from shoal.lab.sim_scenario import Request, Scenario
+from shoal.lab.sim_result import Result, Sample
+from shoal.lab.sim_scenario import Scenario
 from shoal.lab.sim_servers import Servers
-from shoal.lab.sim_swarm import ENCODING, LiveServer, LiveSwarm, hidden_size_of
-from shoal.plan.cost import Chain, Hop
+from shoal.lab.sim_swarm import LiveServer, LiveSwarm
+from shoal.lab.sim_user import Place, User, ask, warm_up
 from shoal.plan.placement import Placement
 from shoal.server.config import ServerConfig
 
@@ -54,20 +49,6 @@ def simulate_live(
     return run_virtual(lambda: _Run(scenario, server_config, progress, limit_s).run())
 
 
-@dataclass(slots=True)
-class _User:
-    """One request on its way; times are the loop's."""
-
-    request: Request
-    start_s: float = math.inf
-    first_s: float = math.inf
-    end_s: float = math.inf
-    chain: Chain = ()
-    repairs: int = 0
-    error: str = ""
-    has_come: bool = False
-
-
 class _Run:
     def __init__(
         self,
@@ -79,7 +60,7 @@ class _Run:
         self.scenario = scenario
         self._progress = progress
         self._limit_s = limit_s
-        self._users = [_User(request=request) for request in scenario.requests]
+        self._users = [User(request=request) for request in scenario.requests]
         self._done = 0
         self._servers = Servers(self)
         self._swarm = LiveSwarm(
@@ -102,7 +83,7 @@ class _Run:
     @property
     def running(self) -> int:
         """Sessions that are open."""
-        return sum(user.start_s < math.inf and not _is_over(user) for user in self._users)
+        return sum(user.start_s < math.inf and not user.is_over for user in self._users)
 
     @property
     def is_idle(self) -> bool:
@@ -135,11 +116,12 @@ class _Run:
         async with self._swarm as swarm:
             for server in swarm.servers:
                 await server.start(self._servers.loaded)
-            await self._warm_up()
+            for client in swarm.clients:
+                await warm_up(client)
             self._zero_s = asyncio.get_running_loop().time()
             self._servers.start()
             self._spawn(swarm.keep_hub())
-            asking = asyncio.gather(*(self._ask(user) for user in self._users))
+            asking = asyncio.gather(*(self._play(user) for user in self._users))
             try:
                 await self._first_of(asking)
                 last_s = max((event.at_s for event in self.scenario.events), default=0.0)
@@ -165,61 +147,17 @@ class _Run:
             if future.done():
                 future.result()
 
-    async def _warm_up(self) -> None:
-        """Each client has had a session already: links are dialled, round trips measured."""
-        for client in self._swarm.clients:
-            async with await client.open_session(ENCODING) as session:
-                await session.step(self._row(prompt_number(0)), 1)
-
-    async def _ask(self, user: _User) -> None:
+    async def _play(self, user: User) -> None:
         request = user.request
         await asyncio.sleep(max(0.0, request.at_s - self.now_s))
-        user.has_come = True
+        servers = {server.peer: server.number for server in self._swarm.servers}
+        client = self._swarm.clients[request.client]
         self._sample()
-        try:
-            client = self._swarm.clients[request.client]
-            async with await client.open_session(ENCODING) as session:
-                user.start_s = self.now_s
-                await self._converse(user, session)
-        except WrongText:
-            raise
-        except ShoalError as error:
-            user.error = f"{type(error).__name__}: {error}"
+        await ask(user, Place(client=client, servers=servers, now=lambda: self.now_s))
         self._done += 1
         self._sample()
         if self._progress is not None:
             self._progress(self._done, len(self._users))
-
-    async def _converse(self, user: _User, session: ChainSession) -> None:
-        """Prompt, then token by token, as a greedy reader does."""
-        request = user.request
-        reference = CostSequence(Span(0, self.scenario.problem.num_blocks))
-        if self.scenario.setup_s:
-            await asyncio.sleep(self.scenario.setup_s)
-        numbers = [prompt_number(token) for token in range(request.tokens_in)]
-        number = await self._step(session, reference, numbers)
-        user.first_s = self.now_s
-        for _ in range(request.tokens_out - 1):
-            number = await self._step(session, reference, [number])
-        user.end_s = self.now_s
-        user.chain = self._chain(session)
-        user.repairs = len(session.recoveries)
-
-    async def _step(
-        self, session: ChainSession, reference: CostSequence, numbers: list[int]
-    ) -> int:
-        payload = b"".join(map(self._row, numbers))
-        answer = number_of(await session.step(payload, len(numbers)), ENCODING)
-        if answer != [reference.push(number) for number in numbers][-1]:
-            raise WrongText(f"wrong row behind position {session.length - 1}")
-        return answer
-
-    def _row(self, number: int) -> bytes:
-        return row_of(number, hidden_size_of(self.scenario.problem), ENCODING)
-
-    def _chain(self, session: ChainSession) -> Chain:
-        numbers: dict[PeerId, int] = {one.peer: one.number for one in self._swarm.servers}
-        return tuple(Hop(numbers[stage.peer], stage.span) for stage in session.chain)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -235,7 +173,7 @@ class _Run:
             self._failure.set_exception(error)
 
     def _sample(self) -> None:
-        come = [user for user in self._users if user.has_come and not _is_over(user)]
+        come = [user for user in self._users if user.has_come and not user.is_over]
         running = sum(user.start_s < math.inf for user in come)
         used = tuple(_used(server) for server in self._swarm.servers)
         self._samples.append(
@@ -246,7 +184,7 @@ class _Run:
         return Result(
             fidelity="c",
             seed=self.scenario.seed,
-            served=tuple(map(_served, self._users)),
+            served=tuple(user.result() for user in self._users),
             placement=self._servers.loaded,
             samples=tuple(self._samples),
             history=tuple(self._servers.history),
@@ -256,25 +194,5 @@ class _Run:
         )
 
 
-def _is_over(user: _User) -> bool:
-    return user.end_s < math.inf or bool(user.error)
-
-
 def _used(server: LiveServer) -> float:
     return server.used if server.is_up else 0.0
-
-
-def _served(user: _User) -> Served:
-    request = user.request
-    return Served(
-        client=request.client,
-        at_s=request.at_s,
-        tokens_in=request.tokens_in,
-        tokens_out=request.tokens_out,
-        start_s=user.start_s,
-        first_s=user.first_s,
-        end_s=user.end_s,
-        chain=user.chain,
-        repairs=user.repairs,
-        error=user.error or ("" if user.end_s < math.inf else "not answered when time was over"),
-    )

@@ -18,7 +18,7 @@ from shoal.client.client import Client, ClientConfig, open_client
 from shoal.discovery.records import Record, RecordState, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
-from shoal.lab.cost_backend import ENCODINGS, MODEL, CostBackend, CostConfig
+from shoal.lab.cost_backend import MODEL, CostBackend, CostConfig
 from shoal.lab.network import LinkConditions, SimulatedNetwork
 from shoal.net.address import ListenAddress
 from shoal.net.identity import Identity
@@ -32,9 +32,6 @@ from shoal.server.quotas import Quotas
 from shoal.server.server import Server, open_server
 
 SWARM: Final = "lab"
-
-ENCODING: Final = ENCODINGS[0]
-"""Of rows on all links."""
 
 RECORD_TTL_S: Final = 600.0
 PATIENCE_S: Final = 7 * 86_400.0

@@ -22,6 +22,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,12 +78,17 @@ def trim_logs_at_once(server: Any) -> dict[str, Any]:
 ORDERS: Final = {"holdings": holdings, "drop": drop_everything, "trim": trim_logs_at_once}
 
 
-def _obey(order: str) -> Any:
-    """Run an order in the server's event loop."""
+@cache
+def _server_and_loop() -> tuple[Any, asyncio.AbstractEventLoop]:
     from shoal.server.server import Server
 
     server = _found(Server, lambda _: True)
-    loop = _found(asyncio.AbstractEventLoop, lambda one: one.is_running())
+    return server, _found(asyncio.AbstractEventLoop, lambda one: one.is_running())
+
+
+def _obey(order: str) -> Any:
+    """Run an order in the server's event loop."""
+    server, loop = _server_and_loop()
     done: list[Any] = []
     is_done = threading.Event()
 

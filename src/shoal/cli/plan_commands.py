@@ -9,6 +9,7 @@ from shoal.base.spans import Span
 from shoal.cli.plan_file import Cluster, PlannedServer
 from shoal.cli.plan_model import PAGE_TOKENS
 from shoal.plan.placement import Placement, free_bytes
+from shoal.plan.proposal import Proposal
 from shoal.plan.spec import Problem
 
 SPARE: Final = 2
@@ -18,6 +19,7 @@ SESSIONS: Final = 64
 """or for so many, whatever is more, as far as memory goes: larger passes gain little."""
 
 MODEL: Final = '"$MODEL"'
+MODEL_LINE: Final = "# MODEL: a directory, a .gguf file, a known name or a hub id"
 ADDRESS: Final = '"$ADDRESS"'
 
 
@@ -27,22 +29,45 @@ def command_lines(cluster: Cluster, placement: Placement) -> tuple[str, ...]:
     The first server begins the swarm; the others join by the address that its ready line
     prints, to be put into $ADDRESS. $MODEL stands for a model that has no name.
     """
-    lines: list[str] = []
-    if cluster.model.given is None:
-        lines.append("# MODEL: a directory, a .gguf file, a known name or a hub id")
-    first = ""
-    for server, span in placement.hosted():
-        if not first:
-            first = cluster.servers[server].name
-        lines.append(f"# on {cluster.servers[server].name}")
-        is_first = cluster.servers[server].name == first
-        lines.append(_command(cluster, server, span, is_first=is_first))
-        if is_first and len(placement.hosted()) > 1:
-            lines.append(f"# ADDRESS: the address on the ready line of {first}")
+    lines = [] if cluster.model.given is not None else [MODEL_LINE]
+    for turn, (server, span) in enumerate(placement.hosted()):
+        name = cluster.servers[server].name
+        lines.append(f"# on {name}")
+        lines.append(_command(cluster, server, span, join=ADDRESS if turn else None))
+        if not turn and len(placement.hosted()) > 1:
+            lines.append(f"# ADDRESS: the address on the ready line of {name}")
     return tuple(lines)
 
 
-def _command(cluster: Cluster, server: int, span: Span, *, is_first: bool) -> str:
+def move_lines(cluster: Cluster, proposal: Proposal) -> tuple[str, ...]:
+    """The same for a live swarm: only servers that move.
+
+    Each joins by the address of one that stays, or moves later. Started anew, a server has a
+    new identity and so a new address: if all move, the last joins by the first one's.
+    """
+    moves = proposal.change.moves if proposal.change is not None else ()
+    moving = {move.server for move in moves}
+    staying = [server for server in range(len(cluster.servers)) if server not in moving]
+    lines: list[str] = []
+    for turn, move in enumerate(moves):
+        name = cluster.servers[move.server].name
+        if move.after is None:
+            lines.append(f"# {name}: stop it")
+            continue
+        lines.append(f"# {name}: stop it (its sessions go on elsewhere), then")
+        there = [*staying, *(later.server for later in moves[turn + 1 :])]
+        join = shlex.quote(cluster.servers[there[0]].address) if there else None
+        if not there and turn:
+            first = cluster.servers[moves[0].server].name
+            lines.append(f"# ADDRESS: the address on the new ready line of {first}")
+            join = ADDRESS
+        lines.append(_command(cluster, move.server, move.after, join=join))
+    if lines and cluster.model.given is None:
+        lines.insert(0, MODEL_LINE)
+    return tuple(lines)
+
+
+def _command(cluster: Cluster, server: int, span: Span, *, join: str | None) -> str:
     model, planned = cluster.model, cluster.servers[server]
     words = ["shoal", "serve", MODEL if model.given is None else shlex.quote(model.given)]
     words += ["--blocks", f"{span.start}:{span.end}"]
@@ -54,8 +79,8 @@ def _command(cluster: Cluster, server: int, span: Span, *, is_first: bool) -> st
         words += ["--device", planned.device]
     words += ["--cache-tokens", str(cache_tokens(cluster.problem, server, span))]
     words += _addresses(planned)
-    if not is_first:
-        words += ["--join", ADDRESS]
+    if join is not None:
+        words += ["--join", join]
     return " ".join(words)
 
 

@@ -25,7 +25,14 @@ from shoal.cli.plan_reader import Table
 from shoal.net.address import parse_listen
 from shoal.plan.change import LOAD_BYTES_PER_S
 from shoal.plan.cost import HOP_S
-from shoal.plan.devices import DEVICES, BlockTimes, BlockWork, Device, estimate
+from shoal.plan.devices import (
+    DEVICES,
+    BlockTimes,
+    BlockWork,
+    Device,
+    decode_between,
+    estimate,
+)
 from shoal.plan.place.cgbp import choose_sessions
 from shoal.plan.placement import Placement, check_placement
 from shoal.plan.spec import DecodeTimes, Flow, Links, Problem, ServerSpec, Workload
@@ -40,6 +47,9 @@ USABLE: Final = 0.9
 TOKENS_IN: Final = 512
 TOKENS_OUT: Final = 256
 """A question with some context and its answer."""
+
+NAMES_MAX: Final = 8
+"""Servers that a note names."""
 
 LISTEN: Final = "tcp://0.0.0.0:4001"
 """Where a server listens if the file says nothing: for everybody who can reach it."""
@@ -57,6 +67,8 @@ class PlannedServer:
     announce: str | None = None
     is_estimated: bool = False
     """Its speed is an estimate from data sheets."""
+    address: str = ""
+    """In a live swarm: where it is now, as others join it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,10 +332,13 @@ def _times(
     batch, seconds = decode.points[-1]
     # A prompt's rows are one large batch: no slower each than those of the largest measured.
     row_ms = guess.prefill_s_per_block_token * 1e3 if guess else seconds / batch * 1e3
+    prefill_s = table.number("prefill_ms", row_ms, high=1e6) / 1e3
+    if len(decode.points) == 1 and batch == 1 and "prefill_ms" in table:
+        decode = decode_between(seconds, prefill_s)
     return BlockTimes(
         decode=decode,
         prefill_s_per_block=table.number("prefill_fixed_ms", 0.0, high=1e6) / 1e3,
-        prefill_s_per_block_token=table.number("prefill_ms", row_ms, high=1e6) / 1e3,
+        prefill_s_per_block_token=prefill_s,
     ), True
 
 
@@ -364,11 +379,22 @@ def _notes(entries: tuple[_Entry, ...], places: Places) -> tuple[str, ...]:
     notes = []
     guessed = [entry.server.name for entry in entries if entry.server.is_estimated]
     if guessed:
-        who = "all servers" if len(guessed) == len(entries) else ", ".join(guessed[:8])
-        more = "" if len(guessed) <= 8 or len(guessed) == len(entries) else ", ..."
         notes.append(
-            f"Speeds of {who}{more} are estimates from data sheets, good to a factor of two."
+            f"Speeds of {_some(guessed, entries)} are estimates from data sheets, good to a factor "
+            "of two."
+        )
+    flat = [entry.server.name for entry in entries if len(entry.spec.decode.points) == 1]
+    if flat:
+        notes.append(
+            f"Decode times of {_some(flat, entries)} are for one session: passes of several are "
+            "taken to be as quick (give decode_ms by batch, or prefill_ms)."
         )
     if places.has_positions:
         notes.append("Round trips between places are estimates from their distance.")
     return tuple(notes)
+
+
+def _some(names: list[str], entries: tuple[_Entry, ...]) -> str:
+    if len(names) == len(entries):
+        return "all servers"
+    return ", ".join(names[:NAMES_MAX]) + (", ..." if len(names) > NAMES_MAX else "")

@@ -21,6 +21,7 @@ def advise(problem: Problem, proposal: Proposal) -> tuple[str, ...]:
     """The sentences, the most important first."""
     said = [
         _splitting(problem, proposal.splits),
+        _still_split(proposal),
         _needed(problem, proposal),
         *_load(problem, proposal),
         _move(problem, proposal),
@@ -75,6 +76,20 @@ def _splitting(problem: Problem, splits: Sequence[Split]) -> str:
     return (
         f"How many servers share the model hardly matters for one session: {best_text} over "
         f"{best.num_servers}, {seconds_text(most.seconds)} over {most.num_servers}."
+    )
+
+
+def _still_split(proposal: Proposal) -> str:
+    """Why a plan is slower for one session than the fastest split."""
+    best = min(proposal.splits, key=lambda one: one.seconds, default=None)
+    alone_s = proposal.best.outlook.alone_s
+    if best is None or not best.seconds * (1 + ALIKE) < alone_s < math.inf:
+        return ""
+    if proposal.best.policy == PRESENT:
+        return ""
+    return (
+        f"This plan takes {seconds_text(alone_s)} for one session all the same: it has room for "
+        "more at a time."
     )
 
 

@@ -118,3 +118,13 @@ def estimate(device: Device, work: BlockWork) -> BlockTimes:
         prefill_s_per_block=PASS_S + reading,
         prefill_s_per_block_token=row,
     )
+
+
+def decode_between(decode_s: float, prefill_s_per_token: float) -> DecodeTimes:
+    """Decode times by batch from two measurements: one row, and a row of a long prompt.
+
+    A pass of `BATCHES[-1]` rows costs about what so many rows of a prompt cost, and never
+    less than one of a single row.
+    """
+    most = BATCHES[-1]
+    return DecodeTimes(points=((1, decode_s), (most, max(decode_s, most * prefill_s_per_token))))

@@ -1,6 +1,6 @@
 """Trying the rules of placement one after the other, and comparing what they find.
 
-Each rule's placement is also tried with its idle servers put where replicas are fewest.
+Each rule's placement is also tried with the memory that it leaves used for replicas.
 `shoal.plan.proposal` makes an answer of it.
 """
 
@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final, Literal, get_args
 
 from shoal.base.errors import ConfigError, NoRouteError
+from shoal.base.spans import Span
 from shoal.plan.bounds import request_bound_s, throughput_bound
 from shoal.plan.compose import scorer
 from shoal.plan.cost import Currency
@@ -168,21 +169,29 @@ class Trials:
             self.failed[name] = error.detail
 
     def _add(self, name: str, placement: Placement, *, fills: bool = True) -> None:
-        for one in (placement, self._filled(placement) if fills else placement):
+        options = {name: placement}
+        if fills and placement.cache_bytes is None:  # Petals' caches stay as they are
+            options[f"{name} + replicas"] = self._filled(placement)
+        for policy, one in options.items():
             if one not in self.tried and fits(self.problem, one):
                 outlook = look_ahead(self.problem, one, self.rates)
-                self.tried[one] = Tried(policy=name, placement=one, outlook=outlook)
+                self.tried[one] = Tried(policy=policy, placement=one, outlook=outlook)
 
     def _filled(self, placement: Placement) -> Placement:
-        """With its idle servers where replicas are fewest; Petals' caches stay as they are."""
-        if placement.cache_bytes is not None:
-            return placement
+        """With memory that is left used for replicas: nobody's way gets longer by that.
+
+        Idle servers go where replicas are fewest; others host more blocks before their own,
+        which sessions need not run.
+        """
         sessions = self.problem.workload.sessions
         for server, span in enumerate(placement.spans):
-            size = 0 if span is not None else self.problem.blocks_max(server, sessions)
-            if size:
+            size = self.problem.blocks_max(server, sessions)
+            if span is None and size:
                 count = replicas(self.problem, placement)
                 placement = placement.moved(server, choose_span(count, size))
+            elif span is not None and size > len(span):
+                wider = Span(max(0, span.end - size), span.end)
+                placement = placement.moved(server, wider)
         return placement
 
     def _best(self) -> Tried:

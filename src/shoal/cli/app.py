@@ -27,6 +27,7 @@ COMMANDS: Final = (
     "generate",
     "chat",
     "status",
+    "plan",
     "doctor",
     "bench",
     "swarm",

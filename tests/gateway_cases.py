@@ -102,7 +102,12 @@ class Gate:
 
 @contextmanager
 def gate(
-    config: GatewayConfig | None = None, *, cache: Path, replicas: int = 1, **served: Any
+    config: GatewayConfig | None = None,
+    *,
+    cache: Path,
+    patience_s: float = 10.0,
+    replicas: int = 1,
+    **served: Any,
 ) -> Iterator[Gate]:
     """A gateway over servers of the tiny llama."""
     config = config or GatewayConfig(names=("tiny",))
@@ -116,7 +121,7 @@ def gate(
             model=model_hash(source, cache),
             num_blocks=int(source.config.num_hidden_layers),
             hidden_size=int(source.config.hidden_size),
-            patience_s=10.0,
+            patience_s=patience_s,
         )
         head = load_head(source)
         stack = AsyncExitStack()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from starlette.responses import FileResponse
 from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -88,7 +89,7 @@ class Api:
         self._text_of = token_text(parts.engine.served.words.tokenizer)
 
     def routes(self, more: Sequence[BaseRoute] = ()) -> Router:
-        """All paths; `more` come before the pages."""
+        """All paths; `more` are other pages."""
         return Router(
             [
                 Route("/v1/chat/completions", _Asgi(self.chat), methods=["POST"]),
@@ -98,7 +99,8 @@ class Api:
                 Route("/health", _Asgi(self.health), methods=["GET"]),
                 Route("/metrics", _Asgi(self.metrics), methods=["GET"]),
                 *more,
-                Mount("/", StaticFiles(directory=STATIC, html=True)),
+                Route("/", _Asgi(self.page), methods=["GET"]),
+                Mount("/static", StaticFiles(directory=STATIC)),
             ]
         )
 
@@ -268,6 +270,10 @@ class Api:
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET /metrics, for Prometheus."""
         await send_whole(send, self._parts.meter.text(), kind=metering.CONTENT_TYPE)
+
+    async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET /: the chat page."""
+        await FileResponse(STATIC / "index.html")(scope, receive, send)
 
     def _model_object(self) -> dict[str, Any]:
         facts = self._parts.facts

@@ -28,6 +28,10 @@ KEEP_ALIVE_S: Final = 75
 FAREWELL_S: Final = 5
 """Answers that are being written when the gateway stops get so long."""
 
+UNSENT_BYTES: Final = 128 << 10
+"""What the system takes of an answer before its reader does. Left alone it would be megabytes
+for each reader that reads nothing."""
+
 BACKLOG: Final = 256
 
 
@@ -113,6 +117,7 @@ def _bind(listening: Listening) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT_BYTES)
             bound.bind(address)
             bound.listen(BACKLOG)  # who comes before uvicorn runs, waits
         except OSError:

@@ -38,6 +38,7 @@ def test_greedy_answer_equals_transformers(model, swarm):
         "text",
         "token_ids",
         "prompt_tokens",
+        "resumed_tokens",
         "time_to_first_token_s",
         "tokens_per_s",
         "chain",

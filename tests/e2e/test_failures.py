@@ -161,10 +161,12 @@ def test_a_server_can_be_stopped_while_it_loads(model, swarm):
 
 def test_missing_blocks_are_named(model, serve):
     (lonely,) = serve(model, ["2:5"])
-    result = run("generate", str(model), "--join", lonely.address, "--prompt", "x")
+    command = ("generate", str(model), "--join", lonely.address, "--prompt", "x")
+    result = run(*command, "--patience", "2")
     assert result.returncode == 1
+    assert "waiting, 1 s left: no server for blocks [0,2), [5,7)" in result.stderr
     line = error_line(result.stderr)
-    assert "[0,2), [5,7)" in line
+    assert "holds blocks [0,2) and [5,7)" in line
     assert "--blocks 0:2" in line
     status = run("status", "--join", lonely.address)
     assert "missing: blocks [0,2)" in status.stdout

@@ -5,7 +5,7 @@ import pytest
 from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.ids import PeerId, peer_text
 from shoal.base.spans import Span
-from shoal.cli.answering import as_dict, check_served, common_encoding, summary
+from shoal.cli.answering import as_dict, check_model, common_encoding, summary
 from shoal.cli.generate import read_prompt
 from shoal.cli.models import OpenModel
 from shoal.cli.status import Seen, as_dicts
@@ -13,6 +13,7 @@ from shoal.cli.threads import physical_cores
 from shoal.client.session import Recovery
 from shoal.discovery.directory import SignedRecord, Snapshot
 from shoal.discovery.records import Record
+from shoal.hf.connection import check_served
 from shoal.hf.generation import Answer, Speed, Token, measure
 from shoal.plan.view import Stage
 from shoal.wire.messages import Load
@@ -56,24 +57,33 @@ def test_cores_are_counted_once_per_pair_of_threads(tmp_path, monkeypatch):
     assert physical_cores(tmp_path / "nowhere") == 1
 
 
+def served(*records):
+    check_served(snapshot(*records), given=MODEL.given, model=MODEL.name, num_blocks=6)
+
+
 def test_all_blocks_served_is_fine_joining_servers_included():
-    check_served(snapshot(record(0, 3), record(3, 6, state="joining")), MODEL)
+    served(record(0, 3), record(3, 6, state="joining"))
 
 
 def test_missing_blocks_are_named():
     with pytest.raises(NoRouteError, match=r"\[0,2\), \[4,6\)") as caught:
-        check_served(snapshot(record(2, 4)), MODEL)
+        served(record(2, 4))
     assert caught.value.missing == ((0, 2), (4, 6))
 
 
 def test_nobody_there_means_all_blocks_are_missing():
     with pytest.raises(NoRouteError, match=r"\[0,6\)"):
-        check_served(snapshot(), MODEL)
+        served()
+
+
+@pytest.mark.parametrize("records", [[], [record(2, 4)]])
+def test_commands_wait_for_missing_blocks(records):
+    check_model(snapshot(*records), MODEL)
 
 
 def test_another_model_is_named_with_ours():
     with pytest.raises(ConfigError, match=r"model xyz \(8 blocks\).*\./mine is model abc"):
-        check_served(snapshot(record(0, 8, model="xyz", num_blocks=8)), MODEL)
+        check_model(snapshot(record(0, 8, model="xyz", num_blocks=8)), MODEL)
 
 
 def test_encoding_is_that_of_most_servers():
@@ -120,6 +130,7 @@ def test_answer_as_json_and_for_people():
         "text": "hi",
         "token_ids": [1, 2],
         "prompt_tokens": 3,
+        "resumed_tokens": 0,
         "time_to_first_token_s": 0.5,
         "tokens_per_s": 4.0,
         "chain": [{"peer": peer_text(B), "blocks": [0, 6]}],

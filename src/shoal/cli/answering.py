@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from shoal.base.errors import NoRouteError
 from shoal.base.ids import peer_text, short
+from shoal.cli.answer_file import AnswerFile, keeping, name_of
 from shoal.cli.joining import SwarmChoice, Visitor, visit, wall_clock
 from shoal.cli.models import OpenModel
+from shoal.cli.waiting import with_hint
 from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.waiting import OnWaiting
 from shoal.discovery.directory import Snapshot
 from shoal.hf import connection
 from shoal.hf.connection import common_encoding as common_encoding
 from shoal.hf.detokenize import Detokenizer
-from shoal.hf.generation import Answer, Token, generate, summarize
+from shoal.hf.generation import Answer, Speed, Token, generate, summarize
 from shoal.hf.head import Head, load_head
 from shoal.hf.sampling import Sampler
+from shoal.hf.saved_answer import SavedAnswer, block_classes
 from shoal.wire.tensors import INT8_BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateSettings:
-    """What `shoal generate` was asked to do, checked."""
+class Question:
+    """A prompt to continue, and how."""
 
-    swarm: SwarmChoice
     prompt: str
     max_new_tokens: int
     sampler: Sampler
@@ -35,58 +40,162 @@ class GenerateSettings:
     """None: what most servers compute in."""
     is_compressed: bool
     """Whether servers send each other compressed rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """What `shoal generate` was asked to do, checked."""
+
+    swarm: SwarmChoice
+    task: Question | SavedAnswer
+    """A new answer, or one to go on with."""
     patience_s: float
+    save: Path | None = None
+    """The file that keeps the answer while it comes."""
+    on_waiting: OnWaiting | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """An answer as text and as tokens, the part that was there before included."""
+
+    text: str
+    answer: Answer
+    num_resumed: int
+    """New tokens that were in the file already."""
+
+
+class _Page:
+    """Text from tokens, shown piece by piece."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._show = show
+        self._pieces: list[str] = []
+
+    def add(self, token_id: int) -> None:
+        self._take(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        self._take(self._detokenizer.finish())
+        return "".join(self._pieces)
+
+    def _take(self, text: str) -> None:
+        self._pieces.append(text)
+        self._show(text)
 
 
 async def answer_prompt(
     settings: GenerateSettings, model: OpenModel, show: Callable[[str], None]
-) -> tuple[str, Answer]:
+) -> Written:
     """The new text and how it came about; `show` gets the text piece by piece.
 
+    Of an answer that is resumed, the text so far comes first.
+
     Raises:
-        ConfigError: another model than the swarm's, an empty or impossible request.
+        ConfigError: another model than the swarm's, an empty or impossible request, or a
+            file that can't be written.
         NoRouteError, PeerError, SessionError: the swarm could not do it.
     """
+    task, eos_ids = settings.task, model.source.eos_token_ids
     tokenizer = model.source.tokenizer()
-    prompt_ids = [int(token) for token in tokenizer(settings.prompt)["input_ids"]]
-    detokenizer = Detokenizer(tokenizer)
-    pieces: list[str] = []
-    tokens: list[Token] = []
-
-    def take(text: str) -> None:
-        pieces.append(text)
-        show(text)
-
+    page = _Page(tokenizer, show)
+    if isinstance(task, SavedAnswer):
+        for token_id in task.token_ids:
+            page.add(token_id)
+        if task.is_complete(eos_ids):
+            return Written(
+                text=page.finish(), answer=_as_it_is(task), num_resumed=len(task.token_ids)
+            )
     async with visit(settings.swarm) as visitor:
         snapshot = visitor.directory.snapshot()
-        check_served(snapshot, model)
-        encoding = settings.dtype or common_encoding(snapshot, model.name)
-        head: Head = load_head(model.source, dtype=encoding)
-        started_s = asyncio.get_running_loop().time()
+        check_model(snapshot, model)
+        begun = task
+        if isinstance(begun, Question):
+            prompt_ids = [int(token) for token in tokenizer(begun.prompt)["input_ids"]]
+            begun = _begin(begun, prompt_ids, model, snapshot)
+        head = load_head(model.source, dtype=begun.encoding)
         async with (
-            open_swarm_client(visitor, model, settings.patience_s) as client,
-            await client.open_session(
-                encoding, inner_encoding=INT8_BLOCK if settings.is_compressed else None
-            ) as session,
+            keeping(settings.save, begun) as file,
+            open_swarm_client(visitor, model, settings.patience_s, settings.on_waiting) as client,
         ):
-            async for token in generate(
-                session,
-                head,
-                prompt_ids,
-                max_new_tokens=settings.max_new_tokens,
-                sampler=settings.sampler,
-                eos_ids=model.source.eos_token_ids,
-            ):
-                tokens.append(token)
-                take(detokenizer.push(token.id))
-            take(detokenizer.finish())
-            answer = summarize(session, tokens, prompt_tokens=len(prompt_ids), started_s=started_s)
-    return "".join(pieces), answer
+            try:
+                answer = await _go_on(begun, client, head, eos_ids, page, file)
+            except NoRouteError as error:
+                raise with_hint(error, model.given) from error
+    return Written(text=page.finish(), answer=answer, num_resumed=len(begun.token_ids))
+
+
+def _begin(
+    question: Question, prompt_ids: list[int], model: OpenModel, snapshot: Snapshot
+) -> SavedAnswer:
+    """An answer without tokens."""
+    return SavedAnswer(
+        model=model.name,
+        given=name_of(model.given),
+        num_blocks=model.num_blocks,
+        prompt_ids=tuple(prompt_ids),
+        max_new_tokens=question.max_new_tokens,
+        sampler=question.sampler,
+        encoding=question.dtype or common_encoding(snapshot, model.name),
+        is_compressed=question.is_compressed,
+    )
+
+
+async def _go_on(
+    begun: SavedAnswer,
+    client: Client,
+    head: Head,
+    eos_ids: Collection[int],
+    page: _Page,
+    file: AnswerFile | None,
+) -> Answer:
+    """The rest of the answer; what comes back has all of it."""
+    tokens: list[Token] = []
+    started_s = asyncio.get_running_loop().time()
+    async with await client.open_session(
+        begun.encoding, inner_encoding=INT8_BLOCK if begun.is_compressed else None
+    ) as session:
+
+        def so_far() -> SavedAnswer:
+            classes = block_classes(session.chain, client.view())
+            return begun.grown([token.id for token in tokens], session.numerics, classes)
+
+        async for token in generate(
+            session,
+            head,
+            begun.prompt_ids,
+            max_new_tokens=begun.tokens_left,
+            sampler=begun.sampler,
+            eos_ids=eos_ids,
+            past_ids=begun.token_ids,
+        ):
+            tokens.append(token)
+            page.add(token.id)
+            if file is not None:
+                file.grew(so_far)
+        answer = summarize(
+            session, tokens, prompt_tokens=len(begun.prompt_ids), started_s=started_s
+        )
+        whole = so_far()
+    return replace(answer, token_ids=whole.token_ids, numerics=whole.numerics)
+
+
+def _as_it_is(saved: SavedAnswer) -> Answer:
+    """An answer to which nothing was added."""
+    return Answer(
+        token_ids=saved.token_ids,
+        prompt_tokens=len(saved.prompt_ids),
+        speed=Speed(time_to_first_token_s=0.0, tokens_per_s=0.0),
+        chain=(),
+        recoveries=(),
+        numerics=saved.numerics,
+    )
 
 
 @asynccontextmanager
 async def open_swarm_client(
-    visitor: Visitor, model: OpenModel, patience_s: float
+    visitor: Visitor, model: OpenModel, patience_s: float, on_waiting: OnWaiting | None = None
 ) -> AsyncIterator[Client]:
     """A client of the visitor's swarm for one model."""
     config = ClientConfig(
@@ -94,6 +203,7 @@ async def open_swarm_client(
         num_blocks=model.num_blocks,
         hidden_size=model.hidden_size,
         patience_s=patience_s,
+        on_waiting=on_waiting,
     )
     async with open_client(
         visitor.identity,
@@ -107,19 +217,23 @@ async def open_swarm_client(
         yield client
 
 
-def check_served(snapshot: Snapshot, model: OpenModel) -> None:
-    """Refuse at once what can't work; see `shoal.hf.connection.check_served`."""
-    connection.check_served(
+def check_model(snapshot: Snapshot, model: OpenModel) -> None:
+    """Refuse at once what can't work; see `shoal.hf.connection.check_model`.
+
+    Blocks that nobody has are waited for.
+    """
+    connection.check_model(
         snapshot, given=model.given, model=model.name, num_blocks=model.num_blocks
     )
 
 
-def as_dict(text: str, answer: Answer) -> dict[str, Any]:
+def as_dict(text: str, answer: Answer, num_resumed: int = 0) -> dict[str, Any]:
     """The answer as `--json` prints it; peers as in ready lines, blocks as [start, end]."""
     return {
         "text": text,
         "token_ids": list(answer.token_ids),
         "prompt_tokens": answer.prompt_tokens,
+        "resumed_tokens": num_resumed,
         "time_to_first_token_s": answer.speed.time_to_first_token_s,
         "tokens_per_s": answer.speed.tokens_per_s,
         "chain": [
@@ -140,11 +254,14 @@ def as_dict(text: str, answer: Answer) -> dict[str, Any]:
     }
 
 
-def summary(answer: Answer) -> str:
+def summary(answer: Answer, num_resumed: int = 0) -> str:
     """Speed, chain and repairs, for a person."""
+    if not answer.chain:
+        return f"{len(answer.token_ids)} tokens; the answer was complete"
     chain = " -> ".join(f"{short(stage.peer)} {stage.span}" for stage in answer.chain)
+    before = f" ({num_resumed} of them before)" if num_resumed else ""
     lines = [
-        f"{len(answer.token_ids)} tokens, first after "
+        f"{len(answer.token_ids)} tokens{before}, first after "
         f"{answer.speed.time_to_first_token_s:.2f} s, then "
         f"{answer.speed.tokens_per_s:.1f} tokens/s",
         f"chain: {chain}",

@@ -27,6 +27,7 @@ from shoal.cli.options import (
 from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 from shoal.cli.transcript import ChatSettings, Transcript, load_transcript
+from shoal.cli.waiting import WaitingLine
 
 MAX_NEW_TOKENS: Final = 512
 TEMPERATURE: Final = 0.7
@@ -97,7 +98,8 @@ def chat(
     Type a message and press Enter; a line that ends with a backslash goes on in the next
     one. /help lists the commands: /reset, /undo, /retry, /system, /save, /load, /set,
     /chain, /quit. Ctrl-C stops an answer; a second Ctrl-C, or Ctrl-D, leaves. If a server
-    fails, another one takes over and the answer goes on.
+    fails, another one takes over and the answer goes on; where there is none, a line says what
+    is waited for, until --patience is over.
 
     Answers go to stdout, everything else to stderr. Without a terminal each line of stdin is
     a message or a command, and the first failure ends it.
@@ -116,7 +118,7 @@ def chat(
     transcript = Transcript() if load is None else load_transcript(load)
     if system is not None:
         transcript = Transcript(system=system or None, turns=transcript.turns)
-    written = None if template is None else _read_template(template)
+    written = None if template is None else read_template(template)
     limit_bytes = parse_size(cache_limit, "--cache-limit") if weights_from_peers else None
     with noticing_interrupts(signal.SIGINT):
         from shoal.cli.chat_host import ChatTarget, fetch_model, hosting
@@ -124,6 +126,7 @@ def chat(
         from shoal.cli.models import open_model
 
         opened = open_model(model) if limit_bytes is None else None
+    line = WaitingLine()
     target = ChatTarget(
         swarm=choice,
         model=opened or fetch_model(model, choice, limit_bytes or 0),
@@ -131,10 +134,13 @@ def chat(
         dtype=dtype,
         is_compressed=compress,
         patience_s=patience,
+        on_waiting=line.told,
     )
     _quiet_warnings()
     with hosting(target) as (background, conversation):
         room = ChatRoom(background, conversation, transcript, settings)
+        line.break_line = room.break_line
+        line.is_wanted = lambda: conversation.is_answering
         room.greet(model)
         room.talk(is_terminal=sys.stdin.isatty())
 
@@ -146,7 +152,12 @@ def _quiet_warnings() -> None:
         logger.setLevel(logging.ERROR)
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The chat template in a file.
+
+    Raises:
+        ConfigError: it can't be read, or is larger than any template.
+    """
     try:
         if path.stat().st_size > TEMPLATE_BYTES_MAX:
             raise ConfigError(f"--template {path}: larger than {TEMPLATE_BYTES_MAX} bytes")

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from shoal.cli.answering import check_served, common_encoding, open_swarm_client
+from shoal.cli.answering import check_model, common_encoding, open_swarm_client
 from shoal.cli.chatting import Conversation, template_renderer
 from shoal.cli.joining import SwarmChoice, visit
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import fetch_for_client
+from shoal.client.waiting import OnWaiting
 from shoal.hf.head import load_head
 from shoal.hf.loop import BackgroundLoop
 from shoal.wire.tensors import INT8_BLOCK
@@ -34,6 +35,7 @@ class ChatTarget:
     """None: what most servers compute in."""
     is_compressed: bool
     patience_s: float
+    on_waiting: OnWaiting | None = None
 
 
 def fetch_model(given: str, swarm: SwarmChoice, limit_bytes: int) -> OpenModel:
@@ -51,7 +53,7 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
 
     Raises:
         ConfigError: another model than the swarm's, or no chat template.
-        NoRouteError, PeerError: the swarm can't be reached or misses blocks.
+        PeerError: the swarm can't be reached.
     """
     tokenizer = target.model.source.tokenizer()
     render = template_renderer(tokenizer, target.template)
@@ -62,17 +64,19 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
         async def host() -> None:
             async with visit(target.swarm) as visitor:
                 snapshot = visitor.directory.snapshot()
-                check_served(snapshot, target.model)
+                check_model(snapshot, target.model)
                 encoding = target.dtype or common_encoding(snapshot, target.model.name)
                 head = load_head(target.model.source, dtype=encoding)
-                async with open_swarm_client(visitor, target.model, target.patience_s) as client:
+                async with open_swarm_client(
+                    visitor, target.model, target.patience_s, target.on_waiting
+                ) as client:
                     inner = INT8_BLOCK if target.is_compressed else None
                     conversation = Conversation(
                         partial(client.open_session, encoding, inner_encoding=inner),
                         head,
                         tokenizer,
                         render,
-                        _end_tokens(target.model, tokenizer),
+                        end_tokens(target.model, tokenizer),
                     )
                     opened.set_result(conversation)
                     await ending.wait()
@@ -87,7 +91,7 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
             hosted.result()
 
 
-def _end_tokens(model: OpenModel, tokenizer: object) -> frozenset[int]:
+def end_tokens(model: OpenModel, tokenizer: object) -> frozenset[int]:
     """Tokens that end an answer: those of the model, and the one of the chat template."""
     own = getattr(tokenizer, "eos_token_id", None)
     return frozenset(model.source.eos_token_ids) | ({own} if isinstance(own, int) else set())

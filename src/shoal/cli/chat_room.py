@@ -181,9 +181,14 @@ class ChatRoom:
         _print_piece(text)
 
     def _show_repair(self, recovery: Recovery) -> None:
+        self.break_line()
+        _tell_repair(recovery)
+
+    def break_line(self) -> None:
+        """A remark amid the answer begins a line, where a person sees both."""
         if self._is_midline and sys.stdout.isatty():
             note("")
-        _tell_repair(recovery)
+            self._is_midline = False
 
     def _tell(self, reply: Reply) -> None:
         ending = ", stopped" if reply.is_stopped else ""

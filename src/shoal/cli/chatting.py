@@ -80,6 +80,11 @@ class Conversation:
         self._answering: asyncio.Task[Any] | None = None
         self._is_stopping = False
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer is coming."""
+        return self._answering is not None
+
     async def answer(
         self,
         messages: Messages,

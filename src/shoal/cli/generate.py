@@ -8,7 +8,7 @@ import secrets
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -22,15 +22,24 @@ from shoal.cli.options import (
     JoinOption,
     JsonOption,
     LanOption,
-    ModelArgument,
+    OptionalModelArgument,
     SwarmOption,
     ThreadsOption,
 )
 from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
+from shoal.cli.waiting import WaitingLine
+
+if TYPE_CHECKING:
+    from shoal.cli.answering import GenerateSettings, Written
+    from shoal.cli.models import OpenModel
+    from shoal.hf.saved_answer import SavedAnswer
 
 PATIENCE_S: Final = 60.0
-"""How long to look for a chain when servers are full, load or fail."""
+"""How long to look for a chain when servers are missing, full, load or fail."""
+
+NOT_WITH_RESUME: Final = ("prompt", "prompt_file", "temperature", "seed", "dtype", "compress")
+"""Options that the file of an answer answers itself."""
 
 
 PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")]
@@ -64,7 +73,23 @@ CompressOption = Annotated[
 ]
 PatienceOption = Annotated[
     float,
-    typer.Option(metavar="S", help="Seconds to wait for servers that are full or failing."),
+    typer.Option(
+        metavar="S", help="Seconds to wait for servers that are missing, full or failing."
+    ),
+]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Keep the answer in FILE while it comes, so that --resume can go on."
+    ),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Go on with the answer in FILE, also after this command was killed: the same "
+        "tokens. Goes on saving there.",
+    ),
 ]
 
 
@@ -74,7 +99,8 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: ModelArgument,
+    context: typer.Context,
+    model: OptionalModelArgument = None,
     join: JoinOption = None,
     lan: LanOption = False,
     prompt: PromptOption = None,
@@ -84,6 +110,8 @@ def generate(
     seed: SeedOption = None,
     dtype: DtypeOption = None,
     compress: CompressOption = False,
+    save: SaveOption = None,
+    resume: ResumeOption = None,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
     weights_from_peers: FromPeersOption = False,
@@ -96,55 +124,128 @@ def generate(
 
     The prompt goes in as it is, without a chat template. MODEL must be the very model that
     the servers hold: embedding and head are computed here. If a server fails, another one
-    with the same blocks takes over and the text goes on.
+    with the same blocks takes over and the text goes on; where there is none, the command
+    says on stderr what it waits for, until --patience is over.
+
+    With --save FILE an answer outlives this command: --resume FILE shows the text so far and
+    goes on, with the same tokens as if nothing had happened, greedy or sampled. MODEL and how
+    tokens are chosen are in the file; --max-new-tokens may be raised. Only you can read it.
 
     With --weights-from-peers config, tokenizer, embedding, norm and head come from the swarm.
     A model's hash does not cover the tokenizer: peers must offer the same one, or you name the
     one you trust as HASH.FILES.
 
     With --json the last line on stdout is an object: text, token_ids (new ones only),
-    prompt_tokens, time_to_first_token_s (from the start of opening the session),
-    tokens_per_s (without the first token), chain, recoveries, numerics.
+    prompt_tokens, resumed_tokens (new ones that were in FILE), time_to_first_token_s (from the
+    start of opening the session), tokens_per_s (without the first token), chain, recoveries,
+    numerics.
 
     \b
     Examples:
       shoal generate smollm2-135m-instruct --join ADDR --prompt "The sea is"
       shoal generate smollm2-135m-instruct --join ADDR --prompt-file story.txt \\
           --temperature 0.8 --seed 7 --max-new-tokens 200 --json
+      shoal generate smollm2-135m-instruct --join ADDR --prompt "The sea is" --save sea.shoal
+      shoal generate --resume sea.shoal --join ADDR
       shoal generate 2150765b1495 --join ADDR --weights-from-peers --prompt "The sea is"
     """
     set_threads(threads)
     choice = SwarmChoice.to_visit(join, swarm, invite, lan)
-    text = read_prompt(prompt, prompt_file)
+    given = _given(context)
+    if resume is not None:
+        _check_resumes(given, resume)
+    elif model is None:
+        raise ConfigError("which model? Give MODEL, or --resume FILE of an answer")
+    text = read_prompt(prompt, prompt_file) if resume is None else ""
+    limit_bytes = parse_size(cache_limit, "--cache-limit") if weights_from_peers else None
     with noticing_interrupts(signal.SIGINT):
-        from shoal.cli.answering import GenerateSettings, answer_prompt, as_dict, summary
-        from shoal.cli.models import open_model
+        from shoal.cli.answer_file import check_model_of, load_answer, model_of
+        from shoal.cli.answering import GenerateSettings, Question
         from shoal.hf.sampling import Sampler
 
-        seed = secrets.randbits(63) if seed is None else seed
-        settings = GenerateSettings(
-            swarm=choice,
-            prompt=text,
-            max_new_tokens=max_new_tokens,
-            sampler=Sampler(temperature=temperature, seed=seed),
-            dtype=dtype,
-            is_compressed=compress,
-            patience_s=patience,
-        )
-        limit_bytes = parse_size(cache_limit, "--cache-limit")
-        if weights_from_peers:
-            from shoal.cli.peer_weights import fetch_for_client
+        task: Question | SavedAnswer
+        if resume is None:
+            seed = secrets.randbits(63) if seed is None else seed
+            task = Question(
+                prompt=text,
+                max_new_tokens=max_new_tokens,
+                sampler=Sampler(temperature=temperature, seed=seed),
+                dtype=dtype,
+                is_compressed=compress,
+            )
         else:
-            opened = open_model(model)
-    if weights_from_peers:
-        opened = asyncio.run(fetch_for_client(model, choice, limit_bytes))
-    show = _discard if as_json else _print_piece
-    text, answer = asyncio.run(answer_prompt(settings, opened, show))
+            task = load_answer(resume)
+            if "max_new_tokens" in given:
+                task = task.raised(max_new_tokens)
+            if model is None or "model" not in given:
+                model = model_of(task, resume, is_from_peers=weights_from_peers)
+        opened = _open(model or "", choice, limit_bytes)
+    if resume is not None and not isinstance(task, Question):
+        check_model_of(task, opened, resume)
+    line = WaitingLine()
+    settings = GenerateSettings(
+        swarm=choice, task=task, patience_s=patience, save=save or resume, on_waiting=line.told
+    )
+    _answer(settings, opened, line, as_json=as_json)
+
+
+def _open(model: str, choice: SwarmChoice, limit_bytes: int | None) -> OpenModel:
+    """The model, from here or (with a limit to the store) from the swarm."""
+    if limit_bytes is None:
+        from shoal.cli.models import open_model
+
+        return open_model(model)
+    from shoal.cli.peer_weights import fetch_for_client
+
+    return asyncio.run(fetch_for_client(model, choice, limit_bytes))
+
+
+def _answer(
+    settings: GenerateSettings, model: OpenModel, line: WaitingLine, *, as_json: bool
+) -> None:
+    """Run it and print what came of it."""
+    from shoal.cli.answering import answer_prompt, as_dict, summary
+
+    paper = _Paper()
+    line.break_line = paper.break_line
+    try:
+        written: Written = asyncio.run(
+            answer_prompt(settings, model, _discard if as_json else paper.write)
+        )
+    except BaseException:
+        paper.break_line()
+        if settings.save is not None and settings.save.exists():
+            print(
+                f"the answer so far is in {settings.save}; go on with: "
+                f"shoal generate --resume {settings.save} --join ADDR",
+                file=sys.stderr,
+            )
+        raise
     if as_json:
-        print(json.dumps(as_dict(text, answer)), flush=True)
+        print(json.dumps(as_dict(written.text, written.answer, written.num_resumed)), flush=True)
     else:
         print(flush=True)
-        print(summary(answer), file=sys.stderr)
+        print(summary(written.answer, written.num_resumed), file=sys.stderr)
+
+
+def _given(context: typer.Context) -> frozenset[str]:
+    """Parameters that stand on the command line itself, not in a file or the environment."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(
+        name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    )
+
+
+def _check_resumes(given: frozenset[str], path: Path) -> None:
+    """See that nothing is asked which the file decides.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for name in NOT_WITH_RESUME:
+        if name in given:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: with --resume that is as {path} says; leave it out")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -166,8 +267,22 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt
 
 
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+class _Paper:
+    """Stdout, and whether the text has left the cursor within a line."""
+
+    def __init__(self) -> None:
+        self._is_midline = False
+
+    def write(self, text: str) -> None:
+        print(text, end="", flush=True)
+        if text:
+            self._is_midline = not text.endswith("\n")
+
+    def break_line(self) -> None:
+        """What goes to stderr next should begin a line, where a person sees both."""
+        if self._is_midline and sys.stdout.isatty():
+            print(file=sys.stderr, flush=True)
+            self._is_midline = False
 
 
 def _discard(text: str) -> None:

@@ -27,6 +27,16 @@ ModelArgument = Annotated[
         "unless it is in the cache.",
     ),
 ]
+OptionalModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=_known_models,
+        help="A directory with config.json and *.safetensors, a .gguf file, a known name (see: "
+        "shoal model list), or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub, fetched "
+        "unless it is in the cache. With --resume: that of FILE, unless it is elsewhere now.",
+    ),
+]
 JoinOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -184,25 +184,34 @@ async def _close(stop: asyncio.Event, task: asyncio.Task[None]) -> None:
     await task
 
 
-def check_served(snapshot: Snapshot, *, given: str, model: str, num_blocks: int) -> None:
-    """Refuse at once what can't work: nobody serves this model, or not all of its blocks.
-
-    Servers that are still joining count: sessions wait for them.
+def check_model(snapshot: Snapshot, *, given: str, model: str, num_blocks: int) -> None:
+    """Refuse at once what can't work: the swarm serves other models, not this one.
 
     Raises:
-        ConfigError: the swarm serves other models; names them and ours.
-        NoRouteError: blocks are missing; names them.
+        ConfigError: names them and ours.
     """
     records = [one.record for one in snapshot.records]
-    mine = [record for record in records if record.model == model]
-    if records and not mine:
+    if records and all(record.model != model for record in records):
         others = {record.model: record.num_blocks for record in records}
         served = "; ".join(f"{name} ({blocks} blocks)" for name, blocks in others.items())
         raise ConfigError(
             f"the swarm serves model {served}, but {given} is model {model} "
             f"({num_blocks} blocks): give the same model as the servers"
         )
-    spans = [Span(record.start, record.end) for record in mine]
+
+
+def check_served(snapshot: Snapshot, *, given: str, model: str, num_blocks: int) -> None:
+    """Refuse a model that nobody serves, or not all of its blocks.
+
+    Servers that are still joining count: sessions wait for them.
+
+    Raises:
+        ConfigError: as `check_model`.
+        NoRouteError: blocks are missing; names them.
+    """
+    check_model(snapshot, given=given, model=model, num_blocks=num_blocks)
+    records = [one.record for one in snapshot.records]
+    spans = [Span(record.start, record.end) for record in records if record.model == model]
     missing = missing_blocks(Span(0, num_blocks), spans)
     if missing:
         names = ", ".join(str(span) for span in missing)

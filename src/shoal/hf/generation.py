@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from shoal.base.errors import BadInput, ConfigError
 from shoal.plan.view import Stage
+from shoal.wire.messages import WANT_NONE
 
 if TYPE_CHECKING:
     import torch
@@ -110,8 +111,13 @@ async def generate(
     sampler: TokenSampler,
     eos_ids: Collection[int] = (),
     batch: RowScores | None = None,
+    past_ids: Sequence[int] = (),
 ) -> AsyncIterator[Token]:
     """New tokens after `prompt_ids`, as they come; an end token is given, then it ends.
+
+    `past_ids` are new tokens that an earlier session gave: they are sent again in the calls in
+    which they were run then, so that exact servers compute the same bits. They are not given
+    again and don't count.
 
     With `batch`, shared by several of these, the head runs once for all rows that came
     together. The session is appended to where it stands and stays open; all tokens but the last
@@ -129,8 +135,7 @@ async def generate(
     clock = asyncio.get_running_loop().time
     encoding = session.encoding
     log = TokenLog(head, encoding, session.length)
-    log.append(prompt_ids)
-    rows = await session.step(log.rows, len(prompt_ids))
+    rows = await _read(session, log, prompt_ids, past_ids)
     for left in range(max_new_tokens - 1, -1, -1):
         scores = (
             head.logits(rows, encoding)[-1] if batch is None else await batch.logits(rows, encoding)
@@ -142,6 +147,19 @@ async def generate(
             return
         log.append([token_id])
         rows = await session.step(log.rows, 1)
+
+
+async def _read(
+    session: ChainSession, log: TokenLog, prompt_ids: Sequence[int], past_ids: Sequence[int]
+) -> bytes:
+    """Run the prompt and what came after it; the last row's answer."""
+    log.append([*prompt_ids, *past_ids])
+    if not past_ids:
+        return await session.step(log.rows, len(prompt_ids))
+    session.append(log.rows, len(prompt_ids), want=WANT_NONE)
+    for _ in past_ids[:-1]:
+        session.append(log.rows, 1, want=WANT_NONE)
+    return await session.step(log.rows, 1)
 
 
 def iterate(runner: asyncio.Runner, tokens: AsyncIterator[Token]) -> Iterator[Token]:

@@ -7,6 +7,7 @@ KV cache: new servers compute it again. It is as private as the conversation its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -38,6 +39,8 @@ class SavedSession:
     generation_config: dict[str, Any] | None
     rng_state: torch.Tensor | None
     """torch's, of the CPU."""
+    note: str | None = None
+    """Whatever else its writer wants to read again (`saved_answer.py`)."""
 
 
 def pack(saved: SavedSession) -> bytes:
@@ -68,25 +71,29 @@ def pack(saved: SavedSession) -> bytes:
         "borders": json.dumps(saved.borders),
         "generation_config": generation_config,
     }
+    if saved.note is not None:
+        header["note"] = saved.note
+    header["digest"] = _digest(header, tensors)
     data: bytes = save(tensors, metadata=header)
     return data
 
 
-def unpack(data: bytes, hidden_size: int) -> SavedSession:
-    """The session in a file's bytes.
+def unpack(data: bytes, hidden_size: int | None = None) -> SavedSession:
+    """The session in a file's bytes; rows that were given must be of `hidden_size`, if it is.
 
     Raises:
         ConfigError: not such a file, or one that contradicts itself.
     """
     try:
         header = _header(data)
+        _check_format(header["format"])
         model = header["model"]
         tensors = load(data)
+        if header.get("digest", "") not in ("", _digest(header, tensors)):
+            raise ValueError("bytes of it were changed")
         borders = json.loads(header["borders"])
         generation_config = json.loads(header["generation_config"])
         chunks = _chunks(tensors, hidden_size)
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']!r}")
         if not isinstance(generation_config, dict | None):
             raise ValueError("a generation config that is no object")
         if not isinstance(borders, list) or not all(type(border) is int for border in borders):
@@ -102,6 +109,7 @@ def unpack(data: bytes, hidden_size: int) -> SavedSession:
         chunks=chunks,
         generation_config=generation_config,
         rng_state=rng_state,
+        note=header.get("note"),
     )
 
 
@@ -116,6 +124,8 @@ def write_file(path: Path, data: bytes) -> None:
         handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(handle)  # else a power failure may leave the new name and no bytes
         os.replace(partial, path)
     except OSError as error:
         if partial is not None:
@@ -123,16 +133,39 @@ def write_file(path: Path, data: bytes) -> None:
         raise ConfigError(f"can't write {path}: {error}") from error
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, bytes_max: int | None = None) -> bytes:
     """The file's bytes.
 
     Raises:
-        ConfigError: it can't be read.
+        ConfigError: it can't be read, or is larger than `bytes_max`.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read() if bytes_max is None else file.read(bytes_max + 1)
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error}") from error
+    if bytes_max is not None and len(data) > bytes_max:
+        raise ConfigError(f"{path} has more than {bytes_max} bytes: it can't be a file of ours")
+    return data
+
+
+def _check_format(found: str) -> None:
+    if found != FORMAT:
+        family = FORMAT.rpartition("-")[0]
+        hint = ": use the version of shoal that wrote it" if str(found).startswith(family) else ""
+        raise ValueError(f"it has the format {found!r}{hint}")
+
+
+def _digest(header: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    """Of all that the file says: a disk's mistake must not become another text."""
+    summary = hashlib.blake2b(digest_size=16)
+    for name in sorted(header.keys() - {"digest"}):
+        summary.update(f"{name}={header[name]}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        summary.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        summary.update(tensor.numpy().tobytes())
+    return summary.hexdigest()
 
 
 def _header(data: bytes) -> dict[str, str]:
@@ -146,12 +179,13 @@ def _header(data: bytes) -> dict[str, str]:
     return header
 
 
-def _chunks(tensors: dict[str, torch.Tensor], hidden_size: int) -> tuple[Chunk, ...]:
+def _chunks(tensors: dict[str, torch.Tensor], hidden_size: int | None) -> tuple[Chunk, ...]:
     counts, kinds, ids = (tensors[name] for name in ("counts", "kinds", "token_ids"))
-    given = tensors.get("given", torch.zeros(0, hidden_size))
+    given = tensors.get("given", torch.zeros(0, hidden_size or 1))
     if counts.dim() != 1 or counts.shape != kinds.shape or ids.dim() != 1:
         raise ValueError("tables of different sizes")
-    if given.dim() != 2 or given.shape[1] != hidden_size or ids.dtype != torch.int64:
+    is_given_right = given.dim() == 2 and hidden_size in (None, given.shape[1])
+    if not is_given_right or ids.dtype != torch.int64:
         raise ValueError("given rows or token ids of a wrong shape or type")
     sizes: list[int] = counts.tolist()
     names = [_KINDS[int(kind)] for kind in kinds if int(kind) < len(_KINDS)]

@@ -151,7 +151,8 @@ def test_a_full_line_sends_away(running: Gate, web: httpx2.Client) -> None:
     with httpx2.Client(base_url=running.url, headers=web.headers, timeout=30) as other:
         wide = {**chat(n=4, stream=True, ignore_eos=True), "max_tokens": 400}
         with other.stream("POST", "/v1/chat/completions", json=wide) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: without it the connection is closed
+            next(lines)
             assert web.get("/health").json()["running"] == 4
             running.wait_until(lambda: running.client.num_sessions >= 4)
         running.wait_until(lambda: running.client.num_sessions <= 1)

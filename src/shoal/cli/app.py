@@ -26,6 +26,7 @@ COMMANDS: Final = (
     "serve",
     "generate",
     "chat",
+    "gateway",
     "status",
     "plan",
     "doctor",

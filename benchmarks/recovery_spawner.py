@@ -64,7 +64,7 @@ def drop_everything(server: Any) -> dict[str, Any]:
     return {"dropped": len(hops)}
 
 
-def trim_logs_at_once(server: Any) -> dict[str, Any]:
+def trim_logs(server: Any) -> dict[str, Any]:
     """From now on logs forget rows as soon as they were sent: no repair is possible."""
 
     def trim() -> None:
@@ -75,7 +75,18 @@ def trim_logs_at_once(server: Any) -> dict[str, Any]:
     return {}
 
 
-ORDERS: Final = {"holdings": holdings, "drop": drop_everything, "trim": trim_logs_at_once}
+def keep_logs(server: Any) -> dict[str, Any]:
+    """As usual again."""
+    vars(server.sessions).pop("bound_logs", None)
+    return {}
+
+
+ORDERS: Final = {
+    "holdings": holdings,
+    "drop": drop_everything,
+    "trim logs": trim_logs,
+    "keep logs": keep_logs,
+}
 
 
 @cache

@@ -74,11 +74,13 @@ def _leaks(now: Mapping[str, Any], before: Mapping[str, Any], servers: Fleet) ->
     found = [f"{name} does not answer" for name in servers.members if name not in now]
     for name, held in now.items():
         found += [f"{name} holds {held[what]} {what}" for what in KEPT if held[what]]
-        found += [
-            f"{name} has {held[what]} {what}, had {before[name][what]}"
-            for what in COUNTED
-            if name in before and held[what] > before[name][what] + SLACK
-        ]
+        for what in COUNTED:
+            if name in before and held[what] > before[name][what] + SLACK:
+                more = Counter(held["task_names"]) - Counter(before[name]["task_names"])
+                found.append(
+                    f"{name} has {held[what]} {what}, had {before[name][what]} (new: "
+                    f"{', '.join(f'{count} {task}' for task, count in more.items())})"
+                )
     return found
 
 

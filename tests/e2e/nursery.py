@@ -141,12 +141,12 @@ def become(arguments: list[str], out: int, err: int, namespace: int | None = Non
         for fd, number in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
             os.dup2(fd, number)
             os.close(fd)
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1) for fd in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
         sys.argv = ["shoal", *arguments]
         importlib.import_module("shoal.cli.main").main()
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the interpreter would print it as well
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,10 +33,13 @@ from shoal.hf.generation import generate
 from shoal.hf.head import Head, load_head
 from shoal.hf.sampling import Sampler
 from tests.e2e.nursery import Nursery
-from tests.e2e.processes import Server, end_all
+from tests.e2e.processes import Server, end_all, servers
 from tests.models import VOCABULARY
 
 HOST = "127.0.0.1"
+PORTS = (20_000, 30_000)
+"""Below the range that Linux takes for connections: a port must be free after a kill."""
+
 KNOWN_WITHIN_S = 30.0
 """A server that is ready is in everybody's directory by then."""
 
@@ -64,6 +69,18 @@ def exact_model():
             for name, weight in model.named_parameters():
                 weight.normal_(1.0 if "norm" in name else 0.0, 0.12)
     return model.eval()
+
+
+def free_port() -> int:
+    """A port that nobody listens on and no outgoing connection is ever given."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as one:
+            try:
+                one.bind((HOST, port))
+            except OSError:
+                continue
+        return port
 
 
 def draw_prompt(length: int, seed: int = 0) -> list[int]:
@@ -109,8 +126,10 @@ class Fleet:
     # --- life and death ----------------------------------------------------------------
 
     def start(self, *names: str) -> None:
-        """Start them, each with its own identity and address."""
-        places = [self.places[name] for name in names]
+        """Start those of them that are down, each with its own identity and address."""
+        places = [self.places[name] for name in names if self.places[name].server is None]
+        for place in places:
+            place.port = place.port or free_port()
         for place in places:
             joins = [part for address in self.addresses for part in ("--join", address)]
             listen = f"tcp://{place.host}:{place.port}"
@@ -128,7 +147,6 @@ class Fleet:
         assert place.server is not None
         place.server.ready()
         place.peer = place.server.peer
-        place.port = int(place.server.address.rpartition(":")[2])
 
     def kill(self, *names: str) -> None:
         """kill -9, all at the same moment."""
@@ -145,7 +163,7 @@ class Fleet:
 
     def resume(self, *names: str) -> None:
         """SIGCONT (default: whoever is stopped)."""
-        for name in names or [place.name for place in self.places.values() if place.is_stopped]:
+        for name in names or [place.name for place in self.up if place.is_stopped]:
             self.places[name].is_stopped = False
             self[name].signal(signal.SIGCONT)
 
@@ -165,8 +183,8 @@ class Fleet:
 
     def end(self) -> None:
         """All are gone."""
-        self.resume()
         self._starting.shutdown()
+        self.resume()
         end_all([*(place.server for place in self.up), *self._ended])
 
     # --- who is who --------------------------------------------------------------------
@@ -199,10 +217,19 @@ class Fleet:
         """The names of the session's hops, in order."""
         return [self.name(stage.peer) for stage in session.chain]
 
+    def settled(self, name: str) -> bool:
+        """Whether it holds no session."""
+        peer = self.places[name].peer
+        return servers(self[name].address)[peer]["sessions"] == 0
+
     def repairs(self, recoveries: Iterable[Recovery]) -> list[tuple[list[str], list[str]]]:
         """(lost, replacement) of each, as names."""
         return [([*map(self.name, one.lost)], [*map(self.name, one.replacement)])
                 for one in recoveries]  # fmt: skip
+
+    def stop_hop(self, index: int) -> Act:
+        """An act: stop this hop of the reader's chain."""
+        return lambda session: self.stop(self.chain(session)[index])
 
     def kill_hops(self, *indices: int, restart: bool = False) -> Act:
         """An act: kill these hops of the reader's chain, and perhaps start them again."""
@@ -261,7 +288,7 @@ class Reader:
                 act = (acts or {}).get(len(ids))
                 if act is not None:
                     act(session)
-            pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+            pauses = [after - before for before, after in pairwise(times)]
             return Reading(
                 token_ids=ids,
                 numerics=session.numerics,
@@ -313,3 +340,46 @@ def killing_at(
     return {
         position: fleet.kill_hops(rng.randrange(num_hops), restart=True) for position in positions
     }
+
+
+def read(
+    fleet: Fleet,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    sampler: Sampler = GREEDY,
+    acts: Mapping[int, Act] | None = None,
+    patience_s: float = 60.0,
+) -> Reading:
+    """One answer of a new client; see `Reader.read`."""
+
+    async def story() -> Reading:
+        async with reader(fleet, patience_s) as one:
+            return await one.read(prompt, num_tokens, sampler=sampler, acts=acts)
+
+    return asyncio.run(story())
+
+
+def pauses(reading: Reading) -> list[float]:
+    """How long each repair kept the reader waiting, in seconds, for people."""
+    return [round(one.pause_s, 3) for one in reading.recoveries]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Look again every millisecond."""
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        while not condition():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+
+
+@contextmanager
+def running(
+    nursery: Nursery, model: Path, folder: Path, servers: str, *extra: str, encoding: str
+) -> Iterator[Fleet]:
+    """A fleet whose servers all run; they are gone at the end."""
+    fleet = Fleet(nursery, model, folder, servers, *extra, encoding=encoding)
+    try:
+        fleet.start(*fleet.places)
+        yield fleet
+    finally:
+        fleet.end()

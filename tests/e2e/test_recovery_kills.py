@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-from functools import partial
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tests.e2e.recovery import GREEDY, SAMPLED, Fleet, draw_prompt, killing_at, reader
+from tests.e2e.recovery import (
+    GREEDY,
+    SAMPLED,
+    draw_prompt,
+    killing_at,
+    pauses,
+    read,
+    reader,
+    running,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -23,10 +34,10 @@ def living(request, nursery, exactable_model, tmp_path_factory):
     """Exact servers of one numerics class, two or three for each span."""
     keys = tmp_path_factory.mktemp("keys")
     exact = ("--exact", "always", "--dtype", request.param)
-    fleet = Fleet(nursery, exactable_model, keys, SERVERS, *exact, encoding=request.param)
-    fleet.start(*fleet.places)
-    yield fleet
-    fleet.end()
+    with running(nursery, exactable_model, keys, SERVERS, *exact, encoding=request.param) as fleet:
+        if read(fleet, PROMPT, 1).numerics != "exact":
+            pytest.skip("this processor's kernels have no row tiles: nothing is promised")
+        yield fleet
 
 
 @pytest.fixture
@@ -50,12 +61,13 @@ def undisturbed(living):
     return answer
 
 
-def read(fleet, prompt=PROMPT, num_tokens=TOKENS, **options):
-    async def story():
-        async with reader(fleet) as one:
-            return await one.read(prompt, num_tokens, **options)
-
-    return asyncio.run(story())
+def test_the_answer_is_that_of_one_machine(living, undisturbed, exactable_model):
+    if living.encoding != "float32":
+        pytest.skip("bfloat16 rounds elsewhere when everything is in one process")
+    model = AutoModelForCausalLM.from_pretrained(exactable_model, dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    whole = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+    assert undisturbed().token_ids == whole[0, len(PROMPT) :].tolist()
 
 
 HOPS = {
@@ -72,13 +84,13 @@ HOPS = {
 @pytest.mark.parametrize("who", HOPS)
 def test_hops_are_killed(fleet, undisturbed, who):
     expected = undisturbed()
-    answer = read(fleet, acts={20: fleet.kill_hops(*HOPS[who])})
+    answer = read(fleet, PROMPT, TOKENS, acts={20: fleet.kill_hops(*HOPS[who])})
     assert answer.token_ids == expected.token_ids
-    assert answer.numerics == expected.numerics
-    (recovery,) = answer.recoveries
-    assert len(recovery.lost) == len(recovery.replacement) == len(HOPS[who])
-    assert recovery.replayed_tokens >= len(PROMPT) + 19
-    print(f"{who}: pause {recovery.pause_s:.3f} s")
+    assert answer.numerics == "exact"
+    repairs = fleet.repairs(answer.recoveries)
+    assert len({name for lost, _ in repairs for name in lost}) == len(HOPS[who])
+    assert all(one.replayed_tokens for one in answer.recoveries)
+    print(f"{who}: {repairs}, pauses {pauses(answer)}")
 
 
 def test_all_servers_are_killed_and_come_back(fleet, undisturbed):
@@ -89,17 +101,10 @@ def test_all_servers_are_killed_and_come_back(fleet, undisturbed):
         fleet.kill(*fleet.places)
         fleet.restart("b", "a2", "c")
 
-    answer = read(fleet, acts={20: act})
+    answer = read(fleet, PROMPT, TOKENS, acts={20: act})
     assert answer.token_ids == expected.token_ids
     assert answer.chain == ["a2", "b", "c"]
-    print([round(one.pause_s, 2) for one in answer.recoveries])
-
-
-async def until(condition):
-    """Look again every millisecond."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.001)
+    print(f"all came back: pauses {pauses(answer)}")
 
 
 def test_the_replacement_dies_during_the_replay(fleet, undisturbed):
@@ -172,6 +177,23 @@ def test_kills_at_random_tokens(fleet, undisturbed, sampler, is_in_company):
     answer, others = asyncio.run(story())
     assert answer.token_ids == expected.token_ids
     assert [one.token_ids for one in others] == right
-    assert {answer.numerics, *(one.numerics for one in others)} == {expected.numerics}
+    assert {answer.numerics, *(one.numerics for one in others)} == {"exact"}
     assert len(answer.recoveries) >= 3
-    print([round(one.pause_s, 3) for one in answer.recoveries])
+    print(f"random kills: pauses {pauses(answer)}")
+
+
+def test_what_is_not_exact_does_not_say_so(nursery, exactable_model, tmp_path):
+    """Before and after a repair; one that leaves the numerics class says that."""
+    places = "a 0:6, b 0:6, c 0:6 --dtype bfloat16"
+    with running(
+        nursery, exactable_model, tmp_path, places, "--exact", "never", encoding="float32"
+    ) as fleet:
+        fleet.kill("c")
+        assert read(fleet, PROMPT, 5).numerics == "same-class"
+        answer = read(fleet, PROMPT, 20, acts={10: fleet.kill_hops(0)})
+        assert (answer.numerics, len(answer.recoveries)) == ("same-class", 1)
+
+        fleet.start("c")
+        answer = read(fleet, PROMPT, 20, acts={10: fleet.kill_hops(0)})
+        assert len(answer.recoveries) == 1
+        assert answer.numerics == "crossed"

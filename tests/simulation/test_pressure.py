@@ -112,6 +112,39 @@ async def test_a_replay_yields_to_fresh_rows(it):
     assert sorted(times)[len(times) // 2] < 3 * alone_s
 
 
+SMALL = ServerConfig(engine=EngineLimits(budget_tokens=PAGE), quotas=Quotas(cache_share=1.0))
+
+
+@scene("a 0:4", cache_tokens=8 * PAGE, config=SMALL)
+async def test_a_chunk_that_fills_the_budget_and_finds_no_room_holds_up_nobody(it):
+    """Found by the crossing sessions below: its turn came, and nothing ran any more."""
+    (old,) = await in_turn(it, [3 * PAGE + 1])
+    young = await it.read(client=old.client, seed=1)
+    waiting = asyncio.ensure_future(young.prefill(6 * PAGE))
+    await until(lambda: it.hop("a", young).settled_length == 4 * PAGE)
+    async with asyncio.timeout(5.0):
+        await old.decode(PAGE - 1)
+    assert not waiting.done()
+    old.session.close()
+    it.readers.remove(old)
+    await waiting
+
+
+@scene("a 0:4", cache_tokens=8 * PAGE, config=SMALL)
+async def test_a_chunk_without_room_does_not_hold_up_an_older_one_with_room(it):
+    old, middle = await in_turn(it, [PAGE, 2 * PAGE])
+    young = await it.read(client=old.client, seed=2)
+    waiting = asyncio.ensure_future(young.prefill(6 * PAGE))
+    await until(lambda: it.hop("a", young).settled_length == 5 * PAGE)
+    middle.truncate(PAGE + 1)
+    async with asyncio.timeout(5.0):
+        await middle.prefill(PAGE - 1)
+        await old.prefill(PAGE)
+    old.session.close()
+    it.readers.remove(old)
+    await waiting
+
+
 # --- everybody gets on ------------------------------------------------------------------
 
 

@@ -240,13 +240,17 @@ class Engine:
             ready.append(self._waiting(hop, since))
         waiting = self._in_turn(ready, now_s)
         batch: dict[SessionKey, int] = {}
-        for key in self._chosen(waiting, now_s):
-            hop = by_key[key]
-            count = self._fitting(hop, batch, now_s)
-            if count:
-                self._since.pop(hop.sequence, None)
-                hop.used_s = now_s
-                batch[key] = count
+        left = waiting
+        while left and not batch:  # whoever finds no room must not hold up those who need none
+            chosen = self._chosen(left, now_s)
+            for key in chosen:
+                hop = by_key[key]
+                count = self._fitting(hop, batch, now_s)
+                if count:
+                    self._since.pop(hop.sequence, None)
+                    hop.used_s = now_s
+                    batch[key] = count
+            left = [item for item in left if item.key not in chosen]
         decoding = {item.key for item in waiting if item.is_decode}
         is_passed_over = len(decoding) < len(waiting) and decoding.issuperset(batch)
         self._passed_over = self._passed_over + 1 if is_passed_over else 0

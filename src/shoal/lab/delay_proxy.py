@@ -25,25 +25,36 @@ HOST: Final = "127.0.0.1"
 async def delaying(port: int, delay_s: float) -> AsyncIterator[int]:
     """A port that leads to `port` of this machine, `delay_s` later in both directions."""
 
-    async def serve(near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
-        try:
-            far_in, far_out = await asyncio.open_connection(HOST, port)
-        except OSError:
-            near_out.close()
-            return
-        try:
-            await asyncio.gather(
-                _carry(near_in, far_out, delay_s), _carry(far_in, near_out, delay_s)
-            )
-        finally:
-            near_out.close()
-            far_out.close()
+    tasks: set[asyncio.Task[None]] = set()
 
-    server = await asyncio.start_server(serve, HOST, 0)
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(_serve(reader, writer, port, delay_s))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(accept, HOST, 0)
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:
         server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _serve(
+    near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter, port: int, delay_s: float
+) -> None:
+    try:
+        far_in, far_out = await asyncio.open_connection(HOST, port)
+    except OSError:
+        near_out.close()
+        return
+    try:
+        await asyncio.gather(_carry(near_in, far_out, delay_s), _carry(far_in, near_out, delay_s))
+    finally:
+        near_out.close()
+        far_out.close()
 
 
 async def _carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, delay_s: float) -> None:

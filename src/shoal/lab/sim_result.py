@@ -1,6 +1,7 @@
-"""What came of a simulated scenario: every request, means and quantiles, what servers held.
+"""What came of a scenario: every request, means and quantiles, what servers held.
 
-The same for all fidelities, so that they can be compared, and for studies.
+The same for all fidelities and for what was measured, so that they can be compared; a result
+says which it is, and tables never mix them in one column.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One run."""
+    """One run: simulated, or measured on real processes."""
 
-    fidelity: Fidelity
+    fidelity: Fidelity | Literal["measured"]
     seed: int
     served: tuple[Served, ...]
     placement: Placement

@@ -1,0 +1,119 @@
+"""Two servers that compute: what one process says of their blocks, and the real chain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final
+
+from engines import Runner
+from model_servers import connected, random_rows, running
+from random_model import SHAPES, random_source
+from shoal.base.spans import Span
+from shoal.client.client import Client
+from shoal.lab.sim_result import Result, Served
+from shoal.lab.sim_scenario import Request, Scenario
+from shoal.model.torch_backend import BackendConfig, load_backend
+from shoal.plan.memory import gqa
+from shoal.plan.placement import Placement
+from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
+
+TOKENS_IN: Final = 96
+TOKENS_OUT: Final = 64
+BATCHES: Final = (1, 2, 4, 8)
+PROMPTS: Final = (16, 96)
+STEPS: Final = 24
+LOOPBACK_RTT_S: Final = 1e-4
+
+
+def real_case(shape: str, sessions: int, handling_s: float) -> Scenario:
+    """So many sessions at once through two servers, with block times measured here and now."""
+    blocks = int(SHAPES[shape]["num_hidden_layers"])
+    spans = (Span(0, blocks // 2), Span(blocks // 2, blocks))
+    decode, fixed_s, row_s = _block_times(shape, blocks // 2)
+    hidden = int(SHAPES[shape]["hidden_size"])
+    servers = tuple(
+        ServerSpec(
+            name=f"server {index}",
+            memory_bytes=10**12,
+            decode=decode,
+            prefill_s_per_block=fixed_s,
+            prefill_s_per_block_token=row_s,
+        )
+        for index in range(2)
+    )
+    rtts = (LOOPBACK_RTT_S,) * 2
+    problem = Problem(
+        model=uniform_model(blocks, 10**6, gqa(4, 64), hidden_size=hidden, row_bytes=2 * hidden),
+        servers=servers,
+        links=Links(
+            client_rtt_s=(rtts,), server_rtt_s=(rtts, rtts), flow="push",
+            handling_s=handling_s, prefill_handling_s=handling_s,
+        ),
+        workload=Workload(tokens_in=TOKENS_IN, tokens_out=TOKENS_OUT, sessions=sessions),
+    )  # fmt: skip
+    request = Request(at_s=0.0, tokens_in=TOKENS_IN, tokens_out=TOKENS_OUT)
+    return Scenario(
+        problem=problem,
+        requests=(request,) * sessions,
+        placement=Placement(spans=spans),
+        router="shortest",
+    )
+
+
+def _block_times(shape: str, blocks: int) -> tuple[DecodeTimes, float, float]:
+    """Decode by batch; prefill fixed and per row: seconds of one block, one process, one thread."""
+    config = BackendConfig(model=shape, dtype="bfloat16")
+    source = random_source(SHAPES[shape], blocks)
+    runner = Runner(load_backend(source, Span(0, blocks), config))
+    points, prompts = [], []
+    with asyncio.Runner() as loop:
+        for batch in BATCHES:
+            runner.open(batch)
+            for number in range(batch):
+                runner.step_s(loop, [(number, TOKENS_IN)])
+            work = [(number, 1) for number in range(batch)]
+            taken = [runner.step_s(loop, work) for _ in range(STEPS)]
+            points.append((batch, min(taken) / blocks))
+        for rows in PROMPTS:
+            taken = []
+            for _ in range(STEPS // 2):
+                runner.open(1)
+                taken.append(runner.step_s(loop, [(0, rows)]))
+            prompts.append(min(taken) / blocks)
+    row_s = max(0.0, (prompts[1] - prompts[0]) / (PROMPTS[1] - PROMPTS[0]))
+    fixed_s = max(0.0, prompts[0] - row_s * PROMPTS[0])
+    return DecodeTimes(points=tuple(points)), fixed_s, row_s
+
+
+def real_measured(shape: str, scenario: Scenario) -> Result:
+    """The same sessions on `shoal` server processes with random weights."""
+    with running(shape, 2) as servers:
+        served = asyncio.run(_play(shape, servers, scenario))
+    return Result(
+        fidelity="measured", seed=0, served=tuple(served), placement=Placement(spans=(None, None))
+    )
+
+
+async def _play(shape: str, servers: Any, scenario: Scenario) -> list[Served]:
+    async with connected(shape, servers) as client:
+        for _ in range(2):  # links are up, caches of the allocator are warm
+            await _session(client, shape)
+        zero_s = time.perf_counter()
+        sessions = [_session(client, shape, zero_s) for _ in scenario.requests]
+        return list(await asyncio.gather(*sessions))
+
+
+async def _session(client: Client, shape: str, zero_s: float = 0.0) -> Served:
+    prompt, row = random_rows(shape, TOKENS_IN), random_rows(shape, 1)
+    async with await client.open_session("bfloat16") as session:
+        start_s = time.perf_counter()
+        await session.step(prompt, TOKENS_IN)
+        first_s = time.perf_counter()
+        for _ in range(TOKENS_OUT - 1):
+            await session.step(row, 1)
+        end_s = time.perf_counter()
+    return Served(
+        client=0, at_s=0.0, tokens_in=TOKENS_IN, tokens_out=TOKENS_OUT,
+        start_s=start_s - zero_s, first_s=first_s - zero_s, end_s=end_s - zero_s,
+    )  # fmt: skip

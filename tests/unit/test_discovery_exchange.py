@@ -188,3 +188,12 @@ def test_a_flood_of_published_records_is_bounded() -> None:
     for _ in range(100):
         intake.accept(signed(ALICE, 99), 5.0)
     assert intake.accept(signed(BOB, 1), 5.0), "what is known costs nothing"
+
+
+def test_old_records_use_no_allowance_up() -> None:
+    """A client whose view is behind sends the same old record with every route."""
+    intake = Intake(RecordStore(SWARM))
+    assert intake.accept(signed(ALICE, 2), 0.0)
+    for _ in range(2 * UPDATES_BURST):
+        assert not intake.accept(signed(ALICE, 1), 0.0)
+    assert intake.accept(signed(ALICE, 3), 0.0)

@@ -26,7 +26,7 @@ from shoal.discovery.allowance import (
     Allowance,
     UpdateLimits,
 )
-from shoal.discovery.records import claimed_peer
+from shoal.discovery.records import claimed_peer, claimed_sequence
 from shoal.discovery.store import RecordStore
 from shoal.net.channel import error_message
 from shoal.wire.messages import Error, GetRecords, Message, Publish, Records
@@ -81,9 +81,9 @@ class Intake:
         if self._records is None:
             self._records = Allowance(RECORDS_BURST, RECORDS_PER_S, now_s)
         peer = claimed_peer(data)
-        held = self._store.find(peer)
-        if held is not None and held.data == data:
-            return False
+        known = self._store.sequence(peer)
+        if known is not None and claimed_sequence(data) <= known:
+            return False  # no news, whoever signed it: that must not use the allowance up
         self._updates.forget(now_s)
         if not self._records.take(now_s) or not self._updates.take(peer, now_s):
             raise PeerBusy("too many new records", retry_after_s=1 / UPDATES_PER_S)

@@ -156,6 +156,15 @@ def claimed_peer(data: bytes) -> PeerId:
     return PeerId(_decode(data)[1].peer)
 
 
+def claimed_sequence(data: bytes) -> tuple[int, int]:
+    """The place in its peer's records that a record claims; a signature is not checked.
+
+    Raises:
+        ProtocolError: malformed or too large.
+    """
+    return _decode(data)[1].sequence
+
+
 def _decode(data: bytes) -> tuple[_Envelope, Record]:
     if len(data) > RECORD_BYTES_MAX:
         raise MessageTooLarge(f"record of {len(data)} bytes (limit {RECORD_BYTES_MAX})")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from shoal.base.backend import BackendFacts
-from shoal.base.errors import ShoalError
+from shoal.base.errors import PeerBusy, ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S
 from shoal.discovery.exchange import Intake, answer_directory
@@ -41,12 +41,15 @@ class StoreBook:
         self._intake = Intake(store)
 
     def learn(self, record: bytes) -> None:
-        """Take a signed record over if it is valid and news.
+        """Take a signed record over if it is valid and news, and not one too many of late.
 
         Raises:
-            ShoalError: it is not valid, or too many are new.
+            ShoalError: it is not valid.
         """
-        self._intake.accept(record, asyncio.get_running_loop().time())
+        try:
+            self._intake.accept(record, asyncio.get_running_loop().time())
+        except PeerBusy as error:  # no reason to refuse a route: gossip brings it too
+            logger.debug("record of a route not taken reason=%s", error)
 
     def addresses(self, peer: PeerId) -> tuple[Address, ...]:
         """Where a peer with a valid record of this swarm can be dialled."""

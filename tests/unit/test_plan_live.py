@@ -24,7 +24,14 @@ from shoal.plan.live import (
     objective,
     swarm_of,
 )
-from shoal.plan.rebalance import CONVERGENCE_S, WAIT_S, may_leave, next_ticket, trusted
+from shoal.plan.rebalance import (
+    CONVERGENCE_S,
+    WAIT_S,
+    may_leave,
+    next_ticket,
+    trusted,
+    uncovered,
+)
 from shoal.plan.view import Intent, ServerState, ServerView, SwarmView
 
 BLOCKS = 12
@@ -201,6 +208,14 @@ def test_a_suspect_covers_nothing() -> None:
     seen = view(me, twin, server(3, 6, 12))
     assert may_leave(seen, me.peer, Span(6, 12), 1)
     assert not may_leave(trusted(seen, frozenset({twin.peer})), me.peer, Span(6, 12), 1)
+
+
+def test_what_loads_or_is_on_its_way_is_no_hole() -> None:
+    assert uncovered(view(server(1, 0, 6))) == [Span(6, 12)]
+    assert uncovered(view(server(1, 0, 6), other(6, 12, state="draining"))) == [Span(6, 12)]
+    assert not uncovered(view(server(1, 0, 6), other(6, 12, state="joining")))
+    assert not uncovered(view(server(1, 0, 6), other(0, 6, wants(1, is_going=True))))
+    assert uncovered(view(server(1, 0, 6), other(0, 6, wants(1)))) == [Span(6, 12)]
 
 
 def test_in_a_swarm_with_holes_a_move_must_leave_fewer() -> None:

@@ -40,6 +40,13 @@ def trusted(view: SwarmView, suspects: frozenset[PeerId]) -> SwarmView:
     return replace(view, servers=tuple(one for one in view.servers if one.peer not in suspects))
 
 
+def uncovered(view: SwarmView) -> list[Span]:
+    """The blocks that nobody serves, nor will when it has loaded or moved."""
+    spans = [one.span for one in view.servers if one.state != "draining"]
+    spans += [one.intent.span for one in view.servers if one.intent and one.intent.is_going]
+    return missing_blocks(Span(0, view.num_blocks), spans)
+
+
 def may_leave(view: SwarmView, me: PeerId, target: Span, ticket: int) -> bool:
     """Whether `me` may go to `target` with this ticket.
 

@@ -27,6 +27,9 @@ PERIOD_S: Final = 120.0
 JITTER: Final = 0.5
 """Each pause is up to this share shorter or longer, so that servers don't look at once."""
 
+HOLE_JITTER_S: Final = 5.0
+"""A block that nobody serves is looked after at once, but not by all at the same moment."""
+
 REST_PERIODS: Final = 3.0
 """Who has moved looks again only after so many periods."""
 
@@ -36,6 +39,9 @@ class Surroundings(Protocol):
 
     def look(self) -> SwarmView:
         """All servers that can be trusted to be there (`rebalance.trusted`), ourselves too."""
+
+    async def hole(self) -> None:
+        """Return when some block is served by nobody, and nobody loads it."""
 
     def burden(self) -> Burden:
         """What a move would cost the sessions that run here."""
@@ -95,11 +101,26 @@ class Rebalancer:
         Raises:
             ConfigError: nobody would accept our record (as `Announcer.announce`).
         """
-        rest = 1.0
+        rest, is_patient = 1.0, False
         while True:
             pause = self._rng.uniform(1 - JITTER, 1 + JITTER)
-            await asyncio.sleep(pause * rest * self._times.period_s)
-            rest = REST_PERIODS if await self.check() else 1.0
+            is_urgent = await self._wait(pause * rest * self._times.period_s, is_patient)
+            has_moved = await self.check()
+            rest = REST_PERIODS if has_moved else 1.0
+            is_patient = is_urgent and not has_moved  # it is for others to fill, or for nobody
+
+    async def _wait(self, pause_s: float, is_patient: bool) -> bool:
+        """Until it is time to look; whether a hole called us, which the patient don't hear."""
+        if is_patient:
+            await asyncio.sleep(pause_s)
+            return False
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._around.hole()
+                await asyncio.sleep(self._rng.uniform(0, HOLE_JITTER_S))
+        except TimeoutError:
+            return False
+        return True
 
     async def check(self) -> bool:
         """Look once; whether we moved."""

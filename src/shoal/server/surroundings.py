@@ -24,7 +24,7 @@ from shoal.net.membership import SwarmPass
 from shoal.net.transport import Transport
 from shoal.plan.cost import RTT_UNKNOWN_S
 from shoal.plan.live import Burden
-from shoal.plan.rebalance import trusted
+from shoal.plan.rebalance import trusted, uncovered
 from shoal.plan.view import Intent, SwarmView
 from shoal.server.announcing import Announcer
 from shoal.server.moving import SpanMover
@@ -51,6 +51,9 @@ class Snapshots(Protocol):
 
     def snapshot(self) -> Snapshot:
         """What is known now."""
+
+    async def changed(self, version: int) -> Snapshot:
+        """A snapshot whose version is not `version`; waits for one."""
 
 
 class Pinger:
@@ -104,7 +107,16 @@ class ServerSurroundings:
 
     def look(self) -> SwarmView:
         """All servers of our model that nobody suspects, and ourselves."""
-        snapshot, facts = self.directory.snapshot(), self.announcer.announcement.facts
+        return self._trusted(self.directory.snapshot())
+
+    async def hole(self) -> None:
+        """Return when some block is served by nobody, and nobody loads it."""
+        snapshot = self.directory.snapshot()
+        while not uncovered(self._trusted(snapshot)):
+            snapshot = await self.directory.changed(snapshot.version)
+
+    def _trusted(self, snapshot: Snapshot) -> SwarmView:
+        facts = self.announcer.announcement.facts
         everybody = replace(snapshot, suspects=frozenset()).view(
             facts.model, (facts.num_blocks, facts.hidden_size)
         )

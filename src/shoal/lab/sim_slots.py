@@ -131,7 +131,7 @@ class _Run:
 
     def _book(self, job: Job, choice: Choice) -> None:
         job.chain, job.error = choice.chain, ""
-        job.until_s = self.now_s + choice.wait_s + self._expected_s(job)
+        job.until_s = self.now_s + self._found_s(choice.wait_s) + self._expected_s(job)
         self.books.book(job.chain, job.until_s)
         needs = needs_on(self.problem, job.chain)
         job.lacking = set(needs)
@@ -143,12 +143,15 @@ class _Run:
         for server in servers:
             for job in self.memory.grant(server):
                 self.running += 1
-                wait_s = self.now_s - job.booked_s
-                if self.scenario.waiting == "back-off" and wait_s > 0:
-                    asked_s = job.booked_s + back_off_s(wait_s)
-                    self.at(asked_s, self._start, job, job.epoch)
+                found_s = job.booked_s + self._found_s(self.now_s - job.booked_s)
+                if found_s > self.now_s:
+                    self.at(found_s, self._start, job, job.epoch)
                 else:
                     self._start(job, job.epoch)
+
+    def _found_s(self, wait_s: float) -> float:
+        """After how long a session knows that it has its memory, if it waited for it so long."""
+        return back_off_s(wait_s) if self.scenario.waiting == "back-off" else wait_s
 
     def _expected_s(self, job: Job) -> float:
         """How long the job will hold its chain, as far as rules of routing know."""

@@ -13,8 +13,8 @@ import httpx2
 import openai
 import pytest
 
+from shoal.cli.gateway_web import LOOPBACK
 from shoal.gateway import http
-from shoal.gateway.front import LOOPBACK
 from shoal.gateway.keys import Caller, Keys, hash_of
 from shoal.gateway.line import LineConfig
 from shoal.gateway.opening import GatewayConfig

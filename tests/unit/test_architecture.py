@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "shoal"
 PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-CORE = ["base", "plan", "wire", "net", "discovery", "link", "server", "client", "lab"]
+CORE = ["base", "plan", "wire", "net", "discovery", "link", "server", "client", "lab", "dashboard"]
 
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70

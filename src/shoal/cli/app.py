@@ -27,6 +27,7 @@ COMMANDS: Final = (
     "generate",
     "chat",
     "gateway",
+    "dashboard",
     "status",
     "plan",
     "doctor",

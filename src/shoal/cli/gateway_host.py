@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from ipaddress import ip_address
+from functools import partial
 from typing import Literal
 
 from shoal.base.errors import ConfigError
+from shoal.base.ids import peer_text, short
 from shoal.cli.answering import check_model, common_encoding, open_swarm_client
 from shoal.cli.chat_host import end_tokens
+from shoal.cli.dashboard_host import looking
+from shoal.cli.gateway_web import LOOPBACK, is_loopback, until_stopped
 from shoal.cli.joining import SwarmChoice, visit, wall_clock
 from shoal.cli.models import OpenModel
-from shoal.gateway.front import LOOPBACK
+from shoal.client.session import Recovery
+from shoal.dashboard import app as dashboard
+from shoal.dashboard.events import Event
+from shoal.dashboard.observer import Observer, observing
 from shoal.gateway.keys import Keys
 from shoal.gateway.line import LineConfig
 from shoal.gateway.listening import Listening, serving
-from shoal.gateway.opening import Backing, GatewayConfig, open_gateway
+from shoal.gateway.opening import Backing, Extras, GatewayConfig, open_gateway
 from shoal.hf.head import load_head
 from shoal.wire.tensors import INT8_BLOCK
 
@@ -45,14 +50,6 @@ class GatewaySettings:
     patience_s: float
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the host."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host in LOOPBACK
-
-
 def check_open(host: str, *, is_open: bool) -> None:
     """Refuse to let a whole network in by accident.
 
@@ -73,18 +70,7 @@ async def run_until_stopped(settings: GatewaySettings) -> None:
         ConfigError: another model than the swarm's, or an address that can't be had.
         PeerError: the swarm can't be reached.
     """
-    loop = asyncio.get_running_loop()
-    work = loop.create_task(_run(settings), name="gateway")
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, work.cancel)
-    try:
-        await work
-    except asyncio.CancelledError:
-        logger.info("stopped by a signal")
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+    await until_stopped(_run(settings))
 
 
 async def _run(settings: GatewaySettings) -> None:
@@ -118,7 +104,11 @@ async def _run(settings: GatewaySettings) -> None:
             template=settings.template,
             hosts=LOOPBACK if is_loopback(host) else None,
         )
-        app = await stack.enter_async_context(open_gateway(backing, config, wall_clock))
+        observer = await stack.enter_async_context(observing(looking(visitor), wall_clock))
+        extras = Extras(
+            routes=dashboard.routes(observer), on_repair=partial(_tell, observer, model.name)
+        )
+        app = await stack.enter_async_context(open_gateway(backing, config, wall_clock, extras))
         url = await stack.enter_async_context(serving(app, settings.listening))
         if settings.listening.certificate is None and not is_loopback(host):
             logger.warning(
@@ -126,3 +116,14 @@ async def _run(settings: GatewaySettings) -> None:
             )
         print(f"ready url={url} model={settings.names[0]}", flush=True)
         await asyncio.Event().wait()
+
+
+def _tell(observer: Observer, model: str, recovery: Recovery) -> None:
+    lost = ", ".join(short(peer) for peer in recovery.lost) or "a link"
+    found = ", ".join(short(peer) for peer in recovery.replacement)
+    text = (
+        f"an answer's chain was repaired: {lost} replaced{f' by {found}' if found else ''}, "
+        f"{recovery.replayed_tokens} tokens replayed, {recovery.pause_s:.2f} s"
+    )
+    peer = peer_text(recovery.lost[0]) if recovery.lost else ""
+    observer.note(Event(kind="repaired", text=text, model=model, peer=peer))

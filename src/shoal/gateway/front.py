@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
-LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
-
 _COUNTED: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"})
 
 GONE: Final = 499

@@ -18,7 +18,8 @@ ROWS: Final = (1, 2, 4, 8, 16, 32)
 class Meter:
     """Counters of one gateway."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_repair: Callable[[Recovery], None]) -> None:
+        self._on_repair = on_repair
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
             "shoal_gateway_requests", "Answers to requests.", ["path", "status"], registry=registry
@@ -62,6 +63,7 @@ class Meter:
         """A chain was repaired."""
         self.repairs.inc()
         self.repair_s.observe(recovery.pause_s)
+        self._on_repair(recovery)
 
     def text(self) -> bytes:
         """As Prometheus reads it."""

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from shoal.base.limits import SESSION_TOKENS_MAX
 from shoal.base.spans import Span, missing_blocks
 from shoal.client.client import Client
+from shoal.client.session import Recovery
 from shoal.discovery.directory import Snapshot
 from shoal.discovery.records import Record
 from shoal.gateway.answering import Words
@@ -82,14 +83,24 @@ class GatewayConfig:
     """See `FrontConfig`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What a gateway shows and tells besides."""
+
+    routes: Sequence[BaseRoute] = ()
+    """Other pages."""
+    on_repair: Callable[[Recovery], None] = lambda recovery: None
+    """Told of each repair under an answer."""
+
+
 @asynccontextmanager
 async def open_gateway(
     backing: Backing,
     config: GatewayConfig,
     wall_clock: Callable[[], float],
-    more: Sequence[BaseRoute] = (),
+    extras: Extras | None = None,
 ) -> AsyncIterator[ASGIApp]:
-    """A gateway as an ASGI application, on the client's event loop. `more`: other pages.
+    """A gateway as an ASGI application, on the client's event loop.
 
     Answers that are being written when it closes are not waited for: stop serving first.
     """
@@ -97,7 +108,8 @@ async def open_gateway(
     records = _records(backing.snapshot(), model)
     num_blocks = backing.client.config.num_blocks
     context = context_tokens(backing.config, records, num_blocks)
-    meter = Meter()
+    extras = extras or Extras()
+    meter = Meter(extras.on_repair)
     batch = await asyncio.to_thread(_head_batch, backing.head, config.exactness)
     words = Words(
         tokenizer=backing.tokenizer,
@@ -140,7 +152,7 @@ async def open_gateway(
     sweeping = asyncio.create_task(_sweep(kept), name="gateway sweep")
     front = FrontConfig(keys=config.keys, guarded=GUARDED, hosts=config.hosts)
     try:
-        yield Front(Api(parts).routes(more), front, meter)
+        yield Front(Api(parts).routes(extras.routes), front, meter)
     finally:
         sweeping.cancel()
         await asyncio.gather(sweeping, return_exceptions=True)

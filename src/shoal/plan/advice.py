@@ -59,15 +59,23 @@ def _splitting(problem: Problem, splits: Sequence[Split]) -> str:
         if best.num_servers == 1:
             return f"The model fits into one server: {who} takes {best_text}."
         return f"Only {best.num_servers} servers together hold the model: {best_text}."
-    if best.num_servers < most.num_servers and most.seconds > best.seconds * (1 + ALIKE):
+    fewest = splits[0]
+    is_fewest_slower = fewest.seconds > best.seconds * (1 + ALIKE)
+    is_most_slower = most.seconds > best.seconds * (1 + ALIKE)
+    if is_fewest_slower and is_most_slower:
+        return (
+            f"{best.num_servers} servers are fastest: for one session {who} {verb} {best_text}; "
+            f"over {fewest.num_servers} a token takes {seconds_text(fewest.seconds)}, over "
+            f"{most.num_servers} {seconds_text(most.seconds)}."
+        )
+    if is_most_slower:
         what = "One server is" if best.num_servers == 1 else "Fewer servers are"
         return (
             f"{what} faster: for one session {who} {verb} {best_text}; split over "
             f"{most.num_servers} servers a token takes {seconds_text(most.seconds)}, "
             f"{_longer(most.seconds / best.seconds)}."
         )
-    fewest = splits[0]
-    if fewest.seconds > best.seconds * (1 + ALIKE):
+    if is_fewest_slower:
         return (
             f"Splitting pays: over {best.num_servers} servers a token takes "
             f"{seconds_text(best.seconds)}, over {fewest.num_servers} "

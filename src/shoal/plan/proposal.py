@@ -45,7 +45,8 @@ class Proposal:
     """Nothing can be better than this."""
     gap: float
     """How much of `value` a better placement might still win, as a share of it (of the
-    bound, for throughput)."""
+    bound, for throughput). Infinite while sessions are without a place: the bound is for
+    all of them, the value for the others."""
     tried: tuple[Tried, ...]
     """By the objective, the best first."""
     failed: dict[str, str]
@@ -93,14 +94,18 @@ def propose(
     now = next((one for one in ranked if one.policy == PRESENT), None)
     if now is not None and policy == "auto" and _is_as_good(now.outlook, best.outlook, objective):
         best = now
-    value = value_of(best.outlook, objective)
-    bound = trials.bound()
+    value, bound = value_of(best.outlook, objective), trials.bound()
+    counts_some = (
+        best.outlook.unplaced
+        and objective != "throughput"
+        and not (objective == "response" and problem.workload.requests_per_s)
+    )
     return Proposal(
         objective=objective,
         best=best,
         value=value,
         bound=bound,
-        gap=_gap(value, bound, objective),
+        gap=math.inf if counts_some else _gap(value, bound, objective),
         tried=tuple(ranked),
         failed=trials.failed,
         skipped=tuple(trials.skipped),

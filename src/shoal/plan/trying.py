@@ -11,7 +11,7 @@ import importlib.util
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Literal, get_args
 
@@ -57,6 +57,8 @@ Progress = Callable[[str, int, int], None]
 class Budget:
     """How long planning may take. Without a clock, as long as it takes."""
 
+    moves_max: int = MOVES
+    """Moves of the annealer."""
     limit_s: float = math.inf
     clock: Callable[[], float] | None = None
     started_s: float = 0.0
@@ -88,11 +90,13 @@ def value_of(outlook: Outlook, objective: Objective) -> float:
 
 
 def merit(outlook: Outlook, objective: Objective) -> tuple[float, ...]:
-    """By what placements are compared; less is better. Of equals, who has more room."""
+    """By what placements are compared; less is better. Of equals, who has more room, and
+    then more replicas."""
     value = value_of(outlook, objective)
-    room = (-outlook.requests_per_s_max, -outlook.rows_per_s)
+    count = outlook.replicas
+    room = (-outlook.requests_per_s_max, -outlook.rows_per_s, -min(count), -sum(count))
     if objective == "throughput":
-        return (-value, outlook.step_s)
+        return (-value, outlook.step_s, *room)
     if objective == "response" and outlook.response_s is not None:
         return (value, *room)
     return (outlook.unplaced, value, *room)
@@ -141,7 +145,12 @@ class Trials:
             capped = [[min(rate, THROUGHPUT_MAX) for rate in own] for own in self.rates]
             bound = throughput_bound(self.problem, capped)
             return bound if self.solved_bound is None else min(bound, self.solved_bound)
-        bound = request_bound_s(self.problem, currency=self.currency)
+        problem = self.problem
+        if self.objective == "response" and problem.workload.requests_per_s:
+            # Requests come from all clients, however few sessions there are at a time.
+            workload = replace(problem.workload, sessions=problem.num_clients)
+            problem = replace(problem, workload=workload)
+        bound = request_bound_s(problem, currency=self.currency)
         return bound if self.solved_bound is None else max(bound, self.solved_bound)
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -202,7 +211,7 @@ class Trials:
         start = cgbp(self.problem, self.problem.workload.sessions)
         if self.tried:
             start = min(self.tried, key=lambda one: (score(one), self.tried[one].policy))
-        moves = min(MOVES, MOVES_SERVERS // len(self.problem.servers))
+        moves = min(self.budget.moves_max, MOVES_SERVERS // len(self.problem.servers))
         if self.budget.clock is not None:
             before_s = self.budget.clock()
             score(start)

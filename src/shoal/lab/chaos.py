@@ -253,7 +253,7 @@ class _Run:
                 for task in background:
                     task.cancel()
                 await asyncio.gather(*background, return_exceptions=True)
-                raise _first(group) from group
+                raise first_error(group) from group
             finally:
                 finished_s = loop.time()
             await asyncio.sleep(max(0.0, HEAL_S - finished_s))
@@ -309,9 +309,10 @@ class _Run:
         await undo()
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first of a group, however deep."""
     error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def shrink(plan: ChaosPlan, fails: Callable[[ChaosPlan], bool]) -> ChaosPlan:

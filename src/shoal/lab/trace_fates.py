@@ -136,8 +136,11 @@ def _seen(routes: Iterable[Route], labels: dict[str, str]) -> dict[str, list[flo
 def _traced(trace: Trace, following: Trace | None, missed: _Missed) -> Life:
     born_s = max(0.0, trace.began.boot_s)
     last_s = trace.end_s
-    if trace.events and isinstance(trace.events[-1][1], Ended):
-        return Life(born_s=born_s, died_s=last_s, how="stopped")
+    ended = [(time_s, event) for time_s, event in trace.events if isinstance(event, Ended)]
+    if ended:
+        return Life(
+            born_s=born_s, died_s=ended[-1][0], how="killed" if ended[-1][1].code else "stopped"
+        )
     limit_s = following.began.boot_s if following is not None else float("inf")
     times = [time_s for time_s in missed.times if last_s - BEFORE_S <= time_s <= limit_s]
     if not times:

@@ -1,9 +1,9 @@
 """A directory that shows each session the servers that the trace's session took.
 
-Among equals a client chooses by chance. In a replay it should choose as it did: a session sees
-the servers of its own chain and of the one that followed in the trace. What is lost, when, and
-what is then done, the real code decides alone. When the trace's choice does not work here, it
-sees everybody.
+Among equals a client chooses by chance and by measured speed, which no trace tells. In a replay
+it should choose as it did: a session sees the servers of its own chain and of the one that
+followed in the trace, with the blocks that they had there. What is lost, when, and what is then
+done, the real code decides alone. When the trace's choice does not work here, it sees everybody.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Final
 
+from msgspec import structs
+
 from shoal.base.ids import PeerId
+from shoal.base.spans import Span
 from shoal.client.chain_session import ChainSession
-from shoal.discovery.directory import Snapshot
+from shoal.discovery.directory import SignedRecord, Snapshot
 from shoal.discovery.static import StaticDirectory
 
 PATIENCE_S: Final = 5.0
@@ -26,10 +29,13 @@ ASK_PAUSE_S: Final = 3.0
 """Whoever did not ask for this long begins a new search."""
 
 
-class Guide:
-    """Where one session goes next. `chains`: the servers of each chain of the trace, in order."""
+Spans = dict[PeerId, Span]
 
-    def __init__(self, chains: Sequence[frozenset[PeerId]]) -> None:
+
+class Guide:
+    """Where one session goes next. `chains`: servers and blocks of each chain, in order."""
+
+    def __init__(self, chains: Sequence[Spans]) -> None:
         self.session: ChainSession | None = None
         self._chains = chains
         self._next = 0
@@ -41,11 +47,11 @@ class Guide:
         """The servers of the first chain."""
         return sorted(self._chains[0])
 
-    def allowed(self, now_s: float) -> frozenset[PeerId] | None:
-        """Who is shown; None: everybody."""
-        here: frozenset[PeerId] = frozenset()
+    def allowed(self, now_s: float) -> Spans | None:
+        """Who is shown, with which blocks; None: everybody."""
+        here: Spans = {}
         if self.session is not None:
-            here = frozenset(stage.peer for stage in self.session.chain)
+            here = {stage.peer: stage.span for stage in self.session.chain}
         while self._next < len(self._chains) and self._chains[self._next] == here:
             self._next += 1
             self._asked_s = float("-inf")
@@ -54,7 +60,13 @@ class Guide:
         self._asked_s = now_s
         if self._next == len(self._chains) or now_s - self._searching_s > PATIENCE_S:
             return None
-        return here | self._chains[self._next]
+        following = self._chains[self._next]
+        both = {peer: _hull(span, following.get(peer, span)) for peer, span in here.items()}
+        return {**following, **both}
+
+
+def _hull(span: Span, other: Span) -> Span:
+    return Span(min(span.start, other.start), max(span.end, other.end))
 
 
 GUIDE: Final[ContextVar[Guide | None]] = ContextVar("GUIDE", default=None)
@@ -71,5 +83,14 @@ class GuidedDirectory(StaticDirectory):
         allowed = None if guide is None else guide.allowed(asyncio.get_running_loop().time())
         if allowed is None:
             return snapshot
-        records = tuple(one for one in snapshot.records if one.record.peer in allowed)
+        records = tuple(
+            _with_span(one, allowed[one.record.peer])
+            for one in snapshot.records
+            if one.record.peer in allowed
+        )
         return replace(snapshot, records=records)
+
+
+def _with_span(one: SignedRecord, span: Span) -> SignedRecord:
+    """What the client decides with; servers still get the record as it was signed."""
+    return replace(one, record=structs.replace(one.record, start=span.start, end=span.end))

@@ -37,7 +37,7 @@ DELAYS_MIN: Final = 5
 DELAY_S_MAX: Final = 0.5
 """Beyond it something else was waited for."""
 
-SKEW_S: Final = 0.25
+SKEW_S: Final = 0.05
 """Clocks of machines that differ by more are set by the routes that both followed."""
 
 Hop = tuple[str, int, int]

@@ -89,7 +89,7 @@ def parse_trace(data: bytes, name: str) -> list[Trace]:
     for number, line in enumerate(lines, 1):
         if not line:
             continue
-        if _is_cut_off(lines, number):
+        if began is not None and _is_cut_off(lines, number):
             continue
         time_s, event = _parse_line(line, f"{name} line {number}")
         if isinstance(event, Began):

@@ -17,6 +17,7 @@ from shoal.base.ids import short
 from shoal.base.spans import Span
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client
+from shoal.lab.chaos import first_error
 from shoal.lab.clock import run_virtual
 from shoal.lab.invariants import check_end, check_step
 from shoal.lab.network import LinkConditions, SimulatedNetwork
@@ -34,7 +35,7 @@ from shoal.server.quotas import Quotas
 from shoal.wire.messages import WANT_ALL, WANT_NONE
 from shoal.wire.tensors import row_bytes
 
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 150.0
 """A session without a chain fails after this."""
 
 OVERTIME_S: Final = 180.0
@@ -133,6 +134,8 @@ class _Stage:
             background = [asyncio.ensure_future(work) for work in self._background()]
             try:
                 await self._play()
+            except* Exception as group:
+                raise first_error(group) from group
             finally:
                 for task in background:
                     task.cancel()
@@ -200,7 +203,10 @@ class _Stage:
 
     def _player(self, past: SessionPast) -> _Player:
         guide = Guide(
-            [frozenset(self._by_label[hop[0]].peer for hop in chain) for chain in past.chains]
+            [
+                {self._by_label[label].peer: Span(start, end) for label, start, end in chain}
+                for chain in past.chains
+            ]
         )
         parent = self._players.get(past.parent)
         reference = Reference(self._incident.num_blocks, mixes_call_shape=True)

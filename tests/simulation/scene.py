@@ -51,7 +51,9 @@ def scene(servers, *, link=None, config=None, timeout_s=1000.0, **spec):
 class Scene:
     """A swarm, its network, and a first client."""
 
-    def __init__(self, servers, *, link=None, config=None, seed=0, patience_s=120.0, **spec):
+    def __init__(
+        self, servers, *, link=None, config=None, seed=0, patience_s=120.0, tending=None, **spec
+    ):
         self.rng = random.Random(seed)
         self.network = SimulatedNetwork(self.rng, default=link or LinkConditions(delay_s=DELAY_S))
         specs = [make_spec(text, spec) for text in servers.split(",")]
@@ -68,15 +70,20 @@ class Scene:
         self.gone = []
         """Clients that crashed: whatever is left in them does not count."""
         self._patience_s = patience_s
+        self._tending = tending
 
     def __getitem__(self, name):
         return self.servers[name]
 
     async def __aenter__(self):
         await self.swarm.__aenter__()
-        self.client = await self.swarm.open_client(patience_s=self._patience_s)
+        self.client = await self.open_client()
         self._watching = asyncio.ensure_future(self._watch())
         return self
+
+    async def open_client(self):
+        """One more client."""
+        return await self.swarm.open_client(patience_s=self._patience_s, tending=self._tending)
 
     async def __aexit__(self, kind, *exc):
         try:
@@ -161,6 +168,10 @@ class Reader(ScriptRunner):
     def check(self):
         """Every hop holds exactly what one machine would have sent there."""
         check_contents(self.scene.swarm, self)
+
+    @property
+    def state(self):
+        return self.client._sessions[self.session.id]
 
     @property
     def chain(self):

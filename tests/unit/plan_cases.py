@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from hypothesis import strategies as st
@@ -87,14 +87,17 @@ def experiences(draw: st.DrawFn, view: SwarmView) -> Experience:
     )
 
 
-def check_chain(chain: Sequence[Stage], span: Span) -> None:
-    """The chain covers `span` exactly, without empty stages or one peer twice in a row."""
+def check_chain(chain: Sequence[Stage], span: Span, kept: Collection[Stage] = ()) -> None:
+    """The chain covers `span` exactly, without empty stages or one peer twice in a row.
+
+    Unless one of the two was `kept`.
+    """
     assert chain[0].span.start == span.start
     assert chain[-1].span.end == span.end
     assert all(len(stage.span) for stage in chain)
     for before, after in pairwise(chain):
         assert before.span.end == after.span.start
-        assert before.peer != after.peer
+        assert before.peer != after.peer or {before, after} & set(kept)
 
 
 def every_chain(view: SwarmView, span: Span, before: PeerId | None = None) -> Iterator[list[Stage]]:

@@ -43,8 +43,8 @@ class Servers:
     async def wait_for_news(self, timeout_s):
         await asyncio.sleep(timeout_s)
 
-    async def install(self, state, facts, chain):
-        state.follow(chain, state.epoch + 1, ME)
+    async def install(self, state, facts, chain, standbys=()):
+        state.follow(chain, state.epoch + 1, ME, standbys)
         self.installed.append((now_s(), hops(state.chain)))
         refused = {one.peer: self.refusing[one.peer] for one in chain if one.peer in self.refusing}
         held = {(one.peer, one.span.start): 0 for one in chain if one.peer not in refused}
@@ -56,7 +56,7 @@ class Servers:
 
     def end(self, state, error):
         state.fail(error)
-        state.troubled.set()
+        state.stirred.set()
         self.ended.append(error)
 
     def dismiss(self, state, peers):

@@ -25,7 +25,8 @@ from shoal.net.membership import SwarmPass
 from shoal.net.memory import MemoryNetwork
 from shoal.net.tcp import TcpTransport
 from shoal.net.transport import Stream
-from shoal.wire.messages import GetRecords, Message, Offer, Publish, Records, Suspects, Taken
+from shoal.wire.gossip import Offer, Suspects, Taken
+from shoal.wire.messages import GetRecords, Message, Publish, Records
 from tests.contracts.directory_cases import (
     PASS,
     Member,

@@ -39,19 +39,8 @@ from shoal.discovery.spreading import (
     WANT_TIMEOUT_S,
 )
 from shoal.discovery.store import RESTORE_AFTER_S, SUSPECT_S, RecordStore
-from shoal.wire.messages import (
-    Beat,
-    Digest,
-    Message,
-    Offer,
-    Part,
-    Ping,
-    RecordName,
-    Records,
-    Suspects,
-    Taken,
-    WantRecords,
-)
+from shoal.wire.gossip import Beat, Digest, Offer, Part, RecordName, Suspects, Taken, WantRecords
+from shoal.wire.messages import Message, Ping, Records
 from tests.unit.discovery_cases import SWARM, identity, signed
 
 ME, ANN, BOB, CAT, DAN, EVE = (identity(number) for number in range(1, 7))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from shoal.base.errors import BadInput, SessionClosed
 from shoal.base.ids import PeerId, SessionId
-from shoal.client.session import Payload, Recovery, SessionState, split_chunks
+from shoal.client.session import Move, Payload, Recovery, SessionState, split_chunks
 from shoal.plan.view import Stage
 from shoal.wire.messages import WANT_LAST, Fork, Want
 
@@ -80,6 +80,16 @@ class ChainSession:
     def recoveries(self) -> tuple[Recovery, ...]:
         """The repairs so far."""
         return tuple(self._state.recoveries)
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The planned changes of the chain so far."""
+        return tuple(self._state.moves)
+
+    @property
+    def standbys(self) -> tuple[Stage, ...]:
+        """Who stands by for which blocks now."""
+        return tuple(standby.stage for standby in self._state.standbys)
 
     @property
     def numerics(self) -> str:

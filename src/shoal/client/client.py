@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
@@ -22,25 +22,31 @@ from shoal.base.errors import (
     PeerUnreachable,
     ProtocolError,
     SessionClosed,
+    SessionLost,
     ShoalError,
     error_from_code,
 )
 from shoal.base.ids import NONCE_BYTES, PeerId, SessionId, session_id, short
 from shoal.base.limits import (
-    ALIVE_MISSED_MAX,
-    ALIVE_PERIOD_S,
     KEEP_PERIOD_S,
-    STALL_FACTOR,
-    STALL_MIN_S,
 )
 from shoal.base.spans import Span
+from shoal.client import asking
 from shoal.client.chain_session import ChainSession
 from shoal.client.experience import ExperienceBook
 from shoal.client.repair import Supervisor
-from shoal.client.routing import Followed, RouteFacts, send_route, sign_route
+from shoal.client.routing import (
+    Followed,
+    RouteFacts,
+    SignedRoute,
+    send_route,
+    sign_route,
+)
 from shoal.client.server_link import ServerLink
 from shoal.client.session import SessionState, Trouble
+from shoal.client.tending import TendConfig, lose_standby
 from shoal.client.waiting import OnWaiting
+from shoal.client.watch import Watch
 from shoal.discovery.directory import Directory
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
@@ -52,24 +58,25 @@ from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Transport
 from shoal.plan.routing import Wanted
-from shoal.plan.view import Stage, SwarmView
+from shoal.plan.view import Stage, Standby, SwarmView
 from shoal.wire.frames import Buffer
-from shoal.wire.messages import Alive, Broken, Close, Entry, Failed, Fork, Open, Ping, Stale
+from shoal.wire.messages import (
+    Broken,
+    Close,
+    Entry,
+    Failed,
+    Fork,
+    Leaving,
+    Open,
+    Routed,
+    Stale,
+)
 from shoal.wire.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 
 WINDOW_BYTES: Final = 64 << 20
 """What a last hop may send the client unacknowledged: the client always takes rows."""
-
-RESYNC_S_MAX: Final = 16.0
-"""A session that stands still asks everybody what they have at least this often."""
-
-STANDSTILLS_MAX: Final = 2
-"""Standstills without a row before a hop is suspected: 2 + 4 + 8 s of asking in vain."""
-
-FIRST_ITERATION_S_MAX: Final = 60.0
-"""A server that has no experience yet may take this long: first calls on slow processors."""
 
 LOSSES_MAX: Final = 3
 """A session that servers lose more often than this without a row has a bad server."""
@@ -88,6 +95,8 @@ class ClientConfig:
     hidden_size: int
     patience_s: float = 60.0
     """How long a session waits for a chain before it fails."""
+    tending: TendConfig = field(default_factory=TendConfig)
+    """Standbys, and moves before they are forced."""
     on_waiting: OnWaiting | None = None
     """Told what sessions wait for meanwhile."""
 
@@ -177,7 +186,7 @@ class Client:
             state.start_as_fork(seed, parent.rev, parent.length)
         self._sessions[state.id] = state
         wanted = Wanted(encoding=encoding, inner_encoding=state.inner_encoding)
-        supervisor = Supervisor(self, state, facts, wanted)
+        supervisor = Supervisor(self, state, facts, wanted, self.config.tending)
         try:
             await supervisor.mend()
         except BaseException:
@@ -190,15 +199,16 @@ class Client:
         """The session's log grew or was cut: its cursor has work."""
         now_s = asyncio.get_running_loop().time()
         state.progressed_s = max(state.progressed_s, now_s)
-        self._senders.wake(state.outbound)
+        for outbound in (state.outbound, *state.feeds.values()):
+            self._senders.wake(outbound)
 
     def end(self, state: SessionState, error: ShoalError) -> None:
         """Forget the session here and at its servers."""
         if self._sessions.pop(state.id, None) is None:
             return
         state.fail(error)
-        state.troubled.set()
-        self.dismiss(state, state.servers)
+        state.stirred.set()
+        self.dismiss(state, state.peers)
         for outbound in state.outbounds():
             self._senders.detach(outbound)
 
@@ -219,18 +229,28 @@ class Client:
             pass
 
     async def install(
-        self, state: SessionState, facts: RouteFacts, chain: Sequence[Stage]
+        self,
+        state: SessionState,
+        facts: RouteFacts,
+        chain: Sequence[Stage],
+        standbys: Sequence[Standby] = (),
     ) -> Followed:
-        """Follow `chain` with the next epoch and make it known."""
+        """Follow `chain` with the next epoch and make it known.
+
+        Returns when all hops answered; standbys are not waited for.
+        """
         epoch = state.epoch + 1
-        for outbound in state.follow(chain, epoch, self.me):
+        for outbound in state.follow(chain, epoch, self.me, standbys):
             self._senders.detach(outbound)
         records = {s.peer: s.record for s in self.view().servers}
         servers = sorted(state.servers)
         route = sign_route(
             self._identity, facts, epoch, chain,
-            [records[peer] for peer in servers if peer in records], state.distrusted,
+            [records[peer] for peer in sorted(state.peers) if peer in records], state.distrusted,
+            standbys,
         )  # fmt: skip
+        for peer in sorted(state.standby_peers - state.servers):
+            self._tasks.spawn(self._prepare(state, route, peer), f"standby {short(peer)}")
         receive_from = frozenset(
             chain[index].peer
             for index in range(len(chain))
@@ -246,17 +266,31 @@ class Client:
             self._offer_have(state)
         return followed
 
+    async def _prepare(self, state: SessionState, route: SignedRoute, peer: PeerId) -> None:
+        """Make the route known to a standby."""
+        epoch = state.epoch
+        followed = await send_route(route, [self.link(peer)], frozenset())
+        if state.failure is not None or peer not in state.peers:
+            self.dismiss(state, [peer])
+            return
+        for error in followed.refused.values():
+            if state.epoch == epoch:
+                lose_standby(self.experience, state, peer, error)
+
+    async def held(self, state: SessionState, peer: PeerId) -> Routed:
+        """How far the session has come at a peer. Raises ShoalError."""
+        return await asking.held(self.link(peer), state.id)
+
+    async def decode_s_per_block(self, peer: PeerId) -> float:
+        """What a peer's decode iterations take now; 0: it has done none. Raises ShoalError."""
+        return await asking.decode_s_per_block(self.link(peer), self.experience)
+
     async def answers(self, peer: PeerId) -> bool:
         """Whether the peer answers now, dialling it if need be."""
-        link = self.link(peer)
-        try:
-            await link.connect(rows=False)
-            async with asyncio.timeout(ALIVE_MISSED_MAX * ALIVE_PERIOD_S):
-                await link.request(Ping)
-        except (ShoalError, TimeoutError):
-            self._drop(link)
-            return False
-        return True
+        is_alive = await asking.answers(self.link(peer))
+        if not is_alive:
+            self._drop(self.link(peer))
+        return is_alive
 
     def dismiss(self, state: SessionState, peers: Iterable[PeerId]) -> None:
         """Tell servers to forget the session."""
@@ -294,7 +328,7 @@ class Client:
 
     def sessions_at(self, peer: PeerId) -> list[bytes]:
         """Our sessions that run over this server now."""
-        return [state.id for state in self._sessions.values() if peer in state.servers]
+        return [state.id for state in self._sessions.values() if peer in state.peers]
 
     # --- rows in: LinkEvents -----------------------------------------------------------
 
@@ -340,6 +374,12 @@ class Client:
         state = self._sessions.get(SessionId(message.session))
         if state is None or message.epoch != state.epoch:
             return
+        for standby in state.standbys:
+            stage = standby.stage
+            if (stage.peer, stage.span.start) == (message.peer, message.border):
+                detail = f"it can't be fed: {message.detail}"  # which says nothing bad of it
+                lose_standby(self.experience, state, stage.peer, SessionLost(detail))
+                return
         for stage, successor in pairwise(state.chain):
             if (stage.peer, successor.peer) == (peer, message.peer):
                 self._report(state, Trouble(links={(peer, successor.peer)}))
@@ -347,9 +387,13 @@ class Client:
     def on_failed(self, peer: PeerId, message: Failed) -> None:
         """A server can't go on with a session."""
         state = self._sessions.get(SessionId(message.session))
-        if state is None or message.epoch != state.epoch or peer not in state.servers:
+        if state is None or message.epoch != state.epoch or peer not in state.peers:
             return
         error = error_from_code(message.code, message.detail, message.retry_after_s)
+        stage = state.standby_at(peer, message.start)
+        if stage is not None:
+            lose_standby(self.experience, state, peer, error)
+            return
         before = state.predecessor(peer, message.start)
         if message.code == BadInput.code and before is not None:
             self._blame(state, before, error)  # we only relayed those rows
@@ -366,8 +410,26 @@ class Client:
         """The streams from a server are gone."""
         logger.info("server lost peer=%s reason=%s", short(peer), error)
         for state in self._sessions.values():
+            if peer in state.standby_peers:
+                lose_standby(self.experience, state, peer, error)
             if peer in state.servers and not state.is_mending:
                 self._report(state, Trouble(lost={peer}))
+
+    def on_round_trip(self, peer: PeerId, rtt_s: float) -> None:
+        """A server answered a Ping."""
+        self.experience.round_trip(peer, rtt_s)
+
+    def on_leaving(self, peer: PeerId, message: Leaving) -> None:
+        """A server will stop serving blocks: our sessions should be gone by then."""
+        logger.info("server leaves peer=%s blocks=[%d,%d) within_s=%.1f",
+                    short(peer), message.start, message.end, message.within_s)  # fmt: skip
+        if message.start >= message.end:
+            raise ProtocolError("a server leaves no blocks")
+        until_s = asyncio.get_running_loop().time() + message.within_s
+        for state in self._sessions.values():
+            if peer in state.peers:
+                state.leaving[peer] = (Span(message.start, message.end), until_s)
+                state.tend()
 
     # --- rows out: PoolEvents ----------------------------------------------------------
 
@@ -382,49 +444,17 @@ class Client:
         """We can't send rows to a server."""
         for outbound in outbounds:
             state = self._sessions.get(outbound.session)
-            if state is not None and peer in state.servers:
+            if state is None:
+                continue
+            if state.feeds.get(peer) is outbound:
+                lose_standby(self.experience, state, peer, error)
+            elif peer in state.servers:
                 self._report(state, Trouble(lost={peer}))
 
     # --- watching ----------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Ping servers that owe us rows; report the silent, the stuck and the standstill."""
-        while True:
-            await asyncio.sleep(ALIVE_PERIOD_S)
-            now_s = asyncio.get_running_loop().time()
-            waiting = [s for s in self._sessions.values() if s.is_waiting and not s.is_mending]
-            for peer in sorted({peer for state in waiting for peer in state.servers}):
-                link = self.link(peer)
-                if not link.is_up or _is_silent(link, now_s) or _is_stuck(link.alive):
-                    self._drop(link)
-                else:
-                    link.ping(now_s)
-            for state in waiting:
-                if now_s - state.progressed_s > state.resync_after_s and not state.trouble:
-                    self._stands_still(state, now_s)
-
-    def _stands_still(self, state: SessionState, now_s: float) -> None:
-        """Everybody answers and no row comes: open all links anew; later, name a suspect."""
-        self.link(state.inbound.predecessor).redial_rows(state.resync_after_s)
-        state.standstills += 1
-        state.resync_after_s = min(RESYNC_S_MAX, 2 * state.resync_after_s)
-        state.progressed_s = now_s
-        trouble = Trouble(is_out_of_step=True)
-        suspect = state.suspect() if state.standstills > STANDSTILLS_MAX else None
-        if suspect is not None and not self._is_computing(state, suspect):
-            logger.warning("peer delivers nothing peer=%s session=%s",
-                           short(suspect), short(state.id))  # fmt: skip
-            trouble.bad.add(suspect)
-        self._report(state, trouble)
-
-    def _is_computing(self, state: SessionState, peer: PeerId) -> bool:
-        """Whether an iteration runs at the peer, or one ended since we last asked this."""
-        alive = self.link(peer).alive
-        if alive is None:
-            return False
-        before = state.iterations.get(peer)
-        state.iterations[peer] = alive.iteration
-        return alive.iteration_s > 0 or alive.iteration != before
+        await Watch(self._sessions, self.link, self._drop, self._report).run()
 
     def _drop(self, link: ServerLink) -> None:
         """The server doesn't answer as it should: everybody who uses it must know."""
@@ -446,20 +476,6 @@ class Client:
 
     def _report(self, state: SessionState, trouble: Trouble) -> None:
         state.report(trouble, asyncio.get_running_loop().time())
-
-
-def _is_silent(link: ServerLink, now_s: float) -> bool:
-    return link.pinged_s is not None and now_s - link.pinged_s >= ALIVE_MISSED_MAX * ALIVE_PERIOD_S
-
-
-def _is_stuck(alive: Alive | None) -> bool:
-    """The running iteration lasts far longer than the server itself expected."""
-    if alive is None:
-        return False
-    if not alive.iteration_estimate_s:
-        return alive.iteration_s > FIRST_ITERATION_S_MAX
-    limit_s = max(STALL_MIN_S, STALL_FACTOR * alive.iteration_estimate_s)
-    return alive.iteration_s > limit_s
 
 
 @asynccontextmanager

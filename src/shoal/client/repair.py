@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -25,13 +24,16 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.ids import PeerId, short
-from shoal.client.experience import ExperienceBook
+from shoal.client import tending
+from shoal.client.aftermath import gone, judge_numerics
 from shoal.client.routing import Followed, RouteFacts
 from shoal.client.session import Recovery, SessionState, Trouble
+from shoal.client.tending import TendConfig, Tender
 from shoal.client.waiting import OnWaiting, Waiting, gave_up, waiting_for
+from shoal.plan.moving import keep_valid, promote
 from shoal.plan.repair import choose_repair, with_client_links
 from shoal.plan.routing import Wanted, choose_chain
-from shoal.plan.view import Stage, SwarmView
+from shoal.plan.view import Stage, Standby
 
 logger = logging.getLogger(__name__)
 
@@ -51,25 +53,14 @@ NOBODY: Final = Followed(held={}, refused={})
 """A chain that could not be chosen."""
 
 
-class Swarm(Protocol):
+class Swarm(tending.Swarm, Protocol):
     """What a repair needs of the client."""
 
-    me: PeerId
-    experience: ExperienceBook
-    rng: random.Random
     patience_s: float
     on_waiting: OnWaiting | None
 
-    def view(self) -> SwarmView:
-        """The servers of the model that are known now."""
-
     async def wait_for_news(self, timeout_s: float) -> None:
         """Return when the directory changed or the time is over."""
-
-    async def install(
-        self, state: SessionState, facts: RouteFacts, chain: Sequence[Stage]
-    ) -> Followed:
-        """Follow `chain` with the next epoch and make it known."""
 
     async def answers(self, peer: PeerId) -> bool:
         """Whether the peer answers now, dialling it if need be."""
@@ -77,17 +68,20 @@ class Swarm(Protocol):
     def end(self, state: SessionState, error: ShoalError) -> None:
         """The session can't go on: forget it here and at its servers."""
 
-    def dismiss(self, state: SessionState, peers: Iterable[PeerId]) -> None:
-        """Tell servers that are no longer in the chain to forget the session."""
-
 
 class Supervisor:
     """Opens one session's chain and mends it until the session ends."""
 
     def __init__(
-        self, swarm: Swarm, state: SessionState, facts: RouteFacts, wanted: Wanted
+        self,
+        swarm: Swarm,
+        state: SessionState,
+        facts: RouteFacts,
+        wanted: Wanted,
+        config: TendConfig | None = None,
     ) -> None:
         self._swarm = swarm
+        self._tender = Tender(swarm, state, facts, wanted, config or TendConfig())
         self._state = state
         self._facts = facts
         self._wanted = wanted
@@ -97,18 +91,35 @@ class Supervisor:
         """How often peers failed or refused in the repair that runs."""
 
     async def run(self) -> None:
-        """Mend whenever trouble is reported; ends when the session has failed."""
+        """Mend whenever trouble is reported, tend in between; ends when the session has failed."""
+        state = self._state
         while True:
-            await self._state.troubled.wait()
-            if self._state.failure is not None:
+            await self._wait()
+            if state.failure is not None:
                 return
             try:
-                await self.mend()
+                if state.trouble:
+                    await self.mend()
+                    state.needs_tending = True
+                else:
+                    await self._tender.tend()
             except ShoalError as error:
                 self._give_up(error)
             except Exception as error:
                 logger.exception("repair broke session=%s", short(self._state.id))
                 self._give_up(InternalError(repr(error)))
+
+    async def _wait(self) -> None:
+        """Until there is something to look at, or it is time to look whether there is."""
+        state = self._state
+        if state.trouble or state.failure is not None:
+            return
+        try:
+            async with asyncio.timeout(0 if state.needs_tending else self._tender.period_s):
+                await state.stirred.wait()
+        except TimeoutError:
+            pass
+        state.stirred.clear()
 
     def _give_up(self, error: ShoalError) -> None:
         logger.warning("session failed session=%s reason=%s",
@@ -135,6 +146,7 @@ class Supervisor:
         since_s = state.trouble.since_s if state.trouble else loop.time()
         deadline_s = await self._begin() + swarm.patience_s
         before = [stage for stage in state.chain if len(stage.span)]
+        peers_before = state.peers
         position = state.received_length
         lost: set[PeerId] = set()
         self._strikes.clear()
@@ -147,8 +159,8 @@ class Supervisor:
             chain: Sequence[Stage] = ()
             followed = NOBODY
             try:
-                chain = self._choose(lost)
-                followed = await self._install(chain)
+                chain, standbys = self._choose(lost)
+                followed = await self._install(chain, standbys)
                 if not followed.refused and not state.trouble:
                     break
                 lost |= self._learn(followed)
@@ -165,8 +177,8 @@ class Supervisor:
             await self._back_off()
         after = [stage for stage in chain if len(stage.span)]
         state.distrusted.clear()
-        self._dismiss_replaced(before, after)
-        self._judge_numerics(before, after)
+        swarm.dismiss(state, gone(peers_before, state))
+        judge_numerics(state, swarm.view(), before, after)
         if before and lost:
             self._record(since_s, position, before, after, followed)
 
@@ -246,7 +258,8 @@ class Supervisor:
         others = self._swarm.rng.sample(others, min(PROBES_MAX, len(others)))
         return bool(await self._alive_among(others))
 
-    def _choose(self, lost: set[PeerId]) -> list[Stage]:
+    def _choose(self, lost: set[PeerId]) -> tuple[list[Stage], list[Standby]]:
+        """The chain to go on with, standbys in place of the lost, and the standbys left."""
         state, swarm = self._state, self._swarm
         now_s = asyncio.get_running_loop().time()
         experience = swarm.experience.snapshot(now_s)
@@ -257,6 +270,12 @@ class Supervisor:
                 swarm.view(), state.span, experience, swarm.rng, wanted=self._wanted
             )
         else:
+            fit = [
+                one.stage
+                for one in state.standbys
+                if one.stage.peer not in state.distrusted and one.stage.peer not in state.unfit
+            ]
+            stages = list(promote(stages, lost, fit))
             gaps = frozenset(i for i, stage in enumerate(stages) if stage.peer in lost)
             chosen = tuple(stages)
             if gaps:
@@ -265,14 +284,18 @@ class Supervisor:
                     swarm.view(), stages, gaps, experience, numerics, swarm.rng,
                     wanted=self._wanted,
                 )  # fmt: skip
-        return with_client_links(chosen, experience, swarm.me)
+        left = [one for one in state.standbys if one.stage.peer not in lost]
+        valid = keep_valid(chosen, [one.stage for one in left if one.stage not in chosen])
+        standbys = [one for one in left if one.stage in valid]
+        return with_client_links(chosen, experience, swarm.me), standbys
 
-    async def _install(self, chain: Sequence[Stage]) -> Followed:
-        followed = await self._swarm.install(self._state, self._facts, chain)
+    async def _install(self, chain: Sequence[Stage], standbys: Sequence[Standby]) -> Followed:
+        followed = await self._swarm.install(self._state, self._facts, chain, standbys)
         if followed.refused and not self._state.length:
             # nobody holds anything yet: choose all hops anew rather than repair
-            self._swarm.dismiss(self._state, self._state.servers)
+            self._swarm.dismiss(self._state, self._state.peers)
             self._state.chain = ()
+            self._state.standbys = ()
         return followed
 
     def _learn(self, followed: Followed) -> set[PeerId]:
@@ -286,30 +309,6 @@ class Supervisor:
                 self._swarm.experience.failed(peer, now_s)
         self._strikes.update(followed.refused.keys())
         return set(followed.refused)
-
-    def _dismiss_replaced(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
-        gone = {stage.peer for stage in before} - {stage.peer for stage in after}
-        self._swarm.dismiss(self._state, sorted(gone))
-
-    def _judge_numerics(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
-        """Say what the text's numbers are worth after this change (design, the promise)."""
-        state = self._state
-        servers = {server.peer: server for server in self._swarm.view().servers}
-        old = dict(state.classes)
-        for stage in after:
-            server = servers.get(stage.peer)
-            if server is None:
-                continue
-            state.classes[stage.peer] = server.numerics
-            if not server.is_exact and state.numerics == "exact":
-                state.numerics = "same-class"
-            lost_classes = {
-                old.get(stage_before.peer, "")
-                for stage_before in before
-                if stage_before.span.overlap(stage.span) and stage_before.peer != stage.peer
-            }
-            if lost_classes - {server.numerics}:
-                state.numerics = "crossed"
 
     def _record(
         self,

@@ -10,7 +10,8 @@ from shoal.base.errors import ShoalError
 from shoal.base.ids import PeerId
 from shoal.client.server_link import ServerLink
 from shoal.net.identity import ROUTE, Identity
-from shoal.plan.view import Stage
+from shoal.plan.view import Stage, Standby
+from shoal.wire import messages as wire
 from shoal.wire.messages import Fork, Hop, Route, RouteBody, Routed, encode
 
 
@@ -48,8 +49,10 @@ def sign_route(
     chain: Sequence[Stage],
     records: Iterable[bytes],
     fresh: Collection[PeerId] = (),
+    standbys: Sequence[Standby] = (),
 ) -> SignedRoute:
     """The signed route over `chain`; the `fresh` peers must forget what they hold."""
+    end = chain[-1].span.end
     body = RouteBody(
         owner=identity.peer,
         nonce=facts.nonce,
@@ -67,6 +70,16 @@ def sign_route(
             for index, stage in enumerate(chain)
         ],
         parent=facts.parent,
+        standbys=[
+            wire.Standby(
+                standby.stage.peer,
+                standby.stage.span.start,
+                standby.stage.span.end,
+                facts.encoding if standby.stage.span.end == end else facts.inner_encoding,
+                standby.lag_rows,
+            )
+            for standby in standbys
+        ],
     )
     data = encode(body)
     return SignedRoute(body=data, signature=identity.sign(ROUTE, data), records=list(records))

@@ -30,9 +30,11 @@ from shoal.wire.messages import (
     ControlMessage,
     Error,
     Failed,
+    GetHeld,
     GetLoad,
     GetRecords,
     Keep,
+    Leaving,
     Ping,
     Publish,
     Route,
@@ -40,7 +42,7 @@ from shoal.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-Request = Route | Ping | GetRecords | Publish | GetLoad
+Request = Route | Ping | GetRecords | Publish | GetLoad | GetHeld
 
 
 class LinkEvents(ReceiverEvents, Protocol):
@@ -51,6 +53,12 @@ class LinkEvents(ReceiverEvents, Protocol):
 
     def on_failed(self, peer: PeerId, message: Failed) -> None:
         """A server can't go on with a session."""
+
+    def on_leaving(self, peer: PeerId, message: Leaving) -> None:
+        """A server will stop serving blocks."""
+
+    def on_round_trip(self, peer: PeerId, rtt_s: float) -> None:
+        """A Ping was answered after this long."""
 
     def sessions_at(self, peer: PeerId) -> list[bytes]:
         """Our sessions that run over this server now."""
@@ -102,6 +110,7 @@ class ServerLink:
                 self._control = await self._dial(self.peer, PURPOSE_CONTROL)
                 self.pinged_s = self.alive = None
                 self.keep()
+                self.ping(asyncio.get_running_loop().time())
                 self._tasks.spawn(self._read_control(self._control), "control")
             if rows and not self._wants_rows:
                 channel = await self._dial(self.peer, PURPOSE_ROWS_IN)
@@ -203,12 +212,17 @@ class ServerLink:
                 self._events.on_server_lost(self.peer, error)
 
     def _on_control(self, message: object) -> None:
+        if isinstance(message, Alive) and self.pinged_s is not None:
+            rtt_s = asyncio.get_running_loop().time() - self.pinged_s
+            self._events.on_round_trip(self.peer, rtt_s)
         self.pinged_s = None
         match message:
             case Broken():
                 self._events.on_broken(self.peer, message)
             case Failed():
                 self._events.on_failed(self.peer, message)
+            case Leaving():
+                self._events.on_leaving(self.peer, message)
             case Alive():
                 self.alive = message
                 self._resolve(message)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from shoal.base.errors import BadInput, ShoalError
 from shoal.base.ids import PeerId, SessionId
@@ -19,7 +20,7 @@ from shoal.client.relay import Relay
 from shoal.link.inbound import Admission, Inbound, Verdict
 from shoal.link.log import Log, LogEntry, rows_of
 from shoal.link.outbound import Outbound
-from shoal.plan.view import Stage
+from shoal.plan.view import Stage, Standby
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import (
     WANT_ALL,
@@ -50,6 +51,20 @@ class Recovery:
     """Rows that the replacements must compute again (the most behind of them)."""
     pause_s: float
     """From the first sign of trouble to the next row received."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One planned change of a session's chain, as the user is told."""
+
+    position: int
+    """Rows received when it happened."""
+    left: tuple[PeerId, ...]
+    entered: tuple[PeerId, ...]
+    reason: Literal["leaving", "slow"]
+    """A server asked to be left, or another chain is faster."""
+    prepared_s: float
+    """How long the new hops took to get ready while the old ones went on."""
 
 
 @dataclass(slots=True)
@@ -91,8 +106,15 @@ class SessionState:
         self.epoch = 0
         self.chain: tuple[Stage, ...] = ()
         """Stages in order, the client's own pass-through hops included."""
+        self.standbys: tuple[Standby, ...] = ()
+        self.unfit: dict[PeerId, float] = {}
+        """Peers that could not stand by, and the loop time at which they may be asked again."""
+        self.leaving: dict[PeerId, tuple[Span, float]] = {}
+        """Blocks that servers said they would leave, and until when that counts."""
         self.log = Log()
         self.outbound = Outbound(session, span.start, self.log)
+        self.feeds: dict[PeerId, Outbound] = {}
+        """The links to standbys that we feed, by receiver."""
         self.inbound = Inbound(session, span.end, is_final=True)
         self.relays: dict[int, Relay] = {}
         self.received: list[LogEntry] = []
@@ -102,6 +124,7 @@ class SessionState:
         self.last_error: ShoalError | None = None
         """What a peer was last blamed for."""
         self.recoveries: list[Recovery] = []
+        self.moves: list[Move] = []
         self.numerics = "exact"
         self.progressed_s = 0.0
         """Loop time of the last row received, or of the first one sent after a pause."""
@@ -129,7 +152,20 @@ class SessionState:
         self.is_mending = False
         self.changed = asyncio.Event()
         """Rows were received, or the session failed."""
-        self.troubled = asyncio.Event()
+        self.stirred = asyncio.Event()
+        """There is something for the supervisor to look at."""
+        self.needs_tending = False
+        """Standbys were lost, or a server wants to be left."""
+
+    @property
+    def peers(self) -> set[PeerId]:
+        """The peers of the chain and the standbys."""
+        return self.servers | self.standby_peers
+
+    @property
+    def standby_peers(self) -> set[PeerId]:
+        """The peers that stand by."""
+        return {standby.stage.peer for standby in self.standbys}
 
     @property
     def servers(self) -> set[PeerId]:
@@ -190,17 +226,26 @@ class SessionState:
             return
         rev = self.log.rev + 1
         self.log.cut(rev, [(rev, length)])
-        self.outbound.on_cut()
+        for outbound in (self.outbound, *self.feeds.values()):
+            outbound.on_cut()
         self.inbound.lower(length)
         kept = [entry.head(length) for entry in self.received if entry.position < length]
         self.received = [entry for entry in kept if entry.num_rows]
 
-    def follow(self, chain: Sequence[Stage], epoch: int, me: PeerId) -> list[Outbound]:
-        """Take over a new chain: who our neighbours are, and where we relay.
+    def follow(
+        self,
+        chain: Sequence[Stage],
+        epoch: int,
+        me: PeerId,
+        standbys: Sequence[Standby] = (),
+    ) -> list[Outbound]:
+        """Take over a new chain: who our neighbours are, whom we feed, and where we relay.
 
-        Returns the links of relays that are no longer needed.
+        Returns the links that are no longer needed.
         """
-        self.chain, self.epoch = tuple(chain), epoch
+        old = self.outbounds()
+        self.chain, self.epoch, self.standbys = tuple(chain), epoch, tuple(standbys)
+        self._follow_feeds(epoch)
         self.outbound.reroute(chain[0].peer, epoch)
         self.inbound.reroute(chain[-1].peer, epoch)
         relays: dict[int, Relay] = {}
@@ -213,10 +258,33 @@ class SessionState:
                 relay = Relay(self.id, border)
             relay.reroute(before, chain[index + 1].peer, epoch)
             relays[border] = relay
-        kept = list(relays.values())
-        dropped = [relay for relay in self.relays.values() if relay not in kept]
         self.relays = relays
-        return [relay.outbound for relay in dropped]
+        used = self.outbounds()
+        return [outbound for outbound in old if outbound not in used]
+
+    def _follow_feeds(self, epoch: int) -> None:
+        feeds: dict[PeerId, Outbound] = {}
+        for standby in self.standbys:
+            peer = standby.stage.peer
+            if standby.stage.span.start != self.span.start:
+                continue
+            outbound = self.feeds.get(peer)
+            if outbound is None:
+                outbound = Outbound(self.id, self.span.start, self.log)
+            outbound.lag_rows = standby.lag_rows
+            outbound.reroute(peer, epoch)
+            feeds[peer] = outbound
+        self.feeds = feeds
+
+    def lose_standby(self, peer: PeerId, until_s: float) -> None:
+        """A standby is none any more; don't ask it again before that."""
+        self.unfit[peer] = until_s
+        self.tend()
+
+    def tend(self) -> None:
+        """The supervisor should look at standbys and moves."""
+        self.needs_tending = True
+        self.stirred.set()
 
     def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Gap | Ack | Stale | None:
         """Rows arrived at the end of the chain or at a relay."""
@@ -236,13 +304,19 @@ class SessionState:
         self.trouble.bad |= trouble.bad
         self.trouble.links |= trouble.links
         self.trouble.is_out_of_step |= trouble.is_out_of_step
-        self.troubled.set()
+        self.stirred.set()
 
     def take_trouble(self) -> Trouble:
         """What was reported since the last call."""
         trouble, self.trouble = self.trouble, Trouble()
-        self.troubled.clear()
         return trouble
+
+    def standby_at(self, peer: PeerId, start: int) -> Stage | None:
+        """The standby of `peer` that begins at block `start`, if there is one."""
+        for standby in self.standbys:
+            if (standby.stage.peer, standby.stage.span.start) == (peer, start):
+                return standby.stage
+        return None
 
     def predecessor(self, peer: PeerId, start: int) -> PeerId | None:
         """The server before the hop of `peer` that begins at block `start`, if there is one.
@@ -314,7 +388,11 @@ class SessionState:
 
     def outbounds(self) -> list[Outbound]:
         """All links that the client sends over."""
-        return [self.outbound, *(relay.outbound for relay in self.relays.values())]
+        return [
+            self.outbound,
+            *self.feeds.values(),
+            *(relay.outbound for relay in self.relays.values()),
+        ]
 
     def take_rows(self, start: int, end: int) -> bytes:
         """The received rows of positions [start, end), as wanted; they are forgotten here."""

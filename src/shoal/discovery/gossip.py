@@ -40,7 +40,8 @@ from shoal.net.channel import PURPOSE_CONTROL, PURPOSE_GOSSIP, Channel, open_cha
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Transport
-from shoal.wire.messages import Error, Message, Taken
+from shoal.wire.gossip import Taken
+from shoal.wire.messages import Error, Message
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from shoal.base.ids import PeerId, short
 from shoal.base.limits import HEADER_BYTES_MAX
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
-from shoal.wire.messages import Message, Part, Records
+from shoal.wire.gossip import Part
+from shoal.wire.messages import Message, Records
 
 logger = logging.getLogger(__name__)
 

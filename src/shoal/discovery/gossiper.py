@@ -39,18 +39,8 @@ from shoal.discovery.neighbours import (
 )
 from shoal.discovery.spreading import Spreading
 from shoal.discovery.store import RecordStore
-from shoal.wire.messages import (
-    Beat,
-    Digest,
-    Message,
-    Offer,
-    Part,
-    RecordName,
-    Records,
-    Suspects,
-    Taken,
-    WantRecords,
-)
+from shoal.wire.gossip import Beat, Digest, Offer, Part, RecordName, Suspects, Taken, WantRecords
+from shoal.wire.messages import Message, Records
 
 logger = logging.getLogger(__name__)
 

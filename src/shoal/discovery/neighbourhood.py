@@ -10,7 +10,8 @@ from shoal.base.ids import PeerId
 from shoal.base.limits import RECORDS_MAX
 from shoal.discovery.allowance import RECORDS_BURST, RECORDS_PER_S, Allowance
 from shoal.discovery.directory import SignedRecord
-from shoal.wire.messages import Message, RecordName
+from shoal.wire.gossip import RecordName
+from shoal.wire.messages import Message
 
 SUSPECTS_BURST: Final = 1024
 """Suspicions that one neighbour may pass on at once: a split swarm's other half."""

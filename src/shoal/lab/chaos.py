@@ -18,6 +18,7 @@ from typing import Final
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX
 from shoal.base.spans import Span
 from shoal.client.client import Client
+from shoal.client.tending import TendConfig
 from shoal.lab.clock import run_virtual
 from shoal.lab.faults import Fault, FaultKind, Injector
 from shoal.lab.invariants import check_contents, check_end, check_step
@@ -87,6 +88,8 @@ class ChaosPlan:
     log_bytes: int = LOG_BYTES_MAX
     """Of all sessions together, at one server."""
     ghost: GhostPlan | None = None
+    standby: int = 0
+    """Standbys for each hop."""
 
     def __str__(self) -> str:
         servers = ", ".join(f"{s.name}{s.span}" for s in self.servers)
@@ -94,7 +97,7 @@ class ChaosPlan:
         lines.append(
             f"  window {self.window_bytes} B, run ahead {self.run_ahead_bytes} B, "
             f"budget {self.budget_tokens} tokens, logs {self.log_bytes_per_session} B a session, "
-            f"{self.log_bytes} B in all"
+            f"{self.log_bytes} B in all, {self.standby} standbys"
         )
         if self.ghost is not None:
             lines.append(f"  {self.ghost}")
@@ -138,6 +141,7 @@ def draw_plan(seed: int) -> ChaosPlan:
         log_bytes_per_session=rng.choice((ROW_BYTES * 8, ROW_BYTES * 64, 1 << 20)),
         log_bytes=rng.choice((ROW_BYTES * 100, 1 << 20)),
         ghost=_draw_ghost(rng) if rng.random() < GHOST_SHARE else None,
+        standby=rng.choice((0, 0, 1)),
     )
 
 
@@ -186,9 +190,9 @@ def _draw_link(rng: random.Random) -> LinkConditions:
 
 def _draw_fault(rng: random.Random, num_servers: int) -> Fault:
     kinds: tuple[FaultKind, ...] = (
-        "crash", "crash", "crash", "vanish", "restart", "neighbours", "all", "freeze", "hang",
-        "slow", "cut", "black_hole", "partition", "client_offline", "no_dialing", "bad_batch",
-        "poison", "evict", "trim",
+        "crash", "crash", "crash", "drain", "drain", "vanish", "restart", "neighbours", "all",
+        "freeze", "hang", "slow", "cut", "black_hole", "partition", "client_offline",
+        "no_dialing", "bad_batch", "poison", "evict", "trim",
     )  # fmt: skip
     at_s = rng.uniform(0, 6)
     return Fault(
@@ -240,7 +244,7 @@ class _Run:
     async def run(self) -> ChaosResult:
         loop = asyncio.get_running_loop()
         async with self._swarm:
-            self._clients += [await self._swarm.open_client(patience_s=LIMIT_S) for _ in range(2)]
+            self._clients += [await self._open_client() for _ in range(2)]
             background = [asyncio.ensure_future(self._watch())]
             background += [asyncio.ensure_future(self._inject(f)) for f in self._plan.faults]
             if self._plan.ghost is not None:
@@ -268,6 +272,10 @@ class _Run:
             checked_rows=self._rows, recoveries=self._recoveries, virtual_s=finished_s
         )
 
+    async def _open_client(self) -> Client:
+        tending = TendConfig(standby=self._plan.standby)
+        return await self._swarm.open_client(patience_s=LIMIT_S, tending=tending)
+
     async def _watch(self) -> None:
         while True:
             check_step(self._swarm)
@@ -288,7 +296,7 @@ class _Run:
             runner.session.close()
 
     async def _haunt(self, ghost: GhostPlan) -> None:
-        client = await self._swarm.open_client(patience_s=LIMIT_S)
+        client = await self._open_client()
         playing = asyncio.ensure_future(self._play_ghost(client, ghost.user))
         await asyncio.sleep(max(0.0, ghost.vanish_s - asyncio.get_running_loop().time()))
         self._swarm.memory.crash(client.me, detect_after_s=0.0 if ghost.is_noticed else None)

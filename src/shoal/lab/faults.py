@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from shoal.lab.swarm import SimulatedServer, SimulatedSwarm
 FaultKind = Literal[
     "crash", "vanish", "restart", "neighbours", "all", "freeze", "hang", "slow", "cut",
     "black_hole", "partition", "client_offline", "no_dialing", "bad_batch", "poison", "evict",
-    "trim",
+    "trim", "drain",
 ]  # fmt: skip
 
 Undo = Callable[[], Awaitable[None]]
@@ -84,6 +85,8 @@ class Injector:
             case "trim":
                 _trim(server)
                 return _nothing
+            case "drain":
+                return await self._drain(server, fault.lasts_s)
             case "freeze" | "cut" | "black_hole" | "no_dialing" | "partition" | "client_offline":
                 return self._disturb(fault, server.peer, other.peer)
             case "hang" | "slow" | "bad_batch" | "poison":
@@ -99,6 +102,20 @@ class Injector:
             for server in ended:
                 if not server.is_up:
                     await server.start()
+
+        return undo
+
+    async def _drain(self, server: SimulatedServer, within_s: float) -> Undo:
+        """Sessions are asked to go; undone, the process ends and a new one starts."""
+        if server.server is None:
+            return _nothing
+        draining = asyncio.ensure_future(server.server.drain(within_s))
+
+        async def undo() -> None:
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
+            await server.crash(0.0)
+            await server.start()
 
         return undo
 

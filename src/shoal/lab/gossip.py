@@ -23,7 +23,8 @@ from shoal.discovery.neighbourhood import Action, Dial, Drop, Send
 from shoal.discovery.records import Record, open_record, sign_record
 from shoal.discovery.store import RecordStore
 from shoal.net.identity import Identity
-from shoal.wire.messages import Message, Part, encode
+from shoal.wire.gossip import Part
+from shoal.wire.messages import Message, encode
 
 SWARM: Final = "lab"
 

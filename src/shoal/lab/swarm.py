@@ -13,6 +13,7 @@ from shoal.base.backend import BackendFacts, Call
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.tending import TendConfig
 from shoal.discovery.records import Record, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
@@ -239,7 +240,9 @@ class SimulatedSwarm:
         for server in self.servers:
             await server.stop()
 
-    async def open_client(self, *, patience_s: float = 120.0) -> Client:
+    async def open_client(
+        self, *, patience_s: float = 120.0, tending: TendConfig | None = None
+    ) -> Client:
         """A client with an identity of its own; closed with the swarm."""
         identity = Identity.from_seed(self._rng.randbytes(32))
         transport = self.memory.transport(identity.peer)
@@ -249,6 +252,7 @@ class SimulatedSwarm:
             num_blocks=self.num_blocks,
             hidden_size=HIDDEN_SIZE,
             patience_s=patience_s,
+            tending=tending or TendConfig(),
         )
         client = await self._stack.enter_async_context(
             open_client(

@@ -32,15 +32,20 @@ class Sendable:
 class Outbound:
     """Cursor, window and state of the link to one receiver.
 
+    A standby's link is one more outbound over the same log, with a lag.
+
     Life: `reroute` (a new epoch or a new stream; not open) -> Open is sent -> `on_have`
     (open) -> `next_entry` repeatedly. `on_gap` moves the cursor back, `on_ack` the window
     forward, `on_stale` ends it until the next `reroute`.
     """
 
-    def __init__(self, session: SessionId, border: int, log: Log) -> None:
+    def __init__(self, session: SessionId, border: int, log: Log, *, lag_rows: int = 0) -> None:
         self.session = session
         self.border = border
         self.log = log
+        self.lag_rows = lag_rows
+        """Send when so many rows wait, then all of them: a standby runs them at one go."""
+        self._is_flushing = False
         self.receiver = PeerId(b"")
         self.epoch = 0
         self.is_open = False
@@ -125,6 +130,7 @@ class Outbound:
             and self.receiver_rev <= self.log.rev
             and self.log.start <= self.cursor < self.log.end
             and self.in_flight_bytes < self.window_bytes
+            and (self._is_flushing or self.log.end - self.cursor >= self.lag_rows)
         )
 
     @property
@@ -155,6 +161,7 @@ class Outbound:
         cuts = [Cut(cut_rev, at) for cut_rev, at in self.log.cuts_after(base_rev)]
         self.receiver_rev = rev
         self.cursor = entry.end
+        self._is_flushing = entry.end < self.log.end
         self.in_flight_bytes += entry.payload_bytes
         header = Entry(
             session=self.session,

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.plan.cost import VIA_CLIENT_S
@@ -44,9 +43,8 @@ def choose_repair(
 
     1. peers that were just lost or are in `experience.avoid`: used only when nobody
        else will do;
-    2. living hops: they keep their span. Only when a gap can be filled by nobody but
-       the peer of a living neighbour (a chain never has two adjacent hops on one peer)
-       is that neighbour given up too, so that its peer can run both as one stage;
+    2. living hops: they keep their span. The peer of one may also fill the gap beside it,
+       as a hop of its own that is fed from its own log;
     3. servers outside the `numerics` class ("" prefers none);
     4. draining servers;
     5. the predicted time per token, within 5 %, with power of two choices.
@@ -71,15 +69,7 @@ def choose_repair(
     )
     repaired = power_of_two(task, legs, rng)
     if repaired is None:
-        missing = missing_from(gaps, servers)
-        if missing:
-            raise no_route(view, missing, wanted)
-        raise NoRouteError(
-            f"no {wanted} can run {' and '.join(map(str, gaps))} next to the hops that live: "
-            "only a neighbour holds them, and it does not hold its own blocks any more "
-            "(open the session anew)",
-            missing=[(gap.start, gap.end) for gap in gaps],
-        )
+        raise no_route(view, missing_from(gaps, servers), wanted)
     return repaired
 
 

@@ -80,13 +80,15 @@ class _Way(NamedTuple):
     start: int
     end: int
     before: _Way | None
+    is_kept: bool = False
 
 
 def cheapest_path(task: Task, legs: Iterable[Leg]) -> tuple[Stage, ...] | None:
     """The cheapest stages that cover `task.span` exactly, or None.
 
-    Two adjacent stages are never on one peer. Peers of `legs` are unique. Ties go to
-    the leg that comes first, so the answer depends on nothing but the arguments.
+    Two adjacent stages are never on one peer, unless one of them is kept: a kept hop may be
+    extended by its own server, which hands rows on to itself. Peers of `legs` are unique.
+    Ties go to the leg that comes first, so the answer depends on nothing but the arguments.
     """
     return _Search(task, tuple(legs)).run()
 
@@ -128,13 +130,14 @@ class _Search:
                 self._enter_leg(leg, ways, border, fee)
 
     def _keep(self, stage: Stage, ways: Sequence[_Way]) -> None:
-        found = self._best_before(stage.peer, ways, stage.span.start)
+        found = self._best_before(stage.peer, ways, stage.span.start, is_kept=True)
         if found is not None:
             cost, before = found
-            self._leave(_Way(cost, stage.peer, stage.span.start, stage.span.end, before))
+            span = stage.span
+            self._leave(_Way(cost, stage.peer, span.start, span.end, before, is_kept=True))
 
     def _enter_leg(self, leg: Leg, ways: Sequence[_Way], border: int, fee: Cost) -> None:
-        found = self._best_before(leg.peer, ways, border)
+        found = self._best_before(leg.peer, ways, border, is_kept=False)
         if found is None:
             return
         cost, before = found
@@ -144,7 +147,7 @@ class _Search:
             self.inside[leg.peer] = _Way(cost, leg.peer, border, border, before)
 
     def _best_before(
-        self, peer: PeerId, ways: Sequence[_Way], border: int
+        self, peer: PeerId, ways: Sequence[_Way], border: int, *, is_kept: bool
     ) -> tuple[Cost, _Way | None] | None:
         """The cheapest way (of `ways`, cheapest first) that `peer` can follow on."""
         if border == self.task.span.start:
@@ -153,7 +156,7 @@ class _Search:
         for way in ways:
             if best is not None and best[0] <= way.cost:
                 break
-            if way.peer == peer:
+            if way.peer == peer and not (is_kept or way.is_kept):
                 continue
             cost = way.cost
             if (way.peer, peer) in self.task.slow_pairs:

@@ -28,6 +28,7 @@ from shoal.wire.messages import (
     Alive,
     Close,
     ControlMessage,
+    GetHeld,
     GetLoad,
     GetRecords,
     Keep,
@@ -68,6 +69,9 @@ class ControlEvents(Protocol):
 
     def alive(self, call: int) -> Alive:
         """How the engine is doing."""
+
+    def held(self, sender: PeerId, message: GetHeld) -> Routed:
+        """How far a session of the sender has come here."""
 
     def load(self, call: int) -> Load:
         """How full the server is."""
@@ -125,6 +129,8 @@ class ControlLink:
                     self._enqueue(message)
                 case Ping():
                     self.post(self._events.alive(message.call))
+                case GetHeld():
+                    self.post(self._events.held(self.peer, message))
                 case GetLoad():
                     self.post(self._events.load(message.call))
                 case GetRecords() | Publish():

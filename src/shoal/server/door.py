@@ -19,7 +19,16 @@ from shoal.net.transport import Stream
 from shoal.server.config import AddressBook, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.server import Server
-from shoal.wire.messages import Alive, ControlMessage, GetRecords, Load, Publish, Route, Routed
+from shoal.wire.messages import (
+    Alive,
+    ControlMessage,
+    GetHeld,
+    GetRecords,
+    Load,
+    Publish,
+    Route,
+    Routed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +102,10 @@ class Door:
     def alive(self, call: int) -> Alive:
         """The process lives."""
         return Alive(call, 0, 0.0, 0.0, 0.0)
+
+    def held(self, sender: PeerId, message: GetHeld) -> Routed:
+        """There are no sessions."""
+        return Routed(message.call, message.session, 0, [])
 
     def load(self, call: int) -> Load:
         """Nothing can be taken yet."""

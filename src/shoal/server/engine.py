@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Final, NamedTuple, Protocol
 
 from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
@@ -76,10 +77,20 @@ class Pace:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=16)
+        self._decodes: deque[float] = deque(maxlen=16)
 
     def add(self, num_tokens: int, duration_s: float) -> None:
         """An iteration finished."""
         self._recent.append((num_tokens, duration_s))
+
+    def add_decode(self, duration_s: float, num_blocks: int) -> None:
+        """It had nothing but decode rows, and ran so many blocks."""
+        self._decodes.append(duration_s / num_blocks)
+
+    @property
+    def decode_s_per_block(self) -> float:
+        """The median of recent iterations with nothing but decode rows; 0: there were none."""
+        return median(self._decodes) if self._decodes else 0.0
 
     def estimate_s(self, num_tokens: int) -> float:
         """The longest that an iteration of this size should take, judged by recent ones."""
@@ -178,7 +189,11 @@ class Engine:
                 outcomes = await self._run(calls)
             finally:
                 self.running_tokens = 0
-            self.pace.add(num_tokens, now() - self.running_since_s)
+            duration_s = now() - self.running_since_s
+            self.pace.add(num_tokens, duration_s)
+            if all(one.is_decode for one in work):
+                longest = max(len(one.hop.plan.span) for one in work)
+                self.pace.add_decode(duration_s, longest)
             self._account(work, now())
             self.iteration += 1
         done = iter(outcomes)
@@ -277,7 +292,7 @@ class Engine:
             key=hop.key,
             owner=hop.plan.owner,
             num_tokens=sum(entry.count for entry in islice(hop.queue, count)),
-            is_replay=hop.queue[0].end <= hop.log.end or len(hop.queue) > 1,
+            is_replay=hop.plan.is_standby or hop.queue[0].end <= hop.log.end or len(hop.queue) > 1,
             since=since,
             owner_turn=self._fairness.last_chunk_s(hop.plan.owner),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,8 +12,8 @@ from shoal.base.errors import BadInput, ModelUnknown, PeerRefused, ProtocolError
 from shoal.base.ids import PeerId, SessionId, session_id
 from shoal.base.spans import Span
 from shoal.net.identity import ROUTE, verify
-from shoal.server.session import HopPlan
-from shoal.wire.messages import Fork, Hop, Route, RouteBody, decode_route_body
+from shoal.server.session import Feed, HopPlan
+from shoal.wire.messages import Fork, Hop, Route, RouteBody, Standby, decode_route_body
 
 MODEL_NAME_SHOWN = 16
 
@@ -38,7 +39,7 @@ def read_route(
     facts: BackendFacts,
     runs: RunsHere = lambda session, span: False,
 ) -> RoutePlan:
-    """The hops that `route` gives to `me`; `sender` is the control stream's peer.
+    """The hops and standbys that `route` gives to `me`; `sender` is the control stream's peer.
 
     `facts` judge it, but sessions that run here on blocks that we leave may go on, and so
     may their forks.
@@ -59,14 +60,18 @@ def read_route(
             f"(this is {facts.model[:MODEL_NAME_SHOWN]})"
         )
     _check_chain(body.hops, owner)
+    _check_standbys(body)
     session = session_id(owner, body.nonce)
-    mine = [index for index, hop in enumerate(body.hops) if hop.peer == me]
-    known = [session] if body.parent is None else [session, SessionId(body.parent.session)]
-    for index in mine:
-        span = Span(body.hops[index].start, body.hops[index].end)
-        if not facts.span.covers(span) and not any(runs(one, span) for one in known):
-            raise BadInput(f"blocks {span} are not served here (we have {facts.span})")
-    hops = tuple(_hop_plan(body, index, session, facts) for index in mine)
+    served = _Served(facts, session, body.parent, runs)
+    hops = tuple(
+        _hop_plan(body, index, session, served)
+        for index, hop in enumerate(body.hops)
+        if hop.peer == me
+    ) + tuple(
+        _standby_plan(body, standby, session, served)
+        for standby in body.standbys
+        if standby.peer == me
+    )
     if not hops:
         raise BadInput("this route has no hop for us")
     return RoutePlan(session=session, epoch=body.epoch, parent=body.parent, hops=hops)
@@ -81,17 +86,101 @@ def _check_chain(hops: list[Hop], owner: PeerId) -> None:
             raise ProtocolError(
                 f"a hop ends at block {before.end}, the next begins at {after.start}"
             )
-        if before.peer == after.peer:
-            raise ProtocolError("two adjacent hops of one peer; merge them")
 
 
-def _hop_plan(body: RouteBody, index: int, session: SessionId, facts: BackendFacts) -> HopPlan:
+def _check_standbys(body: RouteBody) -> None:
+    """Each is fed by somebody, and no state of a peer could be taken for another."""
+    for standby in body.standbys:
+        if standby.end <= standby.start or standby.peer == body.owner:
+            raise ProtocolError(f"a standby over blocks [{standby.start},{standby.end})")
+        if feeder_of(body, standby) is None:
+            raise ProtocolError(f"nobody feeds the standby over [{standby.start},{standby.end})")
+    if not body.standbys:
+        return
+    everybody: list[Hop | Standby] = [*(h for h in body.hops if h.end > h.start), *body.standbys]
+    starts = Counter((one.peer, one.start) for one in everybody)
+    ends = Counter((one.peer, one.end) for one in everybody)
+    if max((starts | ends).values()) > 1:
+        raise ProtocolError("two hops of one peer begin or end at the same block")
+
+
+def feeder_of(body: RouteBody, standby: Standby) -> PeerId | None:
+    """Who sends rows to this standby; None: nobody does."""
+    if standby.start == body.hops[0].start:
+        return PeerId(body.owner)
+    everybody: list[Hop | Standby] = [*body.hops, *body.standbys]
+    for one in everybody:
+        if one.end == standby.start and one.end > one.start:
+            return PeerId(one.peer)
+    return None
+
+
+def _feeds(body: RouteBody, peer: PeerId, end: int) -> tuple[Feed, ...]:
+    """The standbys that the hop or standby of `peer` over [..., end) feeds."""
+    return tuple(
+        Feed(peer=PeerId(standby.peer), lag_rows=standby.lag_rows)
+        for standby in body.standbys
+        if standby.start == end and feeder_of(body, standby) == peer
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What may be asked of us for one session."""
+
+    facts: BackendFacts
+    session: SessionId
+    parent: Fork | None
+    runs: RunsHere
+
+    def check(self, span: Span, encoding: str) -> None:
+        """Raise BadInput unless we run these blocks and speak this encoding."""
+        facts = self.facts
+        if not facts.span.covers(span) and not self._runs_already(span):
+            raise BadInput(f"blocks {span} are not served here (we have {facts.span})")
+        if encoding not in facts.encodings:
+            raise BadInput(
+                f"encoding {encoding!r} is not served here (we have {', '.join(facts.encodings)})"
+            )
+
+    def _runs_already(self, span: Span) -> bool:
+        known = [self.session]
+        if self.parent is not None:
+            known.append(SessionId(self.parent.session))
+        return any(self.runs(session, span) for session in known)
+
+
+def _standby_plan(
+    body: RouteBody, standby: Standby, session: SessionId, served: _Served
+) -> HopPlan:
+    span = Span(standby.start, standby.end)
+    served.check(span, standby.encoding)
+    feeder = feeder_of(body, standby)
+    if feeder is None:
+        raise ProtocolError(f"nobody feeds the standby over {span}")
+    return HopPlan(
+        session=session,
+        owner=PeerId(body.owner),
+        opened_ms=body.opened_ms,
+        epoch=body.epoch,
+        span=span,
+        predecessor=feeder,
+        successor=None,
+        is_last=span.end == body.hops[-1].end,
+        encoding=standby.encoding,
+        num_hops=_num_hops(body),
+        feeds=_feeds(body, PeerId(standby.peer), span.end),
+    )
+
+
+def _num_hops(body: RouteBody) -> int:
+    return sum(1 for hop in body.hops if hop.end > hop.start)
+
+
+def _hop_plan(body: RouteBody, index: int, session: SessionId, served: _Served) -> HopPlan:
     hop, owner = body.hops[index], PeerId(body.owner)
     span = Span(hop.start, hop.end)
-    if hop.encoding not in facts.encodings:
-        raise BadInput(
-            f"encoding {hop.encoding!r} is not served here (we have {', '.join(facts.encodings)})"
-        )
+    served.check(span, hop.encoding)
     before = PeerId(body.hops[index - 1].peer) if index else owner
     after = PeerId(body.hops[index + 1].peer) if index + 1 < len(body.hops) else owner
     return HopPlan(
@@ -104,6 +193,7 @@ def _hop_plan(body: RouteBody, index: int, session: SessionId, facts: BackendFac
         successor=after,
         is_last=index + 1 == len(body.hops),
         encoding=hop.encoding,
-        num_hops=sum(1 for other in body.hops if other.end > other.start),
+        num_hops=_num_hops(body),
         is_fresh=hop.is_fresh,
+        feeds=_feeds(body, PeerId(hop.peer), hop.end),
     )

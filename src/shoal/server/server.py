@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from shoal.base.backend import BlockBackend
 from shoal.base.errors import (
@@ -21,12 +21,11 @@ from shoal.base.errors import (
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
+    SessionLost,
     ShoalError,
 )
 from shoal.base.ids import PeerId, SessionId, short
-from shoal.base.limits import (
-    DETAIL_CHARS_MAX,
-)
+from shoal.base.spans import Span
 from shoal.link.inbound import Verdict
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
@@ -39,17 +38,21 @@ from shoal.net.channel import (
     accept_channel,
     open_channel,
 )
+from shoal.net.loopback import loopback
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Stream, Transport
+from shoal.server import reports
 from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.departures import Departures
 from shoal.server.engine import Engine
-from shoal.server.intake import REOPEN_PERIOD_S, Intake, compact
+from shoal.server.intake import Intake, compact
+from shoal.server.leaving import Farewells
 from shoal.server.routes import read_route
 from shoal.server.session import HopPlan, HopSession
 from shoal.server.sessions import SessionTable
+from shoal.server.upkeep import close_idle, reopen
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import (
     Alive,
@@ -58,9 +61,10 @@ from shoal.wire.messages import (
     Entry,
     Failed,
     Fork,
+    GetHeld,
     GetRecords,
-    Have,
     Held,
+    Leaving,
     Load,
     Open,
     Publish,
@@ -103,6 +107,7 @@ class Server:
         self._broken = asyncio.Event()
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
+        self._farewells = Farewells()
         self._departures = Departures(
             config.orphan_grace_s, self._controls.__contains__, self._free, self._tasks
         )
@@ -116,8 +121,9 @@ class Server:
     def start(self) -> None:
         """Start the engine and the watch over idle sessions."""
         self._tasks.spawn(self._run_engine(), "engine")
-        self._tasks.spawn(self._close_idle(), "idle")
-        self._tasks.spawn(self._reopen(), "reopen")
+        idle_s = self._config.idle_session_s
+        self._tasks.spawn(close_idle(self.sessions, idle_s, self._forget), "idle")
+        self._tasks.spawn(reopen(self._intake, self.on_held_changed), "reopen")
 
     async def wait_broken(self) -> None:
         """Wait until the server can't go on.
@@ -137,6 +143,26 @@ class Server:
     def num_links(self) -> int:
         """Outgoing links of sessions; 0 when all are closed."""
         return self._senders.num_links
+
+    async def drain(self, within_s: float) -> bool:
+        """Take nothing new and ask everybody to go; returns whether all went in time."""
+        self._farewells.is_draining = True
+        return await self.leave(self._backend.facts.span, within_s)
+
+    async def leave(self, span: Span, within_s: float) -> bool:
+        """Ask the owners of sessions over any of these blocks to move them elsewhere.
+
+        Returns whether all went in time; sessions whose owner is not connected don't count.
+        """
+        hops = [
+            hop
+            for hop in self.sessions
+            if hop.plan.span.overlap(span) and hop.plan.owner in self._controls
+        ]
+        logger.info("leaving blocks=%s sessions=%d within_s=%.1f", span, len(hops), within_s)
+        for owner in {hop.plan.owner for hop in hops}:
+            self._controls[owner].post(Leaving(span.start, span.end, within_s))
+        return await self._farewells.wait(hops, within_s)
 
     def evict_all(self) -> None:
         """Take every session's cache away, as memory pressure would; they return by replay."""
@@ -190,7 +216,15 @@ class Server:
             if self._receivers.get(channel.peer) is receiver:
                 del self._receivers[channel.peer]
 
+    async def _serve_loopback(self, channel: Channel) -> None:
+        with suppress(PeerUnreachable):  # its other end was closed
+            await self._serve_rows(channel)
+
     async def _dial(self, peer: PeerId) -> Channel:
+        if peer == self.peer:
+            near, far = loopback(peer)
+            self._tasks.spawn(self._serve_loopback(Channel(far)), "loopback")
+            return Channel(near)
         error: ShoalError = PeerUnreachable(f"no valid record of peer {short(peer)}")
         for address in self._book.addresses(peer):
             try:
@@ -216,21 +250,27 @@ class Server:
                 self._forget(old)
         for hop_plan in plan.hops:
             hop = await self._hop_for(hop_plan, plan.parent)
-            held.append(Held(hop.plan.span.start, hop.inbound.rev, hop.inbound.have))
+            held.append(reports.held(hop))
             epoch = max(epoch, hop.plan.epoch)
         return Routed(message.call, plan.session, epoch, held)
 
+    def held(self, sender: PeerId, message: GetHeld) -> Routed:
+        """How far a session of the sender has come here."""
+        return reports.progress(self.sessions, sender, message)
+
     async def _hop_for(self, plan: HopPlan, parent: Fork | None) -> HopSession:
         hop = self.sessions.find((plan.session, plan.span.start))
-        if hop is None or (plan.epoch > hop.plan.epoch and not _is_same_work(hop.plan, plan)):
+        if hop is None or (plan.epoch > hop.plan.epoch and not hop.plan.is_continued_by(plan)):
             hop = await self._open_hop(plan, parent)
         elif plan.epoch > hop.plan.epoch:
-            hop.follow(plan)
+            for outbound in hop.follow(plan):
+                self._senders.detach(outbound)
         self._follow(hop, plan.epoch)
         return hop
 
     async def _open_hop(self, plan: HopPlan, parent: Fork | None) -> HopSession:
         now_s = asyncio.get_running_loop().time()
+        self._farewells.check_taking()
         async with self.engine.exclusive():
             old = self.sessions.find((plan.session, plan.span.start))
             if old is not None and old.plan.epoch >= plan.epoch:
@@ -247,7 +287,8 @@ class Server:
     def _follow(self, hop: HopSession, epoch: int) -> None:
         if hop.plan.epoch != epoch:
             return  # an old route came late; the highest epoch stays in force
-        self._senders.attach(hop.outbound, dial=hop.plan.successor != hop.plan.owner)
+        for outbound in hop.outbounds:
+            self._senders.attach(outbound, dial=outbound.receiver != hop.plan.owner)
         self.on_held_changed(hop)
         self.engine.wake()
 
@@ -267,26 +308,11 @@ class Server:
 
     def alive(self, call: int) -> Alive:
         """How the engine is doing."""
-        engine = self.engine
-        estimate_s = engine.pace.estimate_s(max(1, engine.running_tokens))
-        running_s = 0.0
-        if engine.running_tokens:
-            running_s = asyncio.get_running_loop().time() - engine.running_since_s
-        eta_s = running_s + engine.pace.estimate_s(max(1, engine.queued_tokens))
-        return Alive(call, engine.iteration, eta_s, running_s, estimate_s)
+        return reports.alive(self.engine, call, asyncio.get_running_loop().time())
 
     def load(self, call: int) -> Load:
         """How full the server is."""
-        ledger = self.sessions.ledger
-        return Load(
-            call=call,
-            cache_tokens=ledger.total * ledger.page_tokens,
-            free_tokens=ledger.free * ledger.page_tokens,
-            sessions=len(self.sessions),
-            queued_tokens=self.engine.queued_tokens,
-            iteration_estimate_s=self.engine.pace.estimate_s(1),
-            iterations=self.engine.iteration,
-        )
+        return reports.load(self.engine, self.sessions, call)
 
     def directory_answer(self, message: GetRecords | Publish) -> ControlMessage:
         """Records asked for or handed over."""
@@ -301,7 +327,7 @@ class Server:
             return Stale(message.session, message.border, 0)
         if not hop.inbound.is_from_predecessor(peer, message.epoch):
             return hop.inbound.stale_message()
-        return _have(hop)
+        return reports.have(hop)
 
     def on_entry(self, peer: PeerId, entry: Entry, payload: Buffer) -> Answer | None:
         """Rows arrived."""
@@ -324,7 +350,7 @@ class Server:
             return None
         admission = hop.admit(peer, entry, compact(payload))
         if admission.cuts:
-            self._senders.wake(hop.outbound)
+            self.on_output(hop)
         self.engine.wake()
         match admission.verdict:
             case Verdict.GAP:
@@ -343,10 +369,17 @@ class Server:
             self.engine.wake()
 
     def on_needs_earlier(self, outbound: Outbound) -> None:
-        """The successor needs rows that our log no longer holds: make them anew."""
+        """The successor needs rows that our log no longer holds: make them anew.
+
+        For a standby nobody's rows are made anew: its owner hears that it can't be fed.
+        """
         hop = self._hop_of(outbound)
         if hop is None:
             return
+        if outbound is not hop.outbound:
+            self._senders.detach(outbound)
+            error = SessionLost("the log no longer reaches back to where a standby begins")
+            return self._tell_owner(hop, reports.broken(outbound, error))
         logger.info("log too short session=%s from=%d", short(outbound.session), outbound.cursor)
         hop.lose_log(outbound.cursor)
         self.on_held_changed(hop)
@@ -359,17 +392,14 @@ class Server:
         for outbound in outbounds:
             hop = self._hop_of(outbound)
             if hop is not None:
-                self._tell_owner(
-                    hop,
-                    Broken(outbound.session, outbound.border, outbound.epoch, peer,
-                           error.code, error.detail[:DETAIL_CHARS_MAX]),
-                )  # fmt: skip
+                self._tell_owner(hop, reports.broken(outbound, error))
 
     # --- engine: EngineEvents --------------------------------------------------------
 
     def on_output(self, hop: HopSession) -> None:
-        """The log grew."""
-        self._senders.wake(hop.outbound)
+        """The log grew or was cut."""
+        for outbound in hop.outbounds:
+            self._senders.wake(outbound)
 
     def on_worked_off(self, hop: HopSession) -> None:
         """Queued rows were worked off."""
@@ -384,7 +414,7 @@ class Server:
         row makes it return.
         """
         if not hop.is_parked or hop.wants_return:
-            self._answer(hop, _have(hop))
+            self._answer(hop, reports.have(hop))
 
     def on_failed(self, hop: HopSession, error: ShoalError) -> None:
         """The engine can't go on with this session; bad rows are the predecessor's."""
@@ -397,16 +427,14 @@ class Server:
             error = PeerMisbehaved(f"{short(blame)} sent bad rows: {error.detail}")
         logger.warning("session failed session=%s span=%s reason=%s",
                        short(hop.plan.session), hop.plan.span, error)  # fmt: skip
-        self._tell_owner(
-            hop,
-            Failed(hop.plan.session, hop.plan.span.start, hop.plan.epoch, error.code,
-                   error.detail[:DETAIL_CHARS_MAX], error.retry_after_s, blame or b""),
-        )  # fmt: skip
+        self._tell_owner(hop, reports.failed(hop, error, blame))
         self._forget(hop)
 
     def _forget(self, hop: HopSession) -> None:
-        self._senders.detach(hop.outbound)
+        for outbound in hop.outbounds:
+            self._senders.detach(outbound)
         self.sessions.close(hop)
+        self._farewells.went(hop)
         self.sessions.line.departed(asyncio.get_running_loop().time())
         if not self.sessions.of_owner(hop.plan.owner):
             self._intake.forget(hop.plan.owner)
@@ -424,7 +452,7 @@ class Server:
 
     def _hop_of(self, outbound: Outbound) -> HopSession | None:
         hop = self.sessions.sending(outbound.session, outbound.border)
-        return hop if hop is not None and hop.outbound is outbound else None
+        return hop if hop is not None and outbound in hop.outbounds else None
 
     async def _run_engine(self) -> None:
         """A server whose engine broke must not look alive: it closes what leads into it."""
@@ -446,34 +474,6 @@ class Server:
         if receiver is not None and not self.sessions.has_predecessor(client):
             receiver.close()
         self._senders.close_unused(client)
-
-    async def _reopen(self) -> None:
-        while True:
-            await asyncio.sleep(REOPEN_PERIOD_S)
-            for hop in self._intake.reopened():
-                self.on_held_changed(hop)
-
-    async def _close_idle(self) -> None:
-        period_s = max(1.0, self._config.idle_session_s / 10)
-        while True:
-            await asyncio.sleep(period_s)
-            limit_s = asyncio.get_running_loop().time() - self._config.idle_session_s
-            for hop in list(self.sessions):
-                if hop.used_s < limit_s:
-                    logger.info("idle session closed session=%s", short(hop.plan.session))
-                    self._forget(hop)
-
-
-def _is_same_work(old: HopPlan, new: HopPlan) -> bool:
-    """Whether what was held for `old` serves `new`."""
-    same = (old.span, old.encoding, old.is_last) == (new.span, new.encoding, new.is_last)
-    return same and not new.is_fresh
-
-
-def _have(hop: HopSession) -> Have:
-    """What the predecessor may do: a hop that waits for room wants nothing yet."""
-    is_waiting = hop.is_parked and hop.wants_return
-    return hop.inbound.have_message(0 if is_waiting else hop.window_bytes, hop.settled_length)
 
 
 ServerMaker = Callable[[BlockBackend, Transport, SwarmPass, AddressBook, ServerConfig], Server]

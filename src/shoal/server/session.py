@@ -30,14 +30,26 @@ from shoal.wire.messages import Entry
 SessionKey = tuple[SessionId, int]
 """(session, first block): what a hop's state is found by."""
 
+NOBODY: Final = PeerId(b"")
+"""Whom a standby sends to."""
+
 REPLAY_ROWS_PER_RUN: Final = 32
 """Rows of one session's small entries in one iteration: a tile of the engine's exact mode, in
 which 32 replayed rows cost hardly more than one (measured: 7 times faster than one by one)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """A standby that a hop feeds."""
+
+    peer: PeerId
+    lag_rows: int
+    """Send when so many rows wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HopPlan:
-    """What a route says about one hop."""
+    """What a route says about one hop, or one standby."""
 
     session: SessionId
     owner: PeerId
@@ -45,7 +57,8 @@ class HopPlan:
     epoch: int
     span: Span
     predecessor: PeerId
-    successor: PeerId
+    successor: PeerId | None
+    """None: a standby, which only gets ready."""
     is_last: bool
     """Whether this hop answers the owner, with the rows that are wanted."""
     encoding: str
@@ -53,6 +66,18 @@ class HopPlan:
     """Hops of the whole chain."""
     is_fresh: bool = False
     """Whether what is held from earlier epochs must be forgotten."""
+    feeds: tuple[Feed, ...] = ()
+    """Standbys that get our rows as well."""
+
+    @property
+    def is_standby(self) -> bool:
+        """Whether it only gets ready to be a hop."""
+        return self.successor is None
+
+    def is_continued_by(self, new: HopPlan) -> bool:
+        """Whether what was held for this serves `new`."""
+        same = (self.span, self.encoding, self.is_last) == (new.span, new.encoding, new.is_last)
+        return same and not new.is_fresh
 
 
 class HopSession:
@@ -66,7 +91,10 @@ class HopSession:
         self.inbound.reroute(plan.predecessor, plan.epoch)
         self.log = Log()
         self.outbound = Outbound(plan.session, plan.span.end, self.log)
-        self.outbound.reroute(plan.successor, plan.epoch)
+        self.outbound.reroute(plan.successor or NOBODY, plan.epoch)
+        self.feeds: dict[PeerId, Outbound] = {}
+        """The links to standbys, by receiver."""
+        self._follow_feeds()
         self.queue: deque[LogEntry] = deque()
         self.queue_bytes = 0
         self.running: deque[LogEntry] = deque()
@@ -90,9 +118,15 @@ class HopSession:
         return (self.plan.session, self.plan.span.start)
 
     @property
-    def seniority(self) -> tuple[int, bytes]:
-        """Victim order: who opened first goes last. The same on every server."""
-        return (self.plan.opened_ms, self.plan.session)
+    def seniority(self) -> tuple[bool, int, bytes]:
+        """Victim order: who opened first goes last, standbys before all. Same on every server."""
+        return (self.plan.is_standby, self.plan.opened_ms, self.plan.session)
+
+    @property
+    def outbounds(self) -> list[Outbound]:
+        """All links that our log is sent over."""
+        main = [] if self.plan.is_standby else [self.outbound]
+        return [*main, *self.feeds.values()]
 
     @property
     def has_work(self) -> bool:
@@ -109,17 +143,38 @@ class HopSession:
         """The cache's length once the truncation that is due is made."""
         return self._valid(self.cache_length)
 
-    def follow(self, plan: HopPlan) -> None:
-        """Take over a route of a higher epoch for the same span and encoding."""
+    def follow(self, plan: HopPlan) -> list[Outbound]:
+        """Take over a route of a higher epoch for the same span and encoding.
+
+        Returns the links that are no longer used.
+        """
+        before = self.outbounds
         self.plan = plan
         self.inbound.reroute(plan.predecessor, plan.epoch)
-        self.outbound.reroute(plan.successor, plan.epoch)
+        self.outbound.reroute(plan.successor or NOBODY, plan.epoch)
+        self._follow_feeds()
+        used = self.outbounds
+        return [outbound for outbound in before if outbound not in used]
+
+    def _follow_feeds(self) -> None:
+        plan = self.plan
+        feeds: dict[PeerId, Outbound] = {}
+        for feed in plan.feeds:
+            outbound = self.feeds.get(feed.peer)
+            if outbound is None:
+                outbound = Outbound(plan.session, plan.span.end, self.log)
+            outbound.lag_rows = feed.lag_rows
+            outbound.reroute(feed.peer, plan.epoch)
+            feeds[feed.peer] = outbound
+        self.feeds = feeds
 
     def start_from(self, log: Log) -> None:
         """Begin as a fork: the cache already holds what `log` says."""
         self.log = log
         self.outbound = Outbound(self.plan.session, self.plan.span.end, log)
-        self.outbound.reroute(self.plan.successor, self.plan.epoch)
+        self.outbound.reroute(self.plan.successor or NOBODY, self.plan.epoch)
+        self.feeds = {}
+        self._follow_feeds()
         self.inbound.have = self.cache_length = log.end
 
     def admit(self, peer: PeerId, header: Entry, payload: Buffer) -> Admission:
@@ -144,7 +199,8 @@ class HopSession:
 
     def shorten_log(self) -> None:
         """Forget the older half of the log, as far as the successor acknowledged it."""
-        self.log.trim(min(self.outbound.acked, self.log.middle))
+        middle = self.log.middle
+        self.log.trim(middle if self.plan.is_standby else min(self.outbound.acked, middle))
 
     def due_truncation(self) -> int | None:
         """Where the backend must truncate the cache now; None when nothing is due."""
@@ -257,7 +313,8 @@ class HopSession:
     def _cut(self, rev: int, cuts: tuple[tuple[int, int], ...]) -> None:
         """The revision rose: what lies behind the cuts is forgotten everywhere."""
         self.log.cut(rev, cuts)
-        self.outbound.on_cut()
+        for outbound in (self.outbound, *self.feeds.values()):
+            outbound.on_cut()
         self._invalidate(min(position for _, position in cuts))
 
     def _invalidate(self, length: int) -> None:

@@ -116,6 +116,8 @@ class SessionTable:
         ahead = self.line.ahead_of(session, now_s)
         is_taken = 0 < self.ledger.free <= ahead and not self._may_give_way(hop, now_s)
         if is_taken or self.make_room(hop, 1, now_s) is None:
+            if hop.plan.is_standby:  # nobody waits for it: no place in line
+                raise PeerBusy("all KV cache is in use", retry_after_s=RETRY_AFTER_S)
             place, eta_s = self.line.wait(session, hop.plan.owner, now_s)
             raise PeerBusy(
                 f"all KV cache is in use; place {place} in line, expected in {eta_s:.0f} s",
@@ -240,7 +242,11 @@ class SessionTable:
         return mine + self.ledger.pages(length) - self._owner_pages
 
     def _may_give_way(self, hop: HopSession, now_s: float) -> list[HopSession]:
-        """In the order in which they do."""
+        """In the order in which they do: standbys, the idle, the younger.
+
+        To a standby only younger standbys give way.
+        """
+        standbys: list[HopSession] = []
         idle: list[HopSession] = []
         younger: list[HopSession] = []
         for other in self._hops.values():
@@ -248,13 +254,19 @@ class SessionTable:
                 continue
             if not self._is_beside(other, hop):
                 continue
-            if not other.has_work and now_s - other.used_s > IDLE_VICTIM_S:
+            if other.plan.is_standby:
+                if other.seniority > hop.seniority:
+                    standbys.append(other)
+            elif hop.plan.is_standby:
+                continue
+            elif not other.has_work and now_s - other.used_s > IDLE_VICTIM_S:
                 idle.append(other)
             elif other.seniority > hop.seniority:
                 younger.append(other)
         idle.sort(key=lambda other: other.used_s)
-        younger.sort(key=lambda other: other.seniority, reverse=True)
-        return idle + younger
+        for group in (standbys, younger):
+            group.sort(key=lambda other: other.seniority, reverse=True)
+        return standbys + idle + younger
 
     def _held_by_owner(self, hop: HopSession) -> int:
         """Pages of the cache in which `hop` lives."""

@@ -18,7 +18,6 @@ from shoal.base.errors import ProtocolError
 from shoal.base.ids import PEER_ID_BYTES
 from shoal.base.limits import (
     CUTS_MAX,
-    DIGEST_BUCKETS,
     ENTRIES_PER_FRAME_MAX,
     ENTRY_TOKENS_MAX,
     HOPS_MAX,
@@ -41,6 +40,15 @@ from shoal.wire.fields import (
     WireMessage,
 )
 from shoal.wire.frames import Buffer
+from shoal.wire.gossip import (
+    Beat,
+    Digest,
+    Offer,
+    Part,
+    Suspects,
+    Taken,
+    WantRecords,
+)
 from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 
 Want = Literal[0, 1, 2]
@@ -89,6 +97,22 @@ class Fork(WireMessage, frozen=True):
     length: Position
 
 
+class Standby(WireMessage, frozen=True):
+    """A hop beside the chain: `peer` is fed what a hop from block `start` is, and runs it.
+
+    Whoever ends at `start` feeds it: the first hop of the chain that does, the owner if the
+    chain begins there, or else another standby. It is sent rows when `lag_rows` of them wait
+    (0: at once), and sends none itself unless a standby begins at `end`. A later route may
+    make it a hop.
+    """
+
+    peer: Peer
+    start: Block
+    end: Block
+    encoding: Name
+    lag_rows: Count = 0
+
+
 class RouteBody(WireMessage, frozen=True):
     """What the owner of a session signs. `opened_ms` fixes the victim order for life."""
 
@@ -99,6 +123,9 @@ class RouteBody(WireMessage, frozen=True):
     opened_ms: Count
     hops: Annotated[list[Hop], msgspec.Meta(min_length=1, max_length=HOPS_MAX)]
     parent: Fork | None = None
+    standbys: Annotated[list[Standby], msgspec.Meta(max_length=HOPS_MAX)] = msgspec.field(
+        default_factory=list
+    )
 
 
 class Route(WireMessage, tag=2, frozen=True):
@@ -113,15 +140,19 @@ class Route(WireMessage, tag=2, frozen=True):
 
 
 class Held(WireMessage, frozen=True):
-    """What a hop holds of a session: `length` positions of `rev` from block `start` on."""
+    """What a hop holds of a session: `length` positions of `rev` from block `start` on.
+
+    `ready` of them went through its blocks; the others wait.
+    """
 
     start: Block
     rev: Count
     length: Position
+    ready: Position = 0
 
 
 class Routed(WireMessage, tag=3, frozen=True):
-    """The peer follows the route; `held` has one item per hop that it runs."""
+    """The peer follows the route of `epoch`; `held` has one item per hop that it runs."""
 
     call: Count
     session: Session
@@ -145,11 +176,27 @@ class Keep(WireMessage, tag=16, frozen=True):
     sessions: Annotated[list[Session], msgspec.Meta(max_length=SESSIONS_KEPT_MAX)]
 
 
+class GetHeld(WireMessage, tag=17, frozen=True):
+    """Asks how far a session of ours has come; answered by Routed."""
+
+    call: Count
+    session: Session
+
+
+class Leaving(WireMessage, tag=18, frozen=True):
+    """Server to owner: I shall stop serving blocks [start, end); move your sessions in time."""
+
+    start: Block
+    end: Block
+    within_s: Seconds
+
+
 class Alive(WireMessage, tag=5, frozen=True):
     """Answers a Ping. `iteration` counts finished engine iterations.
 
     `iteration_s` is how long the running iteration has lasted (0 when none runs) and
-    `iteration_estimate_s` how long the server expected it to last.
+    `iteration_estimate_s` how long the server expected it to last. `decode_s_per_block` is what
+    recent iterations with nothing but decode rows took for each block (0: there were none).
     """
 
     call: Count
@@ -157,6 +204,7 @@ class Alive(WireMessage, tag=5, frozen=True):
     queue_eta_s: Seconds
     iteration_s: Seconds
     iteration_estimate_s: Seconds
+    decode_s_per_block: Seconds = 0.0
 
 
 class Broken(WireMessage, tag=6, frozen=True):
@@ -244,6 +292,7 @@ class Load(WireMessage, tag=15, frozen=True):
     queued_tokens: Count
     iteration_estimate_s: Seconds
     iterations: Count = 0
+    decode_s_per_block: Seconds = 0.0
 
 
 # --- data links ----------------------------------------------------------------
@@ -337,67 +386,6 @@ class Rows(WireMessage, tag=25, frozen=True):
     entries: Annotated[list[Entry], msgspec.Meta(min_length=1, max_length=ENTRIES_PER_FRAME_MAX)]
 
 
-# --- gossip streams -------------------------------------------------------------
-
-
-class RecordName(WireMessage, frozen=True):
-    """Names one record: whose it is, and its sequence (boot, counter)."""
-
-    peer: Peer
-    boot_ms: Count
-    counter: Count
-
-
-class Beat(WireMessage, tag=30, frozen=True):
-    """A neighbour that had nothing else to say for GOSSIP_BEAT_S lives."""
-
-
-class Digest(WireMessage, tag=31, frozen=True):
-    """What the sender holds, as 8 bytes for each of DIGEST_BUCKETS buckets.
-
-    A bucket is the last byte of the peer id modulo their number. Its 8 bytes are the
-    xor of BLAKE2b-64 over (peer id, u64 boot, u64 counter, little-endian) of all its
-    records. Answered by an Offer of the buckets that differ, if any does.
-    """
-
-    hashes: Annotated[
-        bytes, msgspec.Meta(min_length=8 * DIGEST_BUCKETS, max_length=8 * DIGEST_BUCKETS)
-    ]
-
-
-class Offer(WireMessage, tag=32, frozen=True):
-    """Records that the sender holds: news, or everything in the named `buckets`.
-
-    The receiver asks for what it lacks by WantRecords; of the named buckets it offers in turn
-    what it knows better.
-    """
-
-    names: Annotated[list[RecordName], msgspec.Meta(max_length=RECORDS_MAX)]
-    buckets: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BUCKETS)] = b""
-
-
-class WantRecords(WireMessage, tag=33, frozen=True):
-    """Asks for the records of these peers; answered by Records with call 0."""
-
-    peers: Annotated[list[Peer], msgspec.Meta(max_length=RECORDS_MAX)]
-
-
-class Suspects(WireMessage, tag=34, frozen=True):
-    """A neighbour of these peers can't reach them. A later record of theirs refutes it."""
-
-    names: Annotated[list[RecordName], msgspec.Meta(max_length=RECORDS_MAX)]
-
-
-class Taken(WireMessage, tag=35, frozen=True):
-    """The Records with this call arrived and were looked at."""
-
-    call: Count
-
-
-class Part(WireMessage, tag=36, frozen=True):
-    """The sender ends this stream and lives on: nobody is to be suspected."""
-
-
 ControlMessage = (
     Route
     | Routed
@@ -413,6 +401,8 @@ ControlMessage = (
     | Publish
     | GetLoad
     | Load
+    | GetHeld
+    | Leaving
 )
 LinkMessage = Open | Have | Gap | Ack | Stale | Rows | Error
 GossipMessage = Beat | Digest | Offer | WantRecords | Suspects | Taken | Part | Records | Error

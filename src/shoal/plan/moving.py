@@ -1,0 +1,255 @@
+"""Standbys and moves: who gets ready beside a chain, and when a session should leave a hop.
+
+A **standby** is a hop beside the chain that is fed like the hop it may replace. A **move** is
+the same thing made on purpose: the stages of the new chain get ready as standbys first, then a
+route makes them hops. Pure: how it is carried out is the client's (`shoal.client.tending`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from shoal.base.errors import NoRouteError
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span
+from shoal.plan.repair import choose_repair
+from shoal.plan.routing import (
+    ANY_SERVER,
+    Wanted,
+    choose_chain,
+    decode_step_s,
+    leg_of,
+    power_of_two,
+)
+from shoal.plan.shortest import Leg, Task
+from shoal.plan.view import Experience, Stage, SwarmView
+
+MIGRATION_GAIN: Final = 0.3
+"""A session moves only to a chain whose step takes so much less: measured times vary by a
+tenth, batches of others by more, and a move costs its new servers a replay."""
+
+IN_USE_S: Final = 1.0
+"""Put on the price of a peer that the session already depends on: one death should not take
+hop and standby."""
+
+
+def promote(
+    chain: Sequence[Stage], lost: Collection[PeerId], standbys: Sequence[Stage]
+) -> tuple[Stage, ...]:
+    """The chain in which standbys take the place of the stages of `lost` peers, where they can.
+
+    Adjacent lost stages are replaced together if need be. Stages that nothing stands by for
+    stay as they are.
+    """
+    standbys = [standby for standby in standbys if standby.peer not in lost]
+    new: list[Stage] = []
+    for group in _runs(chain, lost):
+        if group[0].peer not in lost:
+            new += group
+            continue
+        whole = _tile(Span(group[0].span.start, group[-1].span.end), standbys)
+        if whole is not None:
+            new += whole
+            continue
+        for stage in group:
+            new += _tile(stage.span, standbys) or [stage]
+    return tuple(new)
+
+
+def keep_valid(chain: Sequence[Stage], standbys: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The standbys that may stand beside this chain, the first of several that exclude another.
+
+    Each must be fed: begin where the chain or one of its hops does, or where another standby
+    ends. No peer may have two hops that begin or end at the same block.
+    """
+    taken = [stage for stage in chain if len(stage.span)]
+    borders = {stage.span.start for stage in taken}
+    kept: list[Stage] = []
+    waiting = list(standbys)
+    is_progressing = True
+    while is_progressing:
+        is_progressing = False
+        for standby in list(waiting):
+            if standby.span.start not in borders:
+                continue
+            waiting.remove(standby)
+            is_progressing = True
+            if not any(_collide(standby, other) for other in taken):
+                kept.append(standby)
+                taken.append(standby)
+                borders.add(standby.span.end)
+    return tuple(kept)
+
+
+def choose_standbys(
+    view: SwarmView,
+    chain: Sequence[Stage],
+    present: Sequence[Stage],
+    experience: Experience,
+    classes: Mapping[PeerId, str],
+    rng: random.Random,
+    *,
+    wanted: Wanted = ANY_SERVER,
+    count: int = 1,
+) -> tuple[Stage, ...]:
+    """Standbys for every stage of `chain`: those `present` that fit, and new ones.
+
+    A new one has the numerics class of the hop it stands by for (`classes`), does not drain, is
+    not to be avoided, and is another peer; peers that the chain does not use yet go first.
+    Stages that nobody can stand by for have none.
+    """
+    stages = [stage for stage in chain if len(stage.span)]
+    chosen = list(keep_valid(stages, present))
+    for _ in range(count):
+        spare = list(chosen)
+        for stage in stages:
+            mine = _tile(stage.span, spare)
+            if mine is None:
+                mine = _stand_by(view, stage, stages, chosen, experience, classes, rng, wanted)
+                chosen += mine
+            spare = [one for one in spare if one not in mine]
+    return keep_valid(stages, chosen)
+
+
+def _stand_by(
+    view: SwarmView,
+    stage: Stage,
+    stages: Sequence[Stage],
+    chosen: Sequence[Stage],
+    experience: Experience,
+    classes: Mapping[PeerId, str],
+    rng: random.Random,
+    wanted: Wanted,
+) -> list[Stage]:
+    """The stages that could stand by for `stage`; none if nobody can."""
+    used = {one.peer for one in (*stages, *chosen)}
+    taken = [*stages, *chosen]
+    legs: list[Leg] = []
+    for server in view.servers:
+        if not wanted.allows(server) or server.state == "draining":
+            continue
+        if server.peer == stage.peer or server.peer in experience.avoid:
+            continue
+        if server.numerics != classes.get(stage.peer, server.numerics):
+            continue
+        leg = leg_of(server, experience)
+        if server.peer in used:
+            price = leg.entry._replace(seconds=leg.entry.seconds + IN_USE_S)
+            leg = replace(leg, entry=price)
+        part = leg.span.overlap(stage.span)
+        if part is None or any(
+            other.peer == leg.peer and other.span.overlap(part) for other in taken
+        ):
+            continue
+        legs.append(leg)
+    path = power_of_two(Task(span=stage.span), legs, rng)
+    return [] if path is None else list(path)
+
+
+def choose_departure(
+    view: SwarmView,
+    chain: Sequence[Stage],
+    leaving: Collection[PeerId],
+    experience: Experience,
+    numerics: str,
+    rng: random.Random,
+    *,
+    wanted: Wanted = ANY_SERVER,
+) -> tuple[Stage, ...] | None:
+    """The chain to move to so that no stage of a `leaving` peer is used; None: there is none."""
+    stages = [stage for stage in chain if len(stage.span)]
+    lost = frozenset(i for i, stage in enumerate(stages) if stage.peer in leaving)
+    if not lost:
+        return None
+    experience = replace(experience, avoid=experience.avoid | frozenset(leaving))
+    try:
+        target = choose_repair(view, stages, lost, experience, numerics, rng, wanted=wanted)
+    except NoRouteError:
+        return None
+    new = [stage for stage in target if stage not in stages]
+    if any(stage.peer in leaving for stage in target) or any(
+        stage.peer in experience.avoid for stage in new
+    ):
+        return None
+    return target if can_move(stages, target) else None
+
+
+def choose_migration(
+    view: SwarmView,
+    chain: Sequence[Stage],
+    experience: Experience,
+    numerics: str,
+    rng: random.Random,
+    *,
+    wanted: Wanted = ANY_SERVER,
+    gain: float = MIGRATION_GAIN,
+) -> tuple[Stage, ...] | None:
+    """A chain of the `numerics` class that is faster by `gain`, or None.
+
+    Prices are those of routing, with what the client learned of slow servers since.
+    """
+    stages = tuple(stage for stage in chain if len(stage.span))
+    span = Span(stages[0].span.start, stages[-1].span.end)
+    wanted = replace(wanted, numerics=numerics)
+    try:
+        target = choose_chain(view, span, experience, rng, wanted=wanted)
+    except NoRouteError:
+        return None
+    draining = {server.peer for server in view.servers if server.state == "draining"}
+    unwanted = experience.avoid | draining
+    if target == stages or any(stage.peer in unwanted for stage in target):
+        return None
+    now_s, then_s = (decode_step_s(one, view, experience) for one in (stages, target))
+    if then_s > (1 - gain) * now_s or not can_move(stages, target):
+        return None
+    return target
+
+
+def can_move(chain: Sequence[Stage], target: Sequence[Stage]) -> bool:
+    """Whether all new stages of `target` can get ready beside `chain`."""
+    new = [stage for stage in target if stage not in chain]
+    return len(keep_valid(chain, new)) == len(new)
+
+
+def _collide(one: Stage, other: Stage) -> bool:
+    """Whether a peer's two hops could be taken for each other."""
+    if one.peer != other.peer:
+        return False
+    return one.span.start == other.span.start or one.span.end == other.span.end
+
+
+def _tile(span: Span, standbys: Iterable[Stage]) -> list[Stage] | None:
+    """Standbys that cover `span` exactly, one after the other, the fewest; None: impossible."""
+    by_start: dict[int, list[Stage]] = {}
+    for standby in standbys:
+        by_start.setdefault(standby.span.start, []).append(standby)
+    best: dict[int, list[Stage]] = {span.start: []}
+    for border in range(span.start, span.end):
+        if border not in best:
+            continue
+        for standby in by_start.get(border, []):
+            tiles = [*best[border], standby]
+            known = best.get(standby.span.end)
+            if standby.span.end <= span.end and (known is None or len(tiles) < len(known)):
+                best[standby.span.end] = tiles
+    return best.get(span.end)
+
+
+def _runs(chain: Sequence[Stage], lost: Collection[PeerId]) -> Iterator[list[Stage]]:
+    """The chain in pieces: each living stage alone, adjacent lost stages together."""
+    run: list[Stage] = []
+    for stage in chain:
+        if not len(stage.span):
+            continue
+        if stage.peer in lost:
+            run.append(stage)
+            continue
+        if run:
+            yield run
+            run = []
+        yield [stage]
+    if run:
+        yield run

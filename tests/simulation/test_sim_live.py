@@ -110,3 +110,23 @@ def test_sizes_follow_the_problem():
     assert hidden_size_of(problem) == 1024
     assert cache_tokens_of(problem, placement, 0) == 8 * (TOKENS_IN + TOKENS_OUT)
     assert cache_tokens_of(problem, placement.moved(0, None), 0) == 0
+
+
+@pytest.mark.parametrize("while_loading", ["serve", "down"])
+def test_servers_move_as_they_do_for_real_while_sessions_run(while_loading):
+    problem = swarm(6)
+    lopsided = Placement(spans=(*THIRDS, Span(0, 4), Span(0, 4), Span(0, 4)))
+    moves = Moves(
+        rule="petals", check_every_s=0.5, is_down=while_loading == "down",
+        reload=Reload(fixed_s=1.0),
+    )  # fmt: skip
+    story = scenario(problem, *(0.7 * one for one in range(20)), placement=lopsided, moves=moves)
+    live = simulate_live(story)
+    assert live.moves == 2
+    assert sorted(span for _, span in live.placement.hosted()) == sorted([*THIRDS, *THIRDS])
+    assert live.summary()["failed"] == 0
+    spans = live.placement.spans
+    for hop in live.served[-1].chain:
+        span = spans[hop.server]
+        assert span is not None
+        assert span.covers(hop.span)

@@ -105,7 +105,11 @@ class _Run:
                 span = loaded.spans[server.number]
                 if server.number == killed:
                     await server.kill()
-                elif span != server.span:
+                elif span == server.span:
+                    continue
+                elif server.is_up and span is not None:
+                    server.move(loaded)
+                else:
                     await server.stop()
                     await server.start(loaded)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Final
 
+from shoal.base.backend import BackendFacts
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import Client, ClientConfig, open_client
@@ -28,8 +29,10 @@ from shoal.plan.placement import Placement, free_bytes
 from shoal.plan.spec import Problem
 from shoal.server.announcing import StoreBook
 from shoal.server.config import ServerConfig
+from shoal.server.moving import SpanMover
 from shoal.server.quotas import Quotas
 from shoal.server.server import Server, open_server
+from shoal.server.switching import SwitchingBackend
 
 SWARM: Final = "lab"
 
@@ -76,6 +79,7 @@ class LiveServer:
         self.span: Span | None = None
         self._address = ""
         self._stack = AsyncExitStack()
+        self._moving: asyncio.Task[None] | None = None
 
     @property
     def peer(self) -> PeerId:
@@ -99,23 +103,15 @@ class LiveServer:
         swarm, span = self._swarm, placement.spans[self.number]
         if span is None:
             return
-        problem = swarm.problem
-        config = CostConfig(
-            server=problem.servers[self.number],
-            span=span,
-            num_blocks=problem.num_blocks,
-            hidden_size=hidden_size_of(problem),
-            cache_tokens=cache_tokens_of(problem, placement, self.number),
-            page_tokens=max(1, problem.model.page_tokens),
-        )
         self._boots, self._counter, self.span = self._boots + 1, 0, span
-        self.backend = CostBackend(config)
+        self.backend = self._make_backend(placement, span)
+        self._switching = SwitchingBackend(self.backend)
         self._stack = AsyncExitStack()
         transport = swarm.memory.transport(self.peer)
         self._stack.push_async_callback(transport.close)
         self.server = await self._stack.enter_async_context(
             open_server(
-                self.backend,
+                self._switching,
                 transport,
                 swarm.swarm_pass,
                 StoreBook(RecordStore(SWARM, is_lasting=True)),
@@ -127,8 +123,55 @@ class LiveServer:
         self._address = str(listener.address)
         self._publish("online")
 
+    def move(self, placement: Placement) -> None:
+        """Serve other blocks, as a real server moves: who runs on the old ones may leave."""
+        self._moving = asyncio.get_running_loop().create_task(self._move(placement, self._moving))
+
+    async def _move(self, placement: Placement, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        span = placement.spans[self.number]
+        if self.server is None or span is None or span == self.span:
+            return
+
+        async def load(span: Span) -> CostBackend:
+            self.backend = self._make_backend(placement, span)
+            return self.backend
+
+        async def announce(facts: BackendFacts) -> None:
+            self.span = facts.span
+            self._publish("online")
+
+        await SpanMover(self.server, self._switching, load, announce).move(span)
+
+    async def end_moving(self) -> None:
+        """See that a move is over, its errors included.
+
+        Raises:
+            ConfigError: as SpanMover.move.
+        """
+        if self._moving is not None:
+            self._moving.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._moving
+            self._moving = None
+
+    def _make_backend(self, placement: Placement, span: Span) -> CostBackend:
+        problem = self._swarm.problem
+        return CostBackend(
+            CostConfig(
+                server=problem.servers[self.number],
+                span=span,
+                num_blocks=problem.num_blocks,
+                hidden_size=hidden_size_of(problem),
+                cache_tokens=cache_tokens_of(problem, placement, self.number),
+                page_tokens=max(1, problem.model.page_tokens),
+            )
+        )
+
     async def stop(self) -> None:
         """Say goodbye and end; sessions are repaired elsewhere."""
+        await self.end_moving()
         if self.server is not None:
             self._publish("offline")
             self.server = self.backend = self.span = None
@@ -136,6 +179,7 @@ class LiveServer:
 
     async def kill(self) -> None:
         """End without a farewell, as a killed process does."""
+        await self.end_moving()
         if self.server is not None:
             self.server = self.backend = self.span = None
             self._swarm.memory.crash(self.peer)

@@ -5,7 +5,7 @@
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
-demo:  ## three servers and a client on this machine; PROMPT="..." make demo
+demo:  ## four servers on this machine, one killed mid-answer; PROMPT="..." make demo
 	@scripts/install
 	@.venv/bin/python scripts/demo
 

@@ -19,7 +19,7 @@ from tests.e2e.processes import (
     wait_until,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = "What the sea gives, the sea takes."
 LONG = 400

@@ -6,7 +6,7 @@ import pytest
 
 from shoal.base.errors import PeerBusy, PeerTimeout, PeerUnreachable, ProtocolError
 from shoal.base.ids import PeerId, SessionId
-from shoal.base.limits import CALL_TIMEOUT_S, CUTS_MAX, HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
+from shoal.base.limits import CUTS_MAX, HEADER_BYTES_MAX, OPEN_TIMEOUT_S, PAYLOAD_BYTES_MAX
 from shoal.lab.clock import run_virtual
 from shoal.link.log import Log, LogEntry
 from shoal.link.outbound import Outbound
@@ -181,7 +181,7 @@ def test_a_receiver_that_does_not_answer_is_given_up():
         sender.attach(outbound_with(1, (1, b"x")))
         with pytest.raises(PeerTimeout):
             await sender.run(Wire(is_silent=True))
-        assert asyncio.get_running_loop().time() <= 2 * CALL_TIMEOUT_S
+        assert asyncio.get_running_loop().time() <= 2 * OPEN_TIMEOUT_S
         assert not sender.is_connected
 
     run_virtual(story)
@@ -192,7 +192,7 @@ def test_a_stream_without_sessions_is_kept_for_a_while():
         sender = RowSender(PEER, Events())
         with pytest.raises(PeerUnreachable, match="no session"):
             await sender.run(Wire(), idle_s=30.0)
-        assert 30.0 <= asyncio.get_running_loop().time() <= 30.0 + CALL_TIMEOUT_S
+        assert 30.0 <= asyncio.get_running_loop().time() <= 30.0 + OPEN_TIMEOUT_S
 
     run_virtual(story)
 

@@ -14,9 +14,9 @@ from typing import Protocol
 from shoal.base.errors import PeerTimeout, PeerUnreachable, ProtocolError, error_from_code
 from shoal.base.ids import PeerId, SessionId, short
 from shoal.base.limits import (
-    CALL_TIMEOUT_S,
     ENTRIES_PER_FRAME_MAX,
     HEADER_BYTES_MAX,
+    OPEN_TIMEOUT_S,
     PAYLOAD_BYTES_MAX,
 )
 from shoal.link.outbound import Outbound, Sendable
@@ -168,13 +168,13 @@ class RowSender:
         """Every Open is answered at once; a path that swallows answers is given up."""
         used_s = asyncio.get_running_loop().time()
         while True:
-            await asyncio.sleep(CALL_TIMEOUT_S / 4)
+            await asyncio.sleep(OPEN_TIMEOUT_S / 4)
             now_s = asyncio.get_running_loop().time()
             if self._outbounds:
                 used_s = now_s
             elif now_s - used_s > idle_s:
                 raise PeerUnreachable("no session uses this link")
-            if self._asked_s is not None and now_s - self._asked_s > CALL_TIMEOUT_S:
+            if self._asked_s is not None and now_s - self._asked_s > OPEN_TIMEOUT_S:
                 raise PeerTimeout(f"peer {short(self.peer)} does not answer on its data link")
 
     def _on_answer(self, message: Have | Gap | Ack | Stale) -> None:

@@ -130,3 +130,16 @@ def test_servers_move_as_they_do_for_real_while_sessions_run(while_loading):
         span = spans[hop.server]
         assert span is not None
         assert span.covers(hop.span)
+
+
+def test_a_server_that_is_cut_off_keeps_its_blocks_and_is_missed_meanwhile():
+    story = scenario(
+        swarm(), 0.0, 2.0, detect_s=2.0,
+        events=(Event(at_s=1.0, kind="cut", server=1), Event(at_s=9.0, kind="mend", server=1)),
+    )  # fmt: skip
+    for simulate in (simulate_slots, simulate_live):
+        result = simulate(story)
+        assert result.outage_s == pytest.approx(8.0)
+        assert result.reload_bytes == 0
+        assert result.summary()["failed"] == 0
+        assert all(one.end_s > 9.0 for one in result.served)

@@ -18,7 +18,7 @@ from typing import Any
 from shoal.base.errors import ConfigError
 from shoal.lab.clock import VIRTUAL_LIMIT_S, run_virtual
 from shoal.lab.sim_result import Result, Sample
-from shoal.lab.sim_scenario import Scenario
+from shoal.lab.sim_scenario import Event, Scenario
 from shoal.lab.sim_servers import Servers
 from shoal.lab.sim_swarm import LiveServer, LiveSwarm
 from shoal.lab.sim_user import Place, User, ask, warm_up
@@ -94,18 +94,22 @@ class _Run:
         """Let something happen at a time of the scenario."""
         asyncio.get_running_loop().call_at(self._zero_s + at_s, action, *arguments)
 
-    def change(self, loaded: Placement, killed: int | None) -> None:
+    def change(self, loaded: Placement, event: Event | None) -> None:
         """Servers serve other blocks from now on."""
-        self._spawn(self._follow(loaded, killed))
+        if event is not None and event.kind in ("cut", "mend"):
+            self._swarm.reach(event.server, event.kind == "mend")
+        else:
+            self._spawn(self._follow(loaded, event))
         self._sample()
 
-    async def _follow(self, loaded: Placement, killed: int | None) -> None:
+    async def _follow(self, loaded: Placement, event: Event | None) -> None:
+        killed = event.server if event is not None and event.kind == "kill" else None
         async with self._order:
             for server in self._swarm.servers:
                 span = loaded.spans[server.number]
                 if server.number == killed:
                     await server.kill()
-                elif span == server.span:
+                elif span == server.span or server.number in self._swarm.cut:
                     continue
                 elif server.is_up and span is not None:
                     server.move(loaded)

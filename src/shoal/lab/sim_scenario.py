@@ -18,8 +18,9 @@ from shoal.plan.placement import Placement, check_placement
 from shoal.plan.policies import placer
 from shoal.plan.spec import Problem
 
-EventKind = Literal["join", "leave", "kill"]
-"""join: a server loads its blocks and serves. leave: it goes, and says so. kill: it dies."""
+EventKind = Literal["join", "leave", "kill", "cut", "mend"]
+"""join: a server loads its blocks and serves. leave: it goes, and says so. kill: it dies.
+cut: nobody reaches it, though it lives; mend: it is reached again, and has its blocks."""
 
 Waiting = Literal["notify", "back-off"]
 """How a session learns that its memory is free: at once, or when it asks again after
@@ -101,7 +102,7 @@ class Scenario:
     setup_s: float = 0.0
     """Added to each request before its prompt: opening a session."""
     detect_s: float = 0.0
-    """Until the clients of a server that died know it (fidelity B)."""
+    """Until the clients of a server that died or was cut off know it (fidelity B)."""
     seed: int = 0
     name: str = ""
 

@@ -44,8 +44,8 @@ class Host(Protocol):
     def at(self, at_s: float, action: Callable[..., None], *arguments: Any) -> None:
         """Let something happen."""
 
-    def change(self, loaded: Placement, killed: int | None) -> None:
-        """Servers serve other blocks from now on; one of them died, if it says so."""
+    def change(self, loaded: Placement, event: Event | None) -> None:
+        """Servers serve other blocks from now on, by this event or because they moved."""
 
 
 class Servers:
@@ -66,6 +66,8 @@ class Servers:
         self._rng = random.Random(scenario.seed + 1)
         self._loading: dict[int, int] = {}
         """By server: the number of the load that counts."""
+        self._cut: dict[int, Span | None] = {}
+        """Servers that nobody reaches, with what they serve."""
         self._numbers = itertools.count()
         self._idle_checks = 0
         self._to_come = len(scenario.events)
@@ -99,13 +101,25 @@ class Servers:
             self.present.add(server)
             self._follow(self._mover.joined(self._layout(), server, self._rng))
             return
+        if event.kind == "mend":
+            self._mend(event)
+            return
         if server not in self.present:
             return
+        if event.kind == "cut":
+            self._cut[server] = self.loaded.spans[server]
         self.present.discard(server)
         self._loading.pop(server, None)
         self.planned = moved(self.problem, self.planned, server, None)
-        self._serve(server, None, killed=server if event.kind == "kill" else None)
+        self._serve(server, None, event)
         self._follow(self._mover.left(self._layout(), server, self._rng))
+
+    def _mend(self, event: Event) -> None:
+        if event.server in self._cut:
+            span = self._cut.pop(event.server)
+            self.present.add(event.server)
+            self.planned = moved(self.problem, self.planned, event.server, span)
+            self._serve(event.server, span, event)
 
     def _layout(self) -> Layout:
         return Layout(
@@ -147,9 +161,9 @@ class Servers:
             del self._loading[server]
             self._serve(server, span)
 
-    def _serve(self, server: int, span: Span | None, killed: int | None = None) -> None:
+    def _serve(self, server: int, span: Span | None, event: Event | None = None) -> None:
         if self.loaded.spans[server] != span:
             self.pass_time(self._host.now_s)
             self.loaded = moved(self.problem, self.loaded, server, span)
             self.history.append((self._host.now_s, self.loaded))
-            self._host.change(self.loaded, killed)
+            self._host.change(self.loaded, event)

@@ -22,7 +22,7 @@ from shoal.base.errors import NoRouteError
 from shoal.lab.sim_books import Books
 from shoal.lab.sim_jobs import Job, Memory
 from shoal.lab.sim_result import Result, Sample
-from shoal.lab.sim_scenario import Scenario, back_off_s
+from shoal.lab.sim_scenario import Event, Scenario, back_off_s
 from shoal.lab.sim_servers import Servers
 from shoal.lab.sim_times import Times
 from shoal.plan.compose import needs_on, room_of
@@ -217,7 +217,7 @@ class _Run:
 
     # --- what the swarm does to them ------------------------------------------------------
 
-    def change(self, loaded: Placement, killed: int | None) -> None:
+    def change(self, loaded: Placement, event: Event | None) -> None:
         """Servers serve other blocks from now on: whoever ran on lost ones looks for new."""
         lost = [job for job in self.jobs if job.is_booked and not _is_served(job, loaded)]
         for job in lost:
@@ -228,7 +228,8 @@ class _Run:
         waiting = sorted([*lost, *self.queue, *self.stranded], key=lambda job: job.turn)
         self.queue.clear()
         self.stranded.clear()
-        delay_s = 0.0 if killed is None else self.scenario.detect_s
+        is_silent = event is not None and event.kind in ("kill", "cut")
+        delay_s = self.scenario.detect_s if is_silent else 0.0
         for job in waiting:
             if delay_s and job.is_cut_off:
                 self.at(self.now_s + delay_s, self._arrive, job)

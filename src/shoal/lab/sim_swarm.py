@@ -232,6 +232,8 @@ class LiveSwarm:
             for number in range(len(problem.servers))
         ]
         self.clients: list[Client] = []
+        self.cut: set[int] = set()
+        """Servers that nobody reaches, though they run."""
         self._rng = rng
         self._stack = AsyncExitStack()
 
@@ -249,6 +251,11 @@ class LiveSwarm:
         await self._stack.aclose()
         for server in self.servers:
             await server.stop()
+
+    def reach(self, server: int, is_reached: bool) -> None:
+        """Cut a server off from everybody, or end that."""
+        (self.cut.discard if is_reached else self.cut.add)(server)
+        self.network.partition(*([self.servers[one].peer] for one in sorted(self.cut)))
 
     async def keep_hub(self) -> None:
         """Until cancelled: where clients relay, servers never get to know each other."""

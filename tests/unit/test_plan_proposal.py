@@ -130,7 +130,7 @@ def test_a_change_keeps_blocks_served_where_the_order_allows():
 
 def test_one_server_that_holds_all_is_said_to_be_faster():
     problem = simple([200, 100, 100], 8, block_s=[0.01, 0.01, 0.01], rtt_s=[0.1] * 3)
-    proposal = propose(problem, "latency")
+    proposal = propose(problem, "latency", budget=QUICK)
     assert proposal.value == pytest.approx(0.1 + 8 * 0.01)
     assert proposal.gap == pytest.approx(0.0, abs=1e-9)
     said = advise(problem, proposal)
@@ -153,7 +153,7 @@ def test_splitting_that_pays_is_said_to(memory, block_s, said):
 
 def test_a_model_for_one_server_alone():
     problem = simple([1000], 4)
-    assert advise(problem, propose(problem, "latency"))[0].startswith(
+    assert advise(problem, propose(problem, "latency", budget=QUICK))[0].startswith(
         "The model fits into one server"
     )
 
@@ -167,7 +167,7 @@ def test_too_many_requests_are_told():
 
 def test_sessions_without_room_are_told():
     problem = simple([100, 100], 8, sessions=50, cache=2)
-    proposal = propose(problem, "latency")
+    proposal = propose(problem, "latency", budget=QUICK)
     assert proposal.best.outlook.unplaced
     assert any("find no room at once" in line for line in advise(problem, proposal))
 
@@ -212,7 +212,7 @@ def test_without_time_one_rule_is_tried_all_the_same():
 
 def test_memory_that_is_left_makes_replicas():
     problem = simple([100, 100, 40], 8)
-    proposal = propose(problem, "latency")
+    proposal = propose(problem, "latency", budget=QUICK)
     assert min(proposal.best.outlook.replicas) >= 2
     assert all(span is not None for span in proposal.best.placement.spans)
 

@@ -48,6 +48,8 @@ TOKENS_IN: Final = 512
 TOKENS_OUT: Final = 256
 """A question with some context and its answer."""
 
+TABLES: Final = ("model", "workload", "links", "clients", "servers")
+
 NAMES_MAX: Final = 8
 """Servers that a note names."""
 
@@ -115,6 +117,8 @@ def read_cluster(top: Table, asked: Asked | None = None) -> Cluster:
         ModelError: the model that it names can't be opened.
     """
     asked = asked or Asked()
+    top.asked.update(TABLES)
+    top.done()
     objective, workload = _workload(top.table("workload"), asked)
     model = read_model(top.table("model"), top.file.parent)
     links = top.table("links")
@@ -124,7 +128,6 @@ def read_cluster(top: Table, asked: Asked | None = None) -> Cluster:
     flow = links.choice("flow", FLOWS, "push")
     handling_s = links.number("handling_ms", HOP_S * 1e3, high=1e5) / 1e3
     links.done()
-    top.done()
     known = site_positions([*(entry.endpoint for entry in entries), *clients])
     ends = [entry.endpoint.placed(known) for entry in entries]
     clients = [client.placed(known) for client in clients]

@@ -33,6 +33,8 @@ def key_lines(text: str) -> dict[Path, int]:
         header, key = _HEADER.match(line), _KEY.match(line)
         if header is not None:
             table = _table(_words(header[2]), counts, is_new=header[1] == "[[")
+            if header[1] == "[[":
+                found.setdefault(table[:-1], number)
             found.setdefault(table, number)
         elif key is not None:
             path = (*table, *_words(key[1]))

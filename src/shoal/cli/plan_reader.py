@@ -21,6 +21,9 @@ FILE_BYTES_MAX: Final = 1 << 20
 _RATE_UNITS: Final = {"bit": 1 / 8, "b": 1.0}
 _RATE_FACTORS: Final = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
+SLIP: Final = 0.8
+"""Two words as alike as this are one word and a slip; less, and they may be two keys."""
+
 _MISSING: Final = object()
 Word = TypeVar("Word", bound=str)
 
@@ -195,6 +198,9 @@ class Table:
         if key in self.content:
             return self.content[key]
         if default is _MISSING:
+            others = [word for word in self.content if word not in self.asked]
+            for near in difflib.get_close_matches(key, others, n=1, cutoff=SLIP):
+                raise self.fail(f"unknown key; did you mean {key}?", near)
             raise self.fail(f"{key} is missing")
         return default
 

@@ -78,3 +78,13 @@ def test_a_snapshot_does_not_change():
     book.round_trip(A, 1.0)
     assert before.avoid == frozenset()
     assert before.rtt_s == {}
+
+
+def test_own_sessions_are_counted_when_asked():
+    count = {A: 1}
+    book = ExperienceBook(lambda: count)
+    first = book.snapshot(0.0)
+    count[A] = 3
+    assert first.sessions == {A: 1}
+    assert book.snapshot(0.0).sessions == {A: 3}
+    assert ExperienceBook().snapshot(0.0).sessions == {}

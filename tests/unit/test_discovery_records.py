@@ -66,6 +66,9 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "a move to nowhere": {"intent": MoveIntent(ticket=1, start=4, end=4)},
     "a move beyond the model": {"intent": MoveIntent(ticket=1, start=4, end=13)},
     "backward span": {"start": 5, "end": 4},
+    "batches that don't rise": {"decode_s_by_batch": [(1, 0.1), (1, 0.2)]},
+    "a batch of nothing": {"decode_s_by_batch": [(0, 0.1)]},
+    "too many batches": {"decode_s_by_batch": [(one + 1, 0.1) for one in range(9)]},
     "beyond the model": {"end": 13},
     "never valid": {"ttl_s": 0.0},
     "valid too long": {"ttl_s": 601.0},
@@ -190,6 +193,7 @@ def test_an_intent_to_move_travels_and_old_readers_do_without() -> None:
     view = to_server_view(open_record(data), data)
     assert view.intent == Intent(ticket=7, span=Span(2, 6), is_going=True)
     assert to_server_view(record(ALICE), b"").intent is None
-    fields = msgspec.msgpack.decode(body_of(intent=intent))
+    fields = msgspec.msgpack.decode(body_of(intent=intent, decode_s_by_batch=[(1, 0.5)]))
+    assert fields.pop() == [[1, 0.5]]
     assert fields.pop() == [7, 2, 6, True]
     assert open_record(envelope(msgspec.msgpack.encode(fields))) == record(ALICE)

@@ -195,6 +195,9 @@ def test_block_times_are_positive_and_nothing_is_left_open() -> None:
         times = await measure_block_times(backend)
         assert times.decode_s_per_block > 0
         assert times.prefill_s_per_block_token > 0
+        assert [batch for batch, _ in times.decode_s_by_batch] in ([1, 4, 16, 64], [1, 4, 16])
+        assert times.decode_s_by_batch[0] == (1, times.decode_s_per_block)
+        assert all(seconds > 0 for _, seconds in times.decode_s_by_batch)
         assert set(backend._sequences) == {GOOD, BAD}
 
     on_backend(work)

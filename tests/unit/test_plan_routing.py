@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -200,6 +201,20 @@ def test_equal_chains_share_the_load() -> None:
     source = rng(7)
     count = Counter(hops(choose_chain(view, Span(0, 4), NOTHING, source))[0][0] for _ in range(400))
     assert all(60 <= count[number] <= 140 for number in range(1, 5)), count
+
+
+def test_own_sessions_share_passes_and_drive_the_next_one_elsewhere() -> None:
+    """One server is faster alone, the other with company: where the eighth session goes."""
+    quick = replace(server(1, 0, 4), decode_s_by_batch=((1, 0.01), (8, 0.08)))
+    broad = replace(server(2, 0, 4), decode_s_by_batch=((1, 0.02), (8, 0.024)))
+    view = swarm(4, quick, broad)
+    for sessions, best in (({}, 1), ({quick.peer: 7}, 2), ({broad.peer: 7}, 1)):
+        experience = Experience(sessions=sessions)
+        chain = choose_chain(view, Span(0, 4), experience, rng())
+        assert hops(chain)[0][0] == best
+    alone_s = decode_step_s(chain, view, Experience())
+    company_s = decode_step_s(chain, view, Experience(sessions={quick.peer: 7}))
+    assert company_s - alone_s == pytest.approx(4 * 0.07)
 
 
 def test_the_same_view_and_rng_give_the_same_chain_in_any_order_of_servers() -> None:

@@ -294,4 +294,5 @@ async def _measured(announcement: Announcement, backend: BlockBackend) -> Announ
         facts=backend.facts,
         decode_s_per_block=times.decode_s_per_block,
         prefill_s_per_block_token=times.prefill_s_per_block_token,
+        decode_s_by_batch=times.decode_s_by_batch,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class Client:
         wall_clock: Callable[[], float],
     ) -> None:
         self.me = identity.peer
-        self.experience = ExperienceBook()
+        self.experience = ExperienceBook(self._sessions_by_server)
         self.rng = rng
         self.patience_s = config.patience_s
         self.on_waiting = config.on_waiting
@@ -325,6 +326,10 @@ class Client:
         for inbound in [state.inbound, *(relay.inbound for relay in state.relays.values())]:
             have = inbound.have_message(WINDOW_BYTES, inbound.have)
             self.link(inbound.predecessor).post(have)
+
+    def _sessions_by_server(self) -> Counter[PeerId]:
+        """How many of our sessions run over each server now."""
+        return Counter(peer for state in self._sessions.values() for peer in state.servers)
 
     def sessions_at(self, peer: PeerId) -> list[bytes]:
         """Our sessions that run over this server now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from shoal.base.ids import PeerId
@@ -17,14 +18,21 @@ PAIR_S: Final = 300.0
 """How long two servers count as unable to reach each other."""
 
 
+SLOW_S: Final = 120.0
+"""How long a server is held for slow after it was last seen to be."""
+
+
 class ExperienceBook:
     """Failures and measurements, with the loop time at which they stop to matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, own_sessions: Callable[[], Mapping[PeerId, int]] = dict) -> None:
+        """`own_sessions`: how many of our sessions run at which server now."""
+        self._own_sessions = own_sessions
         self._avoid_until_s: dict[PeerId, float] = {}
         self._failures: dict[PeerId, int] = {}
         self._pairs_until_s: dict[tuple[PeerId, PeerId], float] = {}
         self._rtt_s: dict[PeerId, float] = {}
+        self._slowness: dict[PeerId, tuple[float, float]] = {}
 
     def failed(self, peer: PeerId, now_s: float) -> None:
         """The peer is broken or gone: avoid it, longer each time."""
@@ -56,12 +64,20 @@ class ExperienceBook:
         old_s = self._rtt_s.get(peer, rtt_s)
         self._rtt_s[peer] = min(rtt_s, old_s + 0.1 * (rtt_s - old_s))
 
+    def slow(self, peer: PeerId, factor: float, now_s: float) -> None:
+        """The peer's decode iterations take `factor` times as long as its record says."""
+        self._slowness[peer] = (max(1.0, factor), now_s + SLOW_S)
+
     def snapshot(self, now_s: float) -> Experience:
         """What holds now, frozen for a decision."""
         return Experience(
             rtt_s=dict(self._rtt_s),
+            sessions=dict(self._own_sessions()),
             avoid=frozenset(peer for peer, until in self._avoid_until_s.items() if until > now_s),
             unreachable_pairs=frozenset(
                 pair for pair, until in self._pairs_until_s.items() if until > now_s
             ),
+            slowness={
+                peer: factor for peer, (factor, until) in self._slowness.items() if until > now_s
+            },
         )

@@ -7,6 +7,7 @@ what is handed on is the envelope as its subject signed it.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -29,11 +30,17 @@ ADDRESS_CHARS_MAX: Final = 512
 ENCODINGS_MAX: Final = 32
 """Encodings that one server may speak; a few exist."""
 
+DECODE_POINTS_MAX: Final = 8
+"""Batches whose decode time a record tells; between them it is a straight line."""
+
 HIDDEN_SIZE_MAX: Final = 1 << 20
 """Values per row; the widest models have 20 thousand."""
 
 RecordState = Literal["joining", "online", "draining", "offline"]
 """`offline` is a tombstone: the peer says that it has gone."""
+
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+"""Rows of one pass."""
 
 AddressText = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARS_MAX)]
 
@@ -84,6 +91,10 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """The longest session that the model itself supports."""
     intent: MoveIntent | None = None
     """None: the server stays where it is."""
+    decode_s_by_batch: Annotated[
+        list[tuple[BatchSize, Seconds]], msgspec.Meta(max_length=DECODE_POINTS_MAX)
+    ] = []
+    """(batch, seconds of a decode pass of so many rows through one block), batches rising."""
 
     @property
     def sequence(self) -> tuple[int, int]:
@@ -182,6 +193,9 @@ def find_fault(record: Record) -> str:
     intent = record.intent
     if intent is not None and not intent.start < intent.end <= record.num_blocks:
         return f"a move to blocks [{intent.start},{intent.end}) of {record.num_blocks}"
+    batches = [batch for batch, _ in record.decode_s_by_batch]
+    if any(one >= other for one, other in pairwise(batches)):
+        return f"decode times of batches {batches}, which must rise"
     if not 0 < record.ttl_s <= RECORD_TTL_S:
         return f"valid for {record.ttl_s} s (more than 0, at most {RECORD_TTL_S})"
     if not record.addresses and record.state != "offline":
@@ -215,6 +229,7 @@ def to_server_view(record: Record, data: bytes) -> ServerView:
         cache_tokens=record.cache_tokens,
         decode_s_per_block=record.decode_s_per_block,
         prefill_s_per_block_token=record.prefill_s_per_block_token,
+        decode_s_by_batch=tuple(record.decode_s_by_batch),
         version=record.version,
         intent=_to_intent(record.intent),
         record=data,

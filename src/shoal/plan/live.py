@@ -176,8 +176,10 @@ def hostings(swarm: Swarm) -> list[Hosting]:
 def goal_of(swarm: Swarm) -> tuple[Goal, Placement]:
     """Mean seconds per token of a half-full swarm, and where everybody is now.
 
-    A session takes `SESSION_TOKENS` of a server's cache, however many of its blocks it
-    runs: that is how servers count. So it is modelled as a log, and weights as one byte.
+    Every server decodes the rows of all sessions that fill half of its cache in one pass, at
+    its time for that batch. A session takes `SESSION_TOKENS` of a server's cache, however many
+    of its blocks it runs: that is how servers count. So it is modelled as a log, and weights
+    as one byte.
     """
     decode = [one.decode_s_per_block for one in swarm.servers if one.decode_s_per_block > 0]
     unknown_s = median(decode) if decode else DECODE_UNKNOWN_S
@@ -191,7 +193,7 @@ def goal_of(swarm: Swarm) -> tuple[Goal, Placement]:
             ServerSpec(
                 name=str(index),
                 memory_bytes=len(one.span) + one.cache_tokens,
-                decode=DecodeTimes(points=((1, one.decode_s_per_block or unknown_s),)),
+                decode=_decode_times(one, unknown_s),
             )
             for index, one in enumerate(swarm.servers)
         ),
@@ -202,8 +204,15 @@ def goal_of(swarm: Swarm) -> tuple[Goal, Placement]:
             sessions=max(1, min(SESSIONS_MAX, sessions)),
         ),
     )
-    goal = Goal(score=scorer(problem), danger_s=DANGER_S)
+    batches = [max(1.0, one.cache_tokens / (2 * SESSION_TOKENS)) for one in swarm.servers]
+    goal = Goal(score=scorer(problem, batch=batches), danger_s=DANGER_S)
     return goal, Placement(spans=tuple(one.span for one in swarm.servers))
+
+
+def _decode_times(server: ServerView, unknown_s: float) -> DecodeTimes:
+    if server.decode_s_by_batch:
+        return DecodeTimes(points=server.decode_s_by_batch)
+    return DecodeTimes(points=((1, server.decode_s_per_block or unknown_s),))
 
 
 def _where_it_will_be(server: ServerView, before: tuple[int, bytes]) -> ServerView:

@@ -18,6 +18,7 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span, missing_blocks
 from shoal.plan.cost import DECODE_UNKNOWN_S, RTT_UNKNOWN_S, VIA_CLIENT_S, hop_s, hub_entry_s
 from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
+from shoal.plan.spec import DecodeTimes
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
 
 NEAR_TIE: Final = 0.05
@@ -90,7 +91,11 @@ def choose_chain(
 
 
 def leg_of(server: ServerView, experience: Experience, numerics: str | None = None) -> Leg:
-    """What it costs to make this server a hop; `numerics` is the class to prefer."""
+    """What it costs to make this server a hop; `numerics` is the class to prefer.
+
+    Its passes hold a row of each of the client's sessions there, and the new one's; others'
+    sessions are not known.
+    """
     return Leg(
         peer=server.peer,
         span=server.span,
@@ -101,8 +106,18 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
             leaving=int(server.state == "draining"),
             seconds=hub_entry_s(experience.rtt_s.get(server.peer, RTT_UNKNOWN_S)),
         ),
-        seconds_per_block=server.decode_s_per_block or DECODE_UNKNOWN_S,
+        seconds_per_block=max(
+            decode_s(server, 1 + experience.sessions.get(server.peer, 0)),
+            decode_s(server, 1) * experience.slowness.get(server.peer, 1.0),
+        ),
     )
+
+
+def decode_s(server: ServerView, batch: int) -> float:
+    """Seconds of a decode pass of `batch` rows through one block, as its record tells."""
+    if server.decode_s_by_batch:
+        return DecodeTimes(points=server.decode_s_by_batch).at(batch)
+    return server.decode_s_per_block or DECODE_UNKNOWN_S
 
 
 def decode_step_s(chain: Iterable[Stage], view: SwarmView, experience: Experience) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,8 @@ class ServerView:
     decode_s_per_block: float = 0.0
     """Measured time of one decode row through one block, at batch 1."""
     prefill_s_per_block_token: float = 0.0
+    decode_s_by_batch: tuple[tuple[int, float], ...] = ()
+    """(batch, seconds of a decode pass of so many rows through one block), batches rising."""
     version: str = ""
     intent: Intent | None = None
     """None: it stays where it is."""
@@ -64,6 +67,14 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standby:
+    """A hop beside a chain: `stage` is fed, `lag_rows` at a time, and sends nothing on."""
+
+    stage: Stage
+    lag_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
     """What a client has learned by itself, which records can't tell."""
 
@@ -73,5 +84,9 @@ class Experience:
     strikes: dict[PeerId, int] = field(default_factory=dict)
     """How often peers failed during the decision that is due: when nobody else is left,
     those that failed least often go first, or the same dead ones would be tried for ever."""
+    sessions: Mapping[PeerId, int] = field(default_factory=dict)
+    """How many of the client's own sessions run at a server: they share its passes."""
     unreachable_pairs: frozenset[tuple[PeerId, PeerId]] = frozenset()
     """(sender, receiver) pairs whose direct link failed: link them via the client."""
+    slowness: dict[PeerId, float] = field(default_factory=dict)
+    """How many times longer than its record says a server takes for a decode row now."""

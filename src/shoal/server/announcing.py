@@ -87,6 +87,7 @@ class Announcement:
     decode_s_per_block: float = 0.0
     """Measured; 0: not measured."""
     prefill_s_per_block_token: float = 0.0
+    decode_s_by_batch: tuple[tuple[int, float], ...] = ()
     version: str = ""
     intent: Intent | None = None
     """Where it wants to move."""
@@ -197,6 +198,7 @@ class Announcer:
             version=said.version,
             session_tokens_max=facts.session_tokens_max,
             intent=_to_wire(said.intent),
+            decode_s_by_batch=list(said.decode_s_by_batch),
         )
 
 

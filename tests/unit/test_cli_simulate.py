@@ -62,13 +62,11 @@ def write(folder: Path, simulation: str = "", *, more: str = "", **parts: str) -
 def test_the_example_runs_at_two_fidelities_and_writes_everything(tmp_path, capsys):
     arguments = ["simulate", str(EVENING), "--seeds", "2", "--out", str(tmp_path / "out")]
     assert run([*arguments, "--fidelity", "a", "--fidelity", "b", "--json"]) == 0
-    out = capsys.readouterr().out
-    figures = json.loads(out.splitlines()[-1])
+    figures = json.loads(capsys.readouterr().out)
     assert figures["b"]["requests"] == 40
     assert figures["b"]["failed"] == 0
     assert figures["b"]["reload_bytes"] > 1e9
     assert figures["a"]["response_s_mean"] < figures["b"]["response_s_mean"]
-    assert "response, s: mean" in out
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == [
         "occupancy.png", "placement.png", "requests-a.csv", "requests-b.csv", "responses.png",
@@ -86,6 +84,7 @@ def test_the_real_code_runs_a_small_file(tmp_path, capsys):
     path = write(tmp_path, 'requests = 4\nplacer = "cgbp"')
     assert run(["simulate", "run", str(path), "--fidelity", "c", "--fidelity", "b"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("response, s: mean") for line in lines)
     assert next(line for line in lines if line.startswith("requests")).split()[1:] == ["4", "4"]
     assert next(line for line in lines if line.startswith("not answered")).split()[2:] == ["0", "0"]
 

@@ -63,7 +63,7 @@ OutOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR", show_default=False,
-        help="Write requests.csv, summary.json and figures there.",
+        help="Write requests (CSV), summary.json and figures there.",
     ),
 ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def run(
     blocks that take the modelled time: batches, caches, repairs and replays are real.
     Figures are means over the seeds.
 
-    With --json the last line is an object with all figures by fidelity.
+    With --json the output is an object with all figures by fidelity.
 
     \b
     Examples:
@@ -95,7 +95,7 @@ def run(
       shoal simulate examples/scenarios/evening.toml --fidelity b --fidelity c --out evening
     """
     from shoal.cli.simulate_file import read_scenario
-    from shoal.lab.sim_result import mean_summary
+    from shoal.lab.sim_result import mean_summary, plain
 
     wanted = _fidelities(fidelity or ["b"])
     read = read_scenario(scenario)
@@ -104,13 +104,9 @@ def run(
     with progress_bar() as progress:
         results = _simulate(read, wanted, range(first, first + seeds), progress)
     summaries = {name: mean_summary(runs) for name, runs in results.items()}
-    print(_table(summaries))
     if out is not None:
         _write(out, read, results, summaries)
-    if as_json:
-        from shoal.lab.sim_result import plain
-
-        print(json.dumps(plain(summaries)), flush=True)
+    print(json.dumps(plain(summaries)) if as_json else _table(summaries), flush=True)
 
 
 def _fidelities(words: Sequence[str]) -> list[Fidelity]:
@@ -209,4 +205,3 @@ def _write(
         },
     )
     draw_scenario(out, problem, results)
-    print(f"written to {out}/")

@@ -10,12 +10,12 @@ from shoal.lab.trace_incident import find_incident
 from shoal.lab.trace_reading import read_traces
 from shoal.lab.trace_replay import run_replay
 from shoal.lab.trace_report import is_same_story
-from tests.e2e.processes import Process, Server, alone, end_all, run, wait_until
+from tests.e2e.processes import Process, Server, alone, end_all, wait_until
 
 pytestmark = pytest.mark.e2e
 
 PROMPT = "What the sea gives, the sea takes."
-TOKENS = "300"
+TOKENS = "150"
 
 
 def count(path, kind):
@@ -23,18 +23,17 @@ def count(path, kind):
 
 
 def test_a_killed_server_and_its_replay(model, tmp_path):
-    files = [tmp_path / f"{name}.trace" for name in "abcd"]
+    files = [tmp_path / f"{name}.trace" for name in "abc"]
     started, join = [], None
     try:
-        for blocks, file in zip(("0:2", "2:5", "2:5", "5:7"), files, strict=True):
+        for blocks, file in zip(("0:2", "2:7", "2:7"), files, strict=True):
             started.append(Server(model, blocks, "--trace", str(file), join=join))
             join = started[0].ready().address
             started[-1].ready()
         command = ("generate", str(model), "--join", join, "--prompt", PROMPT)
         client = Process(*command, "--max-new-tokens", TOKENS, "--json")
         started.append(client)
-        middle = files[1:3]
-        wait_until(lambda: max(count(file, "out") for file in middle) > 40, "half an answer")
+        wait_until(lambda: max(count(file, "out") for file in files[1:]) > 40, "half an answer")
         busy = 1 if count(files[1], "out") else 2
         started[busy].signal(signal.SIGKILL)
         assert client.wait(100) == 0, client.report()
@@ -43,22 +42,19 @@ def test_a_killed_server_and_its_replay(model, tmp_path):
         end_all(started)
     check_contents(files)
     incident = find_incident(read_traces(files))
-    assert len(incident.servers) == 4
+    assert len(incident.servers) == 3
     (past,) = incident.sessions
     assert len(past.chains) == 2
     labels = {one.peer: one.label for one in incident.servers}
     lost, taken = (labels[started[index].peer[:8]] for index in (busy, 3 - busy))
-    assert [hop[0] for hop in past.chains[0]] == ["s0", lost, "s3"]
-    assert [hop[0] for hop in past.chains[1]] == ["s0", taken, "s3"]
+    assert [hop[0] for hop in past.chains[0]] == ["s0", lost]
+    assert [hop[0] for hop in past.chains[1]] == ["s0", taken]
     (dead,) = (one for one in incident.servers if one.label == lost)
     assert dead.lives[0].how == "killed"
     with quiet():
         replay = run_replay(incident, 0)
     assert is_same_story(past, replay.incident.sessions[0])
     assert not replay.ended
-    result = run("simulate", "replay", *map(str, files))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("1 replays, 1 as in the traces, 0 failures\n")
 
 
 def check_contents(files):

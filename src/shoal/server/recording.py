@@ -1,6 +1,6 @@
 """A server that says what happens to it, for a trace. See `events.py` for what it says.
 
-Recording is a layer around `Server`: without it not one instruction more is run.
+Recording is a layer around `Server`, which knows nothing of it and costs nothing without it.
 """
 
 from __future__ import annotations

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 import pytest
 
 from shoal.client.chain_session import ChainSession
-from shoal.hf import AutoDistributedModelForCausalLM, DistributedModelForCausalLM, LocalSwarm
+from shoal.hf import (
+    AutoDistributedModelForCausalLM,
+    DistributedModelForCausalLM,
+    LocalSwarm,
+    Session,
+)
 from shoal.hf.generation import generate
 from shoal.hf.sampling import Sampler
+from shoal.hf.saved_answer import SavedAnswer, pack_answer
 from tests.models import VOCABULARY, tiny_source
 
 PROMPT = [(7 * index + 3) % VOCABULARY for index in range(150)]
@@ -77,3 +83,20 @@ def test_it_goes_on_as_if_nothing_had_happened(model, sampler) -> None:
         assert past + again == tokens
         if numerics == "exact":
             assert rows_again == rows[num_past:], "the same bits"
+
+
+def test_the_library_opens_the_file(model, tmp_path) -> None:
+    """`Session.load` has the same tokens behind it, and the next one is the same."""
+    tokens, _, _ = answer(model, Sampler())
+    saved = SavedAnswer(
+        model=model.model_name, given="tiny", num_blocks=model.num_blocks,
+        prompt_ids=tuple(PROMPT), token_ids=tuple(tokens[:5]), max_new_tokens=NUM_TOKENS,
+        sampler=Sampler(), encoding="float32", is_compressed=False,
+    )  # fmt: skip
+    path = tmp_path / "answer"
+    path.write_bytes(pack_answer(saved))
+    with Session.load(model, path) as session:
+        assert session.token_ids == [*PROMPT, *tokens[:5]]
+        session.truncate(session.length - 1)
+        hidden = session.step_ids([tokens[4]], last=True)
+        assert int(model.logits(hidden)[-1].argmax()) == tokens[5]

@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 
 from failures_model import Method, Parts, mean_steps_per_s
-from recovery_client import HAS_STANDBY, Decoding, Setting, joined, load_setting
+from recovery_client import Decoding, Setting, joined, load_setting
 from recovery_servers import Fleet, fleet
 from report import environment, publish
 from shoal.base.ids import peer_text
@@ -184,7 +184,7 @@ class Measuring:
         steps = max(self.options.tokens)
         lost_at = seeded_losses(self.options.seed, steps, RUN_RATE)
         await run_ours(servers, setting, min(32, steps), (), 0)  # warms up
-        for standby in (0, 1) if HAS_STANDBY else (0,):
+        for standby in (0, 1):
             for name, losses in (("0", ()), ("1e-2", lost_at)):
                 run = await run_ours(servers, setting, steps, losses, standby)
                 self.runs[f"ours, standby {standby}, {name}"] = run
@@ -203,7 +203,7 @@ class Measuring:
                 parts=Parts.of_run(petals.step_s, petals.lost_at, aftermath=1),
             ),
         ]  # fmt: skip
-        for standby in (0, 1) if HAS_STANDBY else (0,):
+        for standby in (0, 1):
             run = self.runs[f"ours, standby {standby}, 1e-2"]
             base = self.runs[f"ours, standby {standby}, 0"].step_s
             aftermath = AFTERMATH if standby else 1

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 
-from recovery_client import HAS_STANDBY, Decoding, Setting, joined, load_setting
+from recovery_client import Decoding, Setting, joined, load_setting
 from recovery_servers import Fleet, Member, fleet
 from report import environment, publish
 from rounds import read_accounts, usage_between
@@ -41,6 +41,10 @@ WARM_UP: Final = 8
 
 AFTER: Final = 4
 """Tokens after the pause that must be those of the undisturbed answer too."""
+
+STANDBY_S_MAX: Final = 60.0
+STANDBY_LAG: Final = 32
+"""Rows that a standby may be behind when it counts as ready: it gets them by the tile."""
 
 PREFILL_FACTOR: Final = 2.5
 SHORT_CONTEXT: Final = 128
@@ -127,6 +131,8 @@ async def _one_pause(
     ):
         decoding = Decoding(session, setting)
         await decoding.prefill(known[: context // 2], known[context // 2 : context - WARM_UP])
+        if loss.standby:
+            await _standby_ready(servers, peer_text(session.chain[VICTIM].peer), decoding)
         steps = [await decoding.step() for _ in range(WARM_UP)]
         victim = servers.named(peer_text(session.chain[VICTIM].peer))
         before = read_accounts()
@@ -148,6 +154,18 @@ async def _one_pause(
         is_same=decoding.ids == list(known[: len(decoding.ids)]),
         others_s=usage_between(before, after, {}).others_s if before and after else None,
     )
+
+
+async def _standby_ready(servers: Fleet, victim: str, decoding: Decoding) -> None:
+    """Until the other server of the same blocks holds about what the victim holds."""
+    blocks = servers.named(victim).blocks
+    (spare,) = (m for m in servers.members.values() if m.blocks == blocks and m.peer != victim)
+    async with asyncio.timeout(STANDBY_S_MAX):
+        while True:
+            held = await spare.order("holdings")
+            if held["cache_tokens_in_use"] >= decoding.session.length - STANDBY_LAG:
+                return
+            await asyncio.sleep(0.05)
 
 
 async def _bring_back(servers: Fleet, victim: Member, loss: Loss) -> None:
@@ -210,9 +228,8 @@ class Measuring:
                 await self._measure(servers, setting, loss, context, reference)
 
     def _losses(self, context: int) -> list[Loss]:
-        standbys = (0, 1) if HAS_STANDBY else (0,)
-        killed = [Loss(event="kill -9", number=signal.SIGKILL, standby=n) for n in standbys]
-        stopped = [Loss(event="SIGSTOP", number=signal.SIGSTOP, standby=n) for n in standbys]
+        killed = [Loss(event="kill -9", number=signal.SIGKILL, standby=n) for n in (0, 1)]
+        stopped = [Loss(event="SIGSTOP", number=signal.SIGSTOP, standby=n) for n in (0, 1)]
         return killed + (stopped if context == min(self._options.contexts) else [])
 
     async def _measure(

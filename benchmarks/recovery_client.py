@@ -8,7 +8,6 @@ servers then hold exactly what they hold after decoding them, in a fraction of t
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -24,11 +23,11 @@ from shoal.cli.joining import SwarmChoice, visit, wall_clock
 from shoal.cli.models import OpenModel
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.tending import TendConfig
 from shoal.hf.head import Head, load_head
 from shoal.wire.messages import WANT_LAST, WANT_NONE
 
 JOIN_S_MAX: Final = 30.0
-HAS_STANDBY: Final = "standby" in {field.name for field in dataclasses.fields(ClientConfig)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +60,11 @@ async def joined(
     fleet: Fleet, setting: Setting, *, standby: int = 0, kind: type[Client] | None = None
 ) -> AsyncIterator[Client]:
     """A new client that knows every server of the fleet, as it is now."""
-    options: dict[str, Any] = {"standby": standby} if standby else {}
     model = setting.model
     config = ClientConfig(
-        model=model.name, num_blocks=model.num_blocks, hidden_size=model.hidden_size, **options
-    )
+        model=model.name, num_blocks=model.num_blocks, hidden_size=model.hidden_size,
+        tending=TendConfig(standby=standby),
+    )  # fmt: skip
     async with visit(SwarmChoice.parse(fleet.joins, None, None)) as visitor:
         await _until_known(visitor.directory, {m.peer: m.address for m in fleet.members.values()})
         given = (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from shoal.lab.trace_incident import Incident
+    from shoal.lab.trace_past import Incident
     from shoal.lab.trace_replay import Replay
 
 

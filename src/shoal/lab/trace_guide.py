@@ -84,7 +84,7 @@ class GuidedDirectory(StaticDirectory):
         if allowed is None:
             return snapshot
         records = tuple(
-            _with_span(one, allowed[one.record.peer])
+            _with_span(one, allowed[PeerId(one.record.peer)])
             for one in snapshot.records
             if one.record.peer in allowed
         )

@@ -12,27 +12,26 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.base.errors import InternalError, ShoalError
 from shoal.base.ids import short
 from shoal.base.spans import Span
-from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client
 from shoal.lab.chaos import first_error
 from shoal.lab.clock import run_virtual
 from shoal.lab.invariants import check_end, check_step
 from shoal.lab.network import LinkConditions, SimulatedNetwork
-from shoal.lab.script import ENCODING, Reference, WrongText
+from shoal.lab.script import Reference
 from shoal.lab.swarm import SWARM, ServerSpec, SimulatedServer, SimulatedSwarm
-from shoal.lab.toy_blocks import HIDDEN_SIZE, toy_embedding
+from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.lab.trace_fates import Disturbance
-from shoal.lab.trace_guide import GUIDE, Guide, GuidedDirectory
-from shoal.lab.trace_incident import Act, Incident, ServerPast, SessionPast, find_incident
+from shoal.lab.trace_guide import Guide, GuidedDirectory
+from shoal.lab.trace_incident import find_incident
+from shoal.lab.trace_past import Incident, ServerPast, SessionPast
+from shoal.lab.trace_player import Player, until
 from shoal.lab.trace_reading import Timed, Trace
 from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
-from shoal.server.events import Began, Event, session_name
+from shoal.server.events import Began, Event
 from shoal.server.quotas import Quotas
-from shoal.wire.messages import WANT_ALL, WANT_NONE
 from shoal.wire.tensors import row_bytes
 
 PATIENCE_S: Final = 150.0
@@ -44,13 +43,7 @@ OVERTIME_S: Final = 180.0
 SETTLE_S: Final = 40.0
 """Until everything must be freed."""
 
-ACQUAINTED_S: Final = 1.0
-"""A client knows its servers this long before the first route: no trace shows its dialling."""
-
 CHECK_PERIOD_S: Final = 0.05
-
-MISSING_CHUNK: Final = 256
-"""Rows of which no trace says how they were sent go in chunks of this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +110,7 @@ class _Stage:
             for past, server in zip(incident.servers, self._swarm.servers, strict=True)
         }
         self._clients: dict[str, Client] = {}
-        self._players: dict[str, _Player] = {}
+        self._players: dict[str, Player] = {}
 
     def _record(self, began: Began) -> MemoryRecorder:
         self._recorders.append(MemoryRecorder(began))
@@ -163,7 +156,7 @@ class _Stage:
         async with asyncio.timeout_at(limit_s), asyncio.TaskGroup() as group:
             for player in self._players.values():
                 group.create_task(player.run())
-        await _until(self._incident.end_s)
+        await until(self._incident.end_s)
         for player in self._players.values():
             player.close()
 
@@ -180,17 +173,17 @@ class _Stage:
 
     async def _live(self, server: SimulatedServer, past: ServerPast) -> None:
         for life in past.lives:
-            await _until(life.born_s)
+            await until(life.born_s)
             if not server.is_up:
                 await server.start()
             if life.died_s is None:
                 return
-            await _until(life.died_s)
+            await until(life.died_s)
             await server.crash(None if life.how == "silent" else 0.0)
 
     async def _disturb(self, one: Disturbance) -> None:
         peer, other = self._by_label[one.label].peer, self._by_label[one.other].peer
-        await _until(one.at_s)
+        await until(one.at_s)
         if one.kind == "freeze":
             self._network.freeze(peer)
             await asyncio.sleep(one.lasts_s)
@@ -201,7 +194,7 @@ class _Stage:
             self._network.mend(peer, other)
             self._network.mend(other, peer)
 
-    def _player(self, past: SessionPast) -> _Player:
+    def _player(self, past: SessionPast) -> Player:
         guide = Guide(
             [
                 {self._by_label[label].peer: Span(start, end) for label, start, end in chain}
@@ -212,133 +205,12 @@ class _Stage:
         reference = Reference(self._incident.num_blocks, mixes_call_shape=True)
         rng = random.Random(f"{self._seed} {past.label}")
         client = self._clients[past.owner]
-        return _Player(past, client, guide, reference, rng, parent, self._incident.delay_s)
+        return Player(past, client, guide, reference, rng, parent, self._incident.delay_s)
 
     def _found(self, traces: Sequence[Trace]) -> Incident:
         names = {player.name: label for label, player in self._players.items() if player.name}
         labels = {short(server.peer): label for label, server in self._by_label.items()}
         return find_incident(traces, labels=labels, names=names)
-
-
-class _Player:
-    """One session: sends what it sent when it did, and checks what comes back."""
-
-    def __init__(
-        self,
-        past: SessionPast,
-        client: Client,
-        guide: Guide,
-        reference: Reference,
-        rng: random.Random,
-        parent: _Player | None,
-        delay_s: float,
-    ) -> None:
-        self.session: ChainSession | None = None
-        self.reference = reference
-        self.checked_rows = 0
-        self.error: ShoalError | None = None
-        self.name = ""
-        self.opened = asyncio.Event()
-        """It is there, or will never be."""
-        self.children: list[_Player] = []
-        if parent is not None:
-            parent.children.append(self)
-        self._past = past
-        self._client = client
-        self._guide = guide
-        self._rng = rng
-        self._parent = parent
-        self._delay_s = delay_s
-        self._pending: list[bytes] = []
-        self._answered = 0
-
-    async def run(self) -> None:
-        """From its opening until it was closed; an error that it ends with is kept."""
-        GUIDE.set(self._guide)
-        opened_s = self._past.epochs[0].at_s - self._delay_s
-        await _until(opened_s - ACQUAINTED_S)
-        await asyncio.gather(*map(self._client.answers, self._guide.first))
-        await _until(opened_s)
-        try:
-            self.session = self._guide.session = await self._open()
-            self.name = session_name(self.session.id)
-            self.opened.set()
-            for act in self._past.acts:
-                await self._act(self.session, act)
-            await self._take_rows(self.session)
-        except InternalError:
-            raise
-        except ShoalError as error:
-            self.error = error
-        finally:
-            self.opened.set()
-        if self._past.closed_s is not None:
-            await _until(self._past.closed_s)
-            for child in self.children:
-                await child.opened.wait()
-            self.close()
-
-    def close(self) -> None:
-        """The client is done with it."""
-        if self.session is not None:
-            self.session.close()
-
-    async def _open(self) -> ChainSession:
-        parent, length = self._parent, self._past.parent_length
-        if parent is None or parent.session is None or parent.session.length < length:
-            session = await self._client.open_session(ENCODING)
-            if self._past.parent:
-                await self._send(session, Act(kind="rows", at_s=0.0, count=max(1, length)))
-            return session
-        await parent.wait_for(length)
-        session = await parent.session.fork(length)
-        self.reference.copy_from(parent.reference, length)
-        self._answered = min(length, session.length)
-        return session
-
-    async def wait_for(self, length: int) -> None:
-        """Until the first `length` rows are answered."""
-        if self.session is not None and self._answered < length:
-            await self._take_rows(self.session)
-
-    async def _act(self, session: ChainSession, act: Act) -> None:
-        await _until(act.at_s - self._delay_s)  # it was seen at a server
-        if act.kind == "rows":
-            await self._send(session, act)
-            return
-        await self._take_rows(session)
-        session.truncate(min(act.count, session.length))
-        self.reference.truncate(session.length)
-        self._answered = session.length
-
-    async def _send(self, session: ChainSession, act: Act) -> None:
-        """One entry, after the answer to the last one that asked for one."""
-        if self._pending and self._pending[-1]:
-            await self._take_rows(session)
-        rest = act.count
-        while rest:
-            count = rest if rest <= MISSING_CHUNK or act.want else MISSING_CHUNK
-            rest -= count
-            want = WANT_NONE if rest else act.want
-            tokens = [self._rng.randrange(1000) for _ in range(count)]
-            rows = b"".join(map(toy_embedding, tokens))
-            session.append(rows, count, want=want, chunk_tokens=count)
-            right = [self.reference.push(token, count) for token in tokens]
-            wanted = right if want == WANT_ALL else right[-1:] if want else []
-            self._pending.append(b"".join(wanted))
-
-    async def _take_rows(self, session: ChainSession) -> None:
-        """Wait for all answers that are due.
-
-        Raises:
-            WrongText: they are not those of one machine.
-        """
-        start, self._answered = self._answered, session.length
-        got = await session.rows(start, session.length)
-        right, self._pending = b"".join(self._pending), []
-        if got != right:
-            raise WrongText(f"{self._past.label}: wrong rows behind position {start}")
-        self.checked_rows += len(right) // row_bytes(ENCODING, HIDDEN_SIZE)
 
 
 def _spec(past: ServerPast) -> ServerSpec:
@@ -373,9 +245,3 @@ def _config(incident: Incident) -> ServerConfig:
         ),
         quotas=Quotas(cache_share=1.0, log_bytes_max=scaled(began.log_bytes, quotas.log_bytes_max)),
     )
-
-
-async def _until(time_s: float) -> None:
-    delay_s = time_s - asyncio.get_running_loop().time()
-    if delay_s > 0:
-        await asyncio.sleep(delay_s)

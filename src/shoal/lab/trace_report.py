@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from shoal.lab.trace_incident import Hop, Incident, ServerPast, SessionPast
+from shoal.lab.trace_past import Hop, Incident, ServerPast, SessionPast
 from shoal.lab.trace_replay import Replay
 
 GAP = "   "

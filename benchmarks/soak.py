@@ -1,8 +1,8 @@
 """Answers under continuous kills, for as long as asked: does every text stay what it was?
 
 Real `shoal serve` processes, three spans with two servers each, and client processes with
-several answers at a time: greedy and seeded, with wrong guesses taken back, after short and
-long prompts. Meanwhile servers are killed (kill -9), asked to leave (SIGTERM) and stopped
+several answers at a time, one of them with standbys: greedy and seeded, with wrong guesses
+taken back, after short and long prompts. Meanwhile servers are killed (kill -9), asked to leave (SIGTERM) and stopped
 for a while (SIGSTOP, SIGCONT), sometimes all of a span at once, and start again as the same
 peer; a client is killed now and then too. Every answer is compared with the one that the
 undisturbed swarm gave. At the end all clients go, one without a farewell, and the servers
@@ -37,6 +37,9 @@ REAL: Final = "smollm2-135m-instruct"
 STAGES: Final = 3
 REPLICAS: Final = 2
 SPARED: Final = "stage1-0"
+STANDING_BY: Final = "client1"
+"""The client whose answers have a standby."""
+
 CONCURRENT_REFERENCES: Final = 4
 SAMPLE_S: Final = 10.0
 FINISH_S_MAX: Final = 150.0
@@ -134,7 +137,7 @@ class Soaking:
         plan = plan_text(
             model=self.model, dtype=self.options.dtype, stages=STAGES, joins=self.servers.joins,
             output=output, seed=len(self.outputs), concurrency=self.options.concurrency,
-            **self.plan,
+            standby=int(name == STANDING_BY), **self.plan,
         )  # fmt: skip
         self.clients[name] = await self.servers.fork(name, "soak_client:main", [plan])
 

@@ -27,6 +27,7 @@ from shoal.cli.logs import configure_logging
 from shoal.cli.models import open_model
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.tending import TendConfig
 from shoal.hf.generation import generate
 from shoal.hf.sampling import Sampler
 from shoal.wire.messages import WANT_ALL
@@ -118,6 +119,7 @@ class Clients:
         random.Random(plan["seed"]).shuffle(works)
         self._works: Iterator[Work] = itertools.cycle(works)
         self._concurrency: int = plan["concurrency"]
+        self._standby: int = plan["standby"]
         self._swarm = SwarmChoice.parse(plan["joins"], None, None)
         self._stopping = asyncio.Event()
 
@@ -134,8 +136,9 @@ class Clients:
     async def _one_client(self) -> None:
         model = self._setting.model
         config = ClientConfig(
-            model=model.name, num_blocks=model.num_blocks, hidden_size=model.hidden_size
-        )
+            model=model.name, num_blocks=model.num_blocks, hidden_size=model.hidden_size,
+            tending=TendConfig(standby=self._standby),
+        )  # fmt: skip
         async with (
             visit(self._swarm) as visitor,
             open_client(
@@ -156,13 +159,14 @@ class Clients:
         now_s = time.monotonic()
         timing, ids = Timing(started_s=now_s, last_s=now_s), list[int]()
         said: dict[str, Any] = {"work": work.number, "error": None, "detail": ""}
-        recoveries, numerics = 0, ""
+        recoveries, moves, numerics = 0, 0, ""
         try:
             async with await client.open_session(self._setting.dtype) as session:
                 try:
                     await answer(session, self._setting, work, timing, ids)
                 finally:
-                    recoveries, numerics = len(session.recoveries), session.numerics
+                    recoveries, moves = len(session.recoveries), len(session.moves)
+                    numerics = session.numerics
         except ShoalError as error:
             said |= {"error": type(error).__name__, "detail": str(error)[:300]}
         expected = self._references[work.number]
@@ -177,7 +181,7 @@ class Clients:
                 "first_s": round(timing.first_s, 3), "longest_s": round(timing.longest_s, 3),
                 "longest_at_s": round(timing.longest_at_s, 3),
                 "seconds": round(time.monotonic() - timing.started_s, 3),
-                "recoveries": recoveries, "numerics": numerics,
+                "recoveries": recoveries, "moves": moves, "numerics": numerics,
             }
         )  # fmt: skip
 
@@ -188,14 +192,14 @@ class Clients:
 
 def plan_text(
     *, model: str, dtype: str, stages: int, joins: Sequence[str], works: Sequence[Work],
-    references: Sequence[Sequence[int]], output: Path, seed: int, concurrency: int,
+    references: Sequence[Sequence[int]], output: Path, seed: int, concurrency: int, standby: int,
 ) -> str:  # fmt: skip
     """What `main` wants to know."""
     return json.dumps(
         {
             "model": model, "dtype": dtype, "stages": stages, "joins": list(joins),
             "works": [asdict(work) for work in works], "references": list(map(list, references)),
-            "output": str(output), "seed": seed, "concurrency": concurrency,
+            "output": str(output), "seed": seed, "concurrency": concurrency, "standby": standby,
         }
     )  # fmt: skip
 

@@ -124,6 +124,7 @@ def rows(
         "errors": ", ".join(f"{n} {what}" for what, n in sorted(errors.items())) or "none",
         "tokens": sum(one["tokens"] for one in given),
         "repairs": sum(one["recoveries"] for one in given),
+        "planned moves": sum(one["moves"] for one in given),
         "answers with repairs": sum(1 for one in given if one["recoveries"]),
         "pause in an answer: median / p99 / longest, s": _spread(pauses[True] + pauses[False]),
         "the same, all blocks served meanwhile": _spread(pauses[True]),

@@ -86,12 +86,16 @@ def _check_parked(hop: HopSession) -> None:
 
 
 def _check_log_bytes(hop: HopSession, config: ServerConfig) -> None:
-    """A log passes its bound only by what its receiver had not worked off when it last grew."""
+    """A log passes its bound only by what its receiver had not worked off when it last grew.
+
+    That is the receiver's window: a server's is the same everywhere here, a client's is wide.
+    """
     limit = config.engine.log_bytes_per_session_max
     if hop.log.num_bytes <= limit:
         return
     largest = max(entry.payload_bytes for entry in hop.log)
-    margin = config.window_bytes + config.engine.run_ahead_bytes + ENTRIES_OVER * largest
+    window_bytes = max(config.window_bytes, hop.outbound.window_bytes)
+    margin = window_bytes + config.engine.run_ahead_bytes + ENTRIES_OVER * largest
     if hop.log.num_bytes > limit + margin:
         raise BrokenInvariant(
             f"the log of {hop.plan.span} has {hop.log.num_bytes} bytes with a bound of {limit} "

@@ -11,6 +11,7 @@ from shoal.gateway.engine import Begun, Done
 from shoal.gateway.http import EventStream
 from shoal.gateway.objects import (
     Envelope,
+    begun_facts,
     completion_logprobs,
     done_facts,
     recovery_facts,
@@ -81,17 +82,23 @@ class CompletionStream:
         self._usage: dict[str, Any] = {"usage": None} if has_usage else {}
         self._echoes = list(form.echoes)
         self._lengths = [0] * len(form.echoes)
+        self._begun: dict[int, dict[str, Any]] = {}
+        """What is to be said of a prompt with its first choice's first text."""
 
     async def begun(self, first: int, begun: Begun) -> None:
         """The status, when the first prompt is computed."""
+        self._begun[first] = begun_facts(begun)
         if not self._stream.is_open:
             await self._stream.open()
 
     async def piece(self, index: int, piece: Piece) -> None:
         """What is new."""
         more: dict[str, Any] = {}
+        facts = self._begun.pop(index, {})
         if piece.recoveries:
-            more["shoal"] = {"recoveries": recovery_facts(piece.recoveries)}
+            facts["recoveries"] = recovery_facts(piece.recoveries)
+        if facts:
+            more["shoal"] = facts
         logprobs = None
         if self._form.has_logprobs and piece.tokens:
             logprobs = completion_logprobs(piece.tokens, self._form.text_of, self._lengths[index])

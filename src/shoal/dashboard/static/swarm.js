@@ -124,7 +124,7 @@ function section(model) {
   const missing = model.missing.map(([start, end]) => `[${start}, ${end})`).join(", ");
   const answering = model.servers.filter((server) => !server.error);
   const facts = `${model.num_blocks} blocks, ${answering.length} of ${model.servers.length} servers answer, ` +
-    `${number(answering.reduce((sum, server) => sum + (server.sessions ?? 0), 0))} places in use by sessions`;
+    `which hold ${number(answering.reduce((sum, server) => sum + (server.sessions ?? 0), 0))} sessions together`;
   made.append(title, element("p", facts, "faint"));
   made.append(missing
     ? element("p", `Missing: nobody serves blocks ${missing}`, "bad")

@@ -17,6 +17,7 @@ from shoal.cli.joining import SwarmChoice, Visitor, visit, wall_clock
 from shoal.cli.models import OpenModel
 from shoal.cli.waiting import with_hint
 from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.tending import TendConfig
 from shoal.client.waiting import OnWaiting
 from shoal.discovery.directory import Snapshot
 from shoal.hf import connection
@@ -53,6 +54,8 @@ class GenerateSettings:
     save: Path | None = None
     """The file that keeps the answer while it comes."""
     on_waiting: OnWaiting | None = None
+    standby: int = 0
+    """Standbys for each hop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,9 @@ async def answer_prompt(
         head = load_head(model.source, dtype=begun.encoding)
         async with (
             keeping(settings.save, begun) as file,
-            open_swarm_client(visitor, model, settings.patience_s, settings.on_waiting) as client,
+            open_swarm_client(
+                visitor, model, settings.patience_s, settings.on_waiting, settings.standby
+            ) as client,
         ):
             try:
                 answer = await _go_on(begun, client, head, eos_ids, page, file)
@@ -195,7 +200,11 @@ def _as_it_is(saved: SavedAnswer) -> Answer:
 
 @asynccontextmanager
 async def open_swarm_client(
-    visitor: Visitor, model: OpenModel, patience_s: float, on_waiting: OnWaiting | None = None
+    visitor: Visitor,
+    model: OpenModel,
+    patience_s: float,
+    on_waiting: OnWaiting | None = None,
+    standby: int = 0,
 ) -> AsyncIterator[Client]:
     """A client of the visitor's swarm for one model."""
     config = ClientConfig(
@@ -204,6 +213,7 @@ async def open_swarm_client(
         hidden_size=model.hidden_size,
         patience_s=patience_s,
         on_waiting=on_waiting,
+        tending=TendConfig(standby=standby),
     )
     async with open_client(
         visitor.identity,

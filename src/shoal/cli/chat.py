@@ -11,7 +11,13 @@ from typing import Annotated, Final
 import typer
 
 from shoal.base.errors import ConfigError
-from shoal.cli.generate import PATIENCE_S, CompressOption, DtypeOption, PatienceOption
+from shoal.cli.generate import (
+    PATIENCE_S,
+    CompressOption,
+    DtypeOption,
+    PatienceOption,
+    StandbyOption,
+)
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
@@ -88,6 +94,7 @@ def chat(
     compress: CompressOption = False,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
+    standby: StandbyOption = 0,
     weights_from_peers: FromPeersOption = False,
     cache_limit: CacheLimitOption = "50GB",
     swarm: SwarmOption = None,
@@ -135,6 +142,7 @@ def chat(
         is_compressed=compress,
         patience_s=patience,
         on_waiting=line.told,
+        standby=standby,
     )
     _quiet_warnings()
     with hosting(target) as (background, conversation):

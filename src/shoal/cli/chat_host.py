@@ -36,6 +36,8 @@ class ChatTarget:
     is_compressed: bool
     patience_s: float
     on_waiting: OnWaiting | None = None
+    standby: int = 0
+    """Standbys for each hop."""
 
 
 def fetch_model(given: str, swarm: SwarmChoice, limit_bytes: int) -> OpenModel:
@@ -68,7 +70,7 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
                 encoding = target.dtype or common_encoding(snapshot, target.model.name)
                 head = load_head(target.model.source, dtype=encoding)
                 async with open_swarm_client(
-                    visitor, target.model, target.patience_s, target.on_waiting
+                    visitor, target.model, target.patience_s, target.on_waiting, target.standby
                 ) as client:
                     inner = INT8_BLOCK if target.is_compressed else None
                     conversation = Conversation(

@@ -11,7 +11,13 @@ import typer
 
 from shoal.base.errors import ConfigError
 from shoal.cli.chat import TemplateOption, read_template
-from shoal.cli.generate import PATIENCE_S, CompressOption, DtypeOption, PatienceOption
+from shoal.cli.generate import (
+    PATIENCE_S,
+    CompressOption,
+    DtypeOption,
+    PatienceOption,
+    StandbyOption,
+)
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
@@ -111,6 +117,7 @@ def gateway(
     compress: CompressOption = False,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
+    standby: StandbyOption = 0,
     weights_from_peers: FromPeersOption = False,
     cache_limit: CacheLimitOption = "50GB",
     swarm: SwarmOption = None,
@@ -170,6 +177,7 @@ def gateway(
         dtype=dtype,
         is_compressed=compress,
         patience_s=patience,
+        standby=standby,
     )
     asyncio.run(run_until_stopped(settings))
 

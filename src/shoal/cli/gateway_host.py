@@ -48,6 +48,8 @@ class GatewaySettings:
     """None: what most servers compute in."""
     is_compressed: bool
     patience_s: float
+    standby: int = 0
+    """Standbys for each hop."""
 
 
 def check_open(host: str, *, is_open: bool) -> None:
@@ -83,7 +85,7 @@ async def _run(settings: GatewaySettings) -> None:
         encoding = settings.dtype or common_encoding(snapshot, model.name)
         head = await asyncio.to_thread(load_head, model.source, dtype=encoding)
         client = await stack.enter_async_context(
-            open_swarm_client(visitor, model, settings.patience_s)
+            open_swarm_client(visitor, model, settings.patience_s, standby=settings.standby)
         )
         backing = Backing(
             client=client,

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from shoal.hf.saved_answer import SavedAnswer
 
 PATIENCE_S: Final = 60.0
+
+STANDBY_MAX: Final = 2
+"""Standbys for each hop that make sense: each costs as much as the hop itself."""
 """How long to look for a chain when servers are missing, full, load or fail."""
 
 NOT_WITH_RESUME: Final = ("prompt", "prompt_file", "temperature", "seed", "dtype", "compress")
@@ -77,6 +80,16 @@ PatienceOption = Annotated[
         metavar="S", help="Seconds to wait for servers that are missing, full or failing."
     ),
 ]
+StandbyOption = Annotated[
+    int,
+    typer.Option(
+        "--standby",
+        min=0,
+        max=STANDBY_MAX,
+        help="Servers beside each one of the chain that keep up with it: when it dies, one of "
+        "them takes over within a moment. They compute everything as well.",
+    ),
+]
 SaveOption = Annotated[
     Path | None,
     typer.Option(
@@ -114,6 +127,7 @@ def generate(
     resume: ResumeOption = None,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
+    standby: StandbyOption = 0,
     weights_from_peers: FromPeersOption = False,
     cache_limit: CacheLimitOption = "50GB",
     swarm: SwarmOption = None,
@@ -125,7 +139,9 @@ def generate(
     The prompt goes in as it is, without a chat template. MODEL must be the very model that
     the servers hold: embedding and head are computed here. If a server fails, another one
     with the same blocks takes over and the text goes on; where there is none, the command
-    says on stderr what it waits for, until --patience is over.
+    says on stderr what it waits for, until --patience is over. With --standby 1 every server
+    has another one beside it that keeps up with it: its death then costs a moment, however long
+    the text is.
 
     With --save FILE an answer outlives this command: --resume FILE shows the text so far and
     goes on, with the same tokens as if nothing had happened, greedy or sampled. MODEL and how
@@ -184,7 +200,12 @@ def generate(
         check_model_of(task, opened, resume)
     line = WaitingLine()
     settings = GenerateSettings(
-        swarm=choice, task=task, patience_s=patience, save=save or resume, on_waiting=line.told
+        swarm=choice,
+        task=task,
+        patience_s=patience,
+        save=save or resume,
+        on_waiting=line.told,
+        standby=standby,
     )
     _answer(settings, opened, line, as_json=as_json)
 

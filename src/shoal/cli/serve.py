@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -145,6 +145,19 @@ IdentityOption = Annotated[
         help="Key file of this peer, made if it is missing (default: a new peer each time).",
     ),
 ]
+DRAIN_S: Final = 30.0
+"""Long enough to replay some thousand tokens elsewhere."""
+
+DrainOption = Annotated[
+    float,
+    typer.Option(
+        "--drain",
+        metavar="S",
+        min=0,
+        help="Seconds for sessions to move to other servers when this one is told to stop; 0: "
+        "stop at once, and they are repaired.",
+    ),
+]
 WeightsRateOption = Annotated[
     str,
     typer.Option(
@@ -179,6 +192,7 @@ def serve(
     weights_from_peers: FromPeersOption = False,
     cache_limit: CacheLimitOption = "50GB",
     weights_rate: WeightsRateOption = "32MiB",
+    drain: DrainOption = DRAIN_S,
     identity: IdentityOption = None,
     swarm: SwarmOption = None,
     invite: InviteOption = None,
@@ -203,8 +217,9 @@ def serve(
     \b
       ready peer=<id> address=<addr> blocks=[A,B)
 
-    The address works unchanged as --join. Ctrl-C or SIGTERM stops it; sessions that run here go
-    on at other servers with the same blocks.
+    The address works unchanged as --join. Ctrl-C or SIGTERM stops it: sessions that run here
+    move to other servers with the same blocks first, without a pause, and it waits --drain
+    seconds for that. A second Ctrl-C stops it at once.
 
     A server that was told --num-blocks may go to other blocks later. It loads them while it
     serves, and prints such a line again, with "moved" for "ready". Both spans must fit into
@@ -248,6 +263,7 @@ def serve(
                 device=device,
                 threads=thread_count,
                 cache_tokens=cache_tokens,
+                drain_s=drain,
                 weights_bytes_per_s=parse_size(weights_rate, "--weights-rate"),
                 bounds=parse_bounds(
                     allow=allow,

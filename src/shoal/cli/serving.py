@@ -44,7 +44,7 @@ from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
 from shoal.server.config import StreamService
 from shoal.server.door import Door
-from shoal.server.server import open_server
+from shoal.server.server import Server, open_server
 from shoal.server.surroundings import Pinger, ServerSurroundings
 from shoal.server.switching import SwitchingBackend
 from shoal.server.weights import WeightsConfig, WeightServer, hand_out_nothing
@@ -78,13 +78,15 @@ class ServeSettings:
     threads: int
     cache_tokens: int
     bounds: Bounds
+    drain_s: float
+    """How long a server that is told to stop waits for its sessions to be moved."""
     weights_bytes_per_s: int
     """At which others may fetch weights from here; 0: not at all."""
     trace: TraceChoice | None = None
 
 
 async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None:
-    """Serve until SIGINT or SIGTERM; a second signal cuts the farewell short.
+    """Serve until SIGINT or SIGTERM; a second signal cuts draining and farewell short.
 
     Raises:
         ShoalError: it could not start, or its identity is in use elsewhere.
@@ -156,6 +158,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
             weights.yield_to(lambda: server.engine.running_tokens > 0)
         door.open(server)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
+        stack.push_async_callback(_drain, server, announcer, settings.drain_s)
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={addresses[0]} blocks={facts.span}", flush=True)
@@ -208,6 +211,17 @@ async def _fetch(model: OpenModel, span: Span, swarm: Swarm, stack: AsyncExitSta
     items = await asyncio.to_thread(span_items, model, span)
     stack.enter_context(weight_store().pinned(item.content.hex() for item in items))
     await fetch_items(model, items, swarm, span)
+
+
+async def _drain(server: Server, announcer: Announcer, within_s: float) -> None:
+    """Leave in good order: nothing new comes in, and owners move their sessions elsewhere."""
+    if not len(server.sessions) or not within_s:
+        return
+    print(f"draining sessions={len(server.sessions)} within={within_s:.0f}s", flush=True)
+    await announcer.announce("draining")
+    if not await server.drain(within_s):
+        logger.warning("sessions left behind sessions=%d; their owners repair them elsewhere",
+                       len(server.sessions))  # fmt: skip
 
 
 async def _wait_for(task: asyncio.Task[None]) -> None:

@@ -11,7 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -133,7 +133,8 @@ class Client:
 
     def start(self) -> None:
         """Start the watch over servers that owe us rows."""
-        self._tasks.spawn(self._watch(), "watch")
+        watch = Watch(self._sessions, self.link, self._drop, self._report)
+        self._tasks.spawn(watch.run(), "watch")
         self._tasks.spawn(self._keep(), "keep")
 
     async def stop(self) -> None:
@@ -222,12 +223,9 @@ class Client:
 
     async def wait_for_news(self, timeout_s: float) -> None:
         """Return when the directory changed or the time is over."""
-        version = self._directory.snapshot().version
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._directory.changed(version)
-        except TimeoutError:
-            pass
+                await self._directory.changed(self._directory.snapshot().version)
 
     async def install(
         self,
@@ -457,9 +455,6 @@ class Client:
                 self._report(state, Trouble(lost={peer}))
 
     # --- watching ----------------------------------------------------------------------
-
-    async def _watch(self) -> None:
-        await Watch(self._sessions, self.link, self._drop, self._report).run()
 
     def _drop(self, link: ServerLink) -> None:
         """The server doesn't answer as it should: everybody who uses it must know."""

@@ -21,6 +21,7 @@ from shoal.base.errors import (
     PeerBusy,
     PeerError,
     PeerTimeout,
+    PeerUnreachable,
     ShoalError,
 )
 from shoal.base.ids import PeerId, short
@@ -89,6 +90,8 @@ class Supervisor:
         """What the user was told last."""
         self._strikes: Counter[PeerId] = Counter()
         """How often peers failed or refused in the repair that runs."""
+        self._refusing: set[PeerId] = set()
+        """Peers that answered in it, and would not."""
 
     async def run(self) -> None:
         """Mend whenever trouble is reported, tend in between; ends when the session has failed."""
@@ -150,6 +153,7 @@ class Supervisor:
         position = state.received_length
         lost: set[PeerId] = set()
         self._strikes.clear()
+        self._refusing.clear()
         while True:
             state.check_open()
             found = await self._find_lost(state.take_trouble(), lost)
@@ -240,7 +244,7 @@ class Supervisor:
                 logger.warning("no server answers: our own link? session=%s",
                                short(self._state.id))  # fmt: skip
                 return set()
-            known -= alive
+            known -= alive - self._refusing
             lost -= alive
         lost |= trouble.bad
         self._state.distrusted |= trouble.bad
@@ -307,6 +311,8 @@ class Supervisor:
                 self._swarm.experience.busy(peer, now_s, error.retry_after_s or BACKOFF_S_MAX)
             elif not isinstance(error, PeerError):
                 self._swarm.experience.failed(peer, now_s)
+            if not isinstance(error, PeerUnreachable | PeerTimeout):
+                self._refusing.add(peer)
         self._strikes.update(followed.refused.keys())
         return set(followed.refused)
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from shoal.base.errors import ConfigError
 from shoal.client.client import ClientConfig
+from shoal.client.tending import TendConfig
 from shoal.hf.chain_row import Chains
 from shoal.hf.connection import Connection, Joining, Place, check_served, common_encoding
 from shoal.hf.head import load_head
@@ -48,6 +49,7 @@ class AutoDistributedModelForCausalLM:
         compress: bool = False,
         borders: Sequence[int] | None = None,
         patience_s: float = PATIENCE_S,
+        standby: int = 0,
         cache_dir: str | Path | None = None,
     ) -> DistributedModelForCausalLM:
         """Join a swarm and load the parts of a model that run here: embedding, norm, head.
@@ -66,6 +68,8 @@ class AutoDistributedModelForCausalLM:
             compress: whether servers may send each other 8-bit rows. Lossy.
             borders: where `output_hidden_states` looks, from 0 to the number of blocks.
             patience_s: how long to look for a chain when servers are full or failing.
+            standby: servers that stand by for each hop of a chain and keep up with it: a death
+                then costs a moment, however long the text is. They compute everything as well.
             cache_dir: where known models and hashes are kept (default: ~/.cache/shoal).
 
         Raises:
@@ -83,6 +87,7 @@ class AutoDistributedModelForCausalLM:
             num_blocks=num_blocks(source.config),
             hidden_size=int(source.config.hidden_size),
             patience_s=patience_s,
+            tending=TendConfig(standby=standby),
         )
         connection = Connection(place, config)
         try:

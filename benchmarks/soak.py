@@ -2,11 +2,12 @@
 
 Real `shoal serve` processes, three spans with two servers each, and client processes with
 several answers at a time, one of them with standbys: greedy and seeded, with wrong guesses
-taken back, after short and long prompts. Meanwhile servers are killed (kill -9), asked to leave (SIGTERM) and stopped
-for a while (SIGSTOP, SIGCONT), sometimes all of a span at once, and start again as the same
-peer; a client is killed now and then too. Every answer is compared with the one that the
-undisturbed swarm gave. At the end all clients go, one without a farewell, and the servers
-must hold nothing any more. Ctrl-C ends it early and gives the table so far.
+taken back, after short and long prompts. Meanwhile servers are killed (kill -9), asked to
+leave (SIGTERM) and stopped for a while (SIGSTOP, SIGCONT), sometimes all of a span at once,
+and start again as the same peer; a client is killed now and then too. Every answer is
+compared with the one that the undisturbed swarm gave. At the end all clients go, one without
+a farewell, and the servers must hold nothing any more. Ctrl-C ends it early and gives the
+table so far.
 """
 
 from __future__ import annotations

@@ -225,14 +225,18 @@ class Engine:
     def _let_return(self) -> None:
         """Parked sessions come back where there is room, the oldest first."""
         now_s = asyncio.get_running_loop().time()
+        waiting: list[HopSession] = []
         for hop in self._sessions.returning():
+            if any(self._sessions.is_beside(hop, older) for older in waiting):
+                continue  # the oldest goes first: younger ones don't slip past it
             length = hop.parked_length + RETURN_MARGIN_TOKENS
-            length = min(length, self._sessions.length_max)
+            length = min(length, self._sessions.length_max(hop))
             parked = self._sessions.make_room(hop, length, now_s)
             if parked is None and self._sessions.is_capped(hop, length):
                 continue  # it waits for sessions of its own client
             if parked is None:
-                break  # the oldest goes first: younger ones don't slip past it
+                waiting.append(hop)
+                continue
             hop.is_parked = hop.wants_return = False
             hop.parked_length = 0
             hop.used_s = now_s

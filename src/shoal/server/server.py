@@ -147,16 +147,16 @@ class Server:
     async def drain(self, within_s: float) -> bool:
         """Take nothing new and ask everybody to go; returns whether all went in time."""
         self._farewells.is_draining = True
-        return await self.leave(self._backend.facts.span, within_s)
+        return await self.leave(Span(0, self._backend.facts.num_blocks), within_s)
 
-    async def leave(self, span: Span, within_s: float) -> bool:
-        """Ask the owners of sessions over any of these blocks to move them elsewhere.
+    async def leave(self, span: Span, within_s: float, only: Collection[HopSession] = ()) -> bool:
+        """Ask the owners of sessions (`only` these) over any of the blocks to move them elsewhere.
 
         Returns whether all went in time; sessions whose owner is not connected don't count.
         """
         hops = [
             hop
-            for hop in self.sessions
+            for hop in only or self.sessions
             if hop.plan.span.overlap(span) and hop.plan.owner in self._controls
         ]
         logger.info("leaving blocks=%s sessions=%d within_s=%.1f", span, len(hops), within_s)

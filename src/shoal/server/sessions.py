@@ -175,7 +175,7 @@ class SessionTable:
         Raises:
             SessionTooLong: it would not fit even alone, or is more than one owner may hold.
         """
-        self._check_length(length)
+        self._check_length(hop, length)
         victims = self._victims(hop, length, now_s, keep)
         if victims is None:
             return None
@@ -185,26 +185,25 @@ class SessionTable:
             self.ledger.hold(hop.sequence, length)
         return victims
 
-    @property
-    def length_max(self) -> int:
-        """Positions that one session may hold here."""
-        return self._owner_pages * self.ledger.page_tokens
+    def length_max(self, hop: HopSession) -> int:
+        """Positions that it may hold here."""
+        return self._owner_pages(hop) * self.ledger.page_tokens
 
-    @property
-    def _owner_pages(self) -> int:
-        return max(1, int(self.ledger.total * self.quotas.cache_share))
+    def _owner_pages(self, hop: HopSession) -> int:
+        return max(1, int(self.ledger.total_for(hop.sequence) * self.quotas.cache_share))
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, hop: HopSession, length: int) -> None:
         ledger = self.ledger
-        if ledger.pages(length) > ledger.total:
+        total = ledger.total_for(hop.sequence)
+        if ledger.pages(length) > total:
             raise SessionTooLong(
                 f"{length} positions don't fit into this server's KV cache of "
-                f"{ledger.total * ledger.page_tokens} (see --cache-tokens)"
+                f"{total * ledger.page_tokens} (see --cache-tokens)"
             )
-        if ledger.pages(length) > self._owner_pages:
+        if ledger.pages(length) > self._owner_pages(hop):
             raise SessionTooLong(
-                f"{length} positions are more than the {self.length_max} that one client may hold "
-                f"of this server's KV cache of {ledger.total * ledger.page_tokens} "
+                f"{length} positions are more than the {self.length_max(hop)} that one client may "
+                f"hold of this server's KV cache of {total * ledger.page_tokens} "
                 "(see --cache-share)"
             )
 
@@ -213,9 +212,9 @@ class SessionTable:
         older = sum(
             self.ledger.held(other.sequence)
             for other in self.of_owner(hop.plan.owner)
-            if other.seniority < hop.seniority and self._is_beside(other, hop)
+            if other.seniority < hop.seniority and self.is_beside(other, hop)
         )
-        return older + self.ledger.pages(length) > self._owner_pages
+        return older + self.ledger.pages(length) > self._owner_pages(hop)
 
     def _victims(
         self, hop: HopSession, length: int, now_s: float, keep: Collection[SessionKey] = ()
@@ -239,7 +238,7 @@ class SessionTable:
     def _over_share(self, hop: HopSession, length: int) -> int:
         """Pages that the owner's other sessions must give up for it."""
         mine = self._held_by_owner(hop) - self.ledger.held(hop.sequence)
-        return mine + self.ledger.pages(length) - self._owner_pages
+        return mine + self.ledger.pages(length) - self._owner_pages(hop)
 
     def _may_give_way(self, hop: HopSession, now_s: float) -> list[HopSession]:
         """In the order in which they do: standbys, the idle, the younger.
@@ -252,7 +251,7 @@ class SessionTable:
         for other in self._hops.values():
             if other is hop or not self.ledger.held(other.sequence):
                 continue
-            if not self._is_beside(other, hop):
+            if not self.is_beside(other, hop):
                 continue
             if other.plan.is_standby:
                 if other.seniority > hop.seniority:
@@ -270,7 +269,7 @@ class SessionTable:
 
     def _held_by_owner(self, hop: HopSession) -> int:
         """Pages of the cache in which `hop` lives."""
-        beside = (one for one in self.of_owner(hop.plan.owner) if self._is_beside(one, hop))
+        beside = (one for one in self.of_owner(hop.plan.owner) if self.is_beside(one, hop))
         return sum(self.ledger.held(one.sequence) for one in beside)
 
     def _fork_from(self, parent: Fork | None, hop: HopSession) -> bool:
@@ -312,7 +311,8 @@ class SessionTable:
         Only while no engine iteration runs.
         """
         self.settle()
-        self.ledger.retire(hop.sequence for hop in self._hops.values())
+        sequences = [hop.sequence for hop in self._hops.values()]
+        self.ledger.retire(sequences, self.facts.cache_tokens)
 
     def end_retirement(self) -> None:
         """None of them is left; only while no engine iteration runs."""
@@ -329,7 +329,7 @@ class SessionTable:
         is_retired = not self.facts.span.covers(hop.plan.span)
         self.ledger.assign(hop.sequence, is_retired=is_retired)
 
-    def _is_beside(self, one: HopSession, other: HopSession) -> bool:
+    def is_beside(self, one: HopSession, other: HopSession) -> bool:
         """Whether both live in the same cache."""
         return self.ledger.is_retired(one.sequence) == self.ledger.is_retired(other.sequence)
 

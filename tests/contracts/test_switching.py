@@ -140,8 +140,8 @@ def test_old_sequences_stay_and_new_ones_go_to_the_new_blocks() -> None:
 
 def test_only_the_blocks_may_change() -> None:
     backend = SwitchingBackend(toy(Span(0, 4)))
-    with pytest.raises(ConfigError, match="cache_tokens would change"):
-        backend.add(toy(Span(2, 6), cache_tokens=64))
+    with pytest.raises(ConfigError, match="page_tokens would change"):
+        backend.add(toy(Span(2, 6), page_tokens=64))
     backend.add(toy(Span(2, 6)))
     with pytest.raises(InternalError, match="drop them first"):
         backend.add(toy(Span(0, 4)))

@@ -3,45 +3,48 @@
 import asyncio
 
 from shoal.base.spans import Span
-from tests.simulation.scene import scene
+from tests.simulation.scene import scene, until
 
 
 @scene("a 0:2, b 2:4, spare-b 2:4, c 4:6")
-async def test_running_sessions_stay_until_the_deadline_then_go_on_elsewhere(it):
+async def test_owners_are_asked_and_move_before_anything_is_lost(it):
     reader = await it.read(prompt=20)
     assert it.hop("b", reader)
-    moving = asyncio.ensure_future(it["b"].move(Span(4, 6), leave_s=3.0))
+    moving = asyncio.ensure_future(it["b"].move(Span(4, 6), leave_s=10.0))
+    await reader.decode(12, pause_s=0.2)
+    assert await moving
+    assert it.hop("spare-b", reader)
+    assert reader.repairs == []
+    late = await it.read(prompt=5)
+    assert not it.hop("b", late) or it.hop("b", late).plan.span == Span(4, 6)
+
+
+@scene("a 0:2, b 2:4, late-b 2:4, c 4:6")
+async def test_running_sessions_stay_until_the_deadline_then_go_on_elsewhere(it):
+    reader = await it.read(prompt=20)
+    moving = asyncio.ensure_future(it["b"].move(Span(4, 6), leave_s=4.0))
     await reader.decode(10, pause_s=0.2)
     assert it.hop("b", reader).plan.span == Span(2, 4)  # switched at 1 s, and still served
     assert it["b"].server.sessions.retired
-    late = await it.read(prompt=5)
-    assert not it.hop("b", late) or it.hop("b", late).plan.span == Span(4, 6)
-    await reader.decode(15, pause_s=0.2)
-    assert await moving
-    assert it.hop("spare-b", reader)
+    await until(lambda: moving.done())
     assert not it["b"].server.sessions.retired
-    await reader.decode(3)
+    await it["late-b"].start()
+    await reader.decode(5)
+    assert it.hop("late-b", reader)
 
 
-@scene("a 0:2, b 2:4, spare-b 2:4, c 4:6")
-async def test_sessions_that_owners_move_in_time_are_not_closed(it):
+@scene("a 0:2, b 2:4, c 4:6")
+async def test_a_session_that_closes_in_time_ends_the_move(it):
     reader = await it.read(prompt=8)
-    asked = []
-    moving = asyncio.ensure_future(
-        it["b"].move(
-            Span(4, 6), leave_s=60.0,
-            ask_owners_to_leave=lambda span, within_s: asked.append((span, within_s)),
-        )
-    )  # fmt: skip
+    moving = asyncio.ensure_future(it["b"].move(Span(4, 6), leave_s=60.0))
     await reader.decode(8, pause_s=0.2)
-    assert asked == [(Span(2, 4), 60.0)]
     reader.session.close()
     it.readers.remove(reader)
     async with asyncio.timeout(2.0):
         assert await moving
 
 
-@scene("a 0:2, spare-a 0:2, b 2:5, spare-b 2:5")
+@scene("a 0:2, spare-a 0:2, b 2:5, late-b 2:5")
 async def test_a_session_on_old_blocks_may_still_be_routed_and_forked(it):
     reader = await it.read(prompt=8)
     moving = asyncio.ensure_future(it["b"].move(Span(0, 3), leave_s=8.0))
@@ -50,12 +53,14 @@ async def test_a_session_on_old_blocks_may_still_be_routed_and_forked(it):
     await reader.decode(3)
     child = await reader.fork(6)
     await child.decode(2)
-    assert it.hop("b", reader).plan.span == it.hop("b", child).plan.span == Span(2, 5)
+    old = {hop.plan.session for hop in it.hops("b") if hop.plan.span == Span(2, 5)}
+    assert old == {reader.session.id, child.session.id}
     assert not moving.done()
+    await it["late-b"].start()
     await asyncio.gather(*(one.decode(40, pause_s=0.2) for one in (reader, child)))
     assert await moving
-    assert it.hop("spare-b", reader)
-    assert it.hop("spare-b", child)
+    assert it.hop("late-b", reader)
+    assert it.hop("late-b", child)
 
 
 @scene("a 0:2, b 2:4, spare-b 2:4, c 4:6", cache_tokens=160)

@@ -51,9 +51,10 @@ def test_the_retired_share_what_they_had_and_others_a_new_budget():
     ledger = PageLedger(TOTAL * PAGE, PAGE)
     ledger.hold("a", 12 * PAGE)
     ledger.hold("b", 8 * PAGE)
-    ledger.retire(["a", "b", "parked"])
-    assert (ledger.free, ledger.used) == (TOTAL, TOTAL)
-    ledger.hold("new", TOTAL * PAGE)
+    ledger.retire(["a", "b", "parked"], 30 * PAGE)
+    assert (ledger.free, ledger.used) == (30, TOTAL)
+    assert (ledger.total_for("a"), ledger.total_for("new")) == (TOTAL, 30)
+    ledger.hold("new", 30 * PAGE)
     assert ledger.lacking("a", 13 * PAGE) == 1
     ledger.release("b")
     assert ledger.lacking("parked", 8 * PAGE) == 0
@@ -63,9 +64,9 @@ def test_the_retired_share_what_they_had_and_others_a_new_budget():
     with pytest.raises(InternalError, match="20 pages of the old cache"):
         ledger.end_retirement()
     with pytest.raises(InternalError, match="one move at a time"):
-        ledger.retire([])
+        ledger.retire([], PAGE)
     for key in ("a", "fork"):
         ledger.release(key)
     ledger.end_retirement()
-    assert (ledger.free, ledger.used) == (0, TOTAL)
+    assert (ledger.free, ledger.used) == (0, 30)
     assert not ledger.is_retired("a")

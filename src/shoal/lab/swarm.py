@@ -27,7 +27,7 @@ from shoal.net.memory import SCHEME, MemoryNetwork
 from shoal.server.announcing import StoreBook
 from shoal.server.config import ServerConfig
 from shoal.server.events import Began, Event, Recorder
-from shoal.server.moving import LEAVE_S, AskOwnersToLeave, SpanMover
+from shoal.server.moving import LEAVE_S, SpanMover
 from shoal.server.quotas import Quotas
 from shoal.server.recording import RecordedServer, began
 from shoal.server.server import Server, ServerMaker, open_server
@@ -120,7 +120,6 @@ class SimulatedServer:
 
     async def move(
         self, span: Span, *, load_s: float = 1.0, leave_s: float = LEAVE_S,
-        ask_owners_to_leave: AskOwnersToLeave | None = None,
     ) -> bool:  # fmt: skip
         """Go to other blocks while serving; False: refused.
 
@@ -141,10 +140,7 @@ class SimulatedServer:
             self._boots += 1
             self._swarm.publish(self, self._address, self._boots)
 
-        mover = SpanMover(
-            self.server, self._switching, load, announce,
-            ask_owners_to_leave=ask_owners_to_leave, leave_s=leave_s,
-        )  # fmt: skip
+        mover = SpanMover(self.server, self._switching, load, announce, leave_s=leave_s)
         return await mover.move(span)
 
     def _toy(self, span: Span) -> ToyBackend:

@@ -33,9 +33,6 @@ LoadBlocks = Callable[[Span], Awaitable[BlockBackend]]
 AnnounceBlocks = Callable[[BackendFacts], Awaitable[None]]
 """Tells the swarm what is served from now on."""
 
-AskOwnersToLeave = Callable[[Span, float], None]
-"""Asks the owners of sessions that run on these blocks to move them within so many seconds."""
-
 
 class SpanMover:
     """Moves one server to other blocks, one move at a time."""
@@ -47,7 +44,6 @@ class SpanMover:
         load: LoadBlocks,
         announce: AnnounceBlocks,
         *,
-        ask_owners_to_leave: AskOwnersToLeave | None = None,
         leave_s: float = LEAVE_S,
         tidy: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -56,7 +52,6 @@ class SpanMover:
         self._backend = backend
         self._load = load
         self._announce = announce
-        self._ask_owners_to_leave = ask_owners_to_leave
         self._leave_s = leave_s
         self._tidy = tidy
 
@@ -91,10 +86,10 @@ class SpanMover:
     async def _clear_out(self, old: Span) -> None:
         """Wait for the sessions of the old blocks to leave; close the rest; free the memory."""
         sessions, loop = self._server.sessions, asyncio.get_running_loop()
-        if self._ask_owners_to_leave is not None and sessions.retired:
-            self._ask_owners_to_leave(old, self._leave_s)
         deadline_s = loop.time() + self._leave_s
-        while True:
+        if sessions.retired:
+            await self._server.leave(old, self._leave_s, only=sessions.retired)
+        while True:  # those whose owners are away, and forks that came meanwhile
             if not sessions.retired or loop.time() >= deadline_s:
                 break
             await asyncio.sleep(LOOK_S)

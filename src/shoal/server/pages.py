@@ -1,7 +1,7 @@
 """KV cache accounting: pages of a fixed number of tokens from one budget.
 
 A server that goes to other blocks has two caches for a while, and so two budgets: sequences of
-the old blocks are *retired* and share what they had, all others share a new one of the same size.
+the old blocks are *retired* and share what they had, all others share a new one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ class PageLedger:
 
     def __init__(self, cache_tokens: int, page_tokens: int) -> None:
         self.page_tokens = page_tokens
-        self.total = cache_tokens // page_tokens
-        """Of each budget."""
         self._held: dict[Hashable, int] = {}
-        self._used = {False: 0, True: 0}
+        self._total = {False: cache_tokens // page_tokens, True: 0}
         """Of the budget, and of the retired one."""
+        self._used = {False: 0, True: 0}
+        """The same."""
         self._retired: set[Hashable] = set()
+
+    @property
+    def total(self) -> int:
+        """Pages that there are, but for the retired."""
+        return self._total[False]
+
+    def total_for(self, key: Hashable) -> int:
+        """Pages of the budget that `key` draws on."""
+        return self._total[self.is_retired(key)]
 
     @property
     def free(self) -> int:
@@ -39,7 +48,7 @@ class PageLedger:
 
     def lacking(self, key: Hashable, tokens: int) -> int:
         """Pages missing for `key` to hold `tokens`; <= 0 when `hold` would succeed."""
-        free = self.total - self._used[self.is_retired(key)]
+        free = self.total_for(key) - self._used[self.is_retired(key)]
         return self.pages(tokens) - self._held.get(key, 0) - free
 
     def hold(self, key: Hashable, tokens: int) -> None:
@@ -69,8 +78,8 @@ class PageLedger:
 
     # --- a move to other blocks ----------------------------------------------------------
 
-    def retire(self, keys: Iterable[Hashable]) -> None:
-        """These keep the budget there was; all others share a new one.
+    def retire(self, keys: Iterable[Hashable], cache_tokens: int) -> None:
+        """These keep the budget there was; all others share a new one of so many tokens.
 
         Raises:
             InternalError: others are still retired.
@@ -78,12 +87,13 @@ class PageLedger:
         if self._retired:
             raise InternalError("one move at a time")
         self._retired = set(keys)
+        self._total = {False: cache_tokens // self.page_tokens, True: self.total}
         used = sum(self._held.get(key, 0) for key in self._retired)
         self._used = {False: self._used[False] - used, True: used}
 
     def assign(self, key: Hashable, *, is_retired: bool) -> None:
-        """Say which budget `key`, which holds nothing yet, is to draw on."""
-        if is_retired:
+        """Say which budget `key`, which holds nothing yet, is to draw on, if there are two."""
+        if is_retired and self._total[True]:
             self._retired.add(key)
         else:
             self._retired.discard(key)
@@ -101,3 +111,4 @@ class PageLedger:
         if self._used[True]:
             raise InternalError(f"{self._used[True]} pages of the old cache are held")
         self._retired.clear()
+        self._total[True] = 0

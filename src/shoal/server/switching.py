@@ -47,7 +47,7 @@ class SwitchingBackend:
         """Make `backend` the newest; the one until now becomes the old one.
 
         Raises:
-            ConfigError: it differs in more than its blocks and their numerics.
+            ConfigError: it differs in what a server can't change (`check_alike`).
             InternalError: the old one before was not dropped yet.
         """
         if self._old is not None:
@@ -138,13 +138,19 @@ class SwitchingBackend:
 def check_alike(old: BackendFacts, new: BackendFacts) -> None:
     """See that a server may go from one backend to the other while it serves.
 
-    Limits, quotas and encodings were told to clients once; only blocks and numerics are in
-    every record.
+    Blocks, their numerics and the cache's size may change: every record tells them. The rest
+    was told to clients once.
 
     Raises:
         ConfigError: names what differs.
     """
-    same = dataclasses.replace(new, span=old.span, numerics=old.numerics, is_exact=old.is_exact)
+    same = dataclasses.replace(
+        new,
+        span=old.span,
+        numerics=old.numerics,
+        is_exact=old.is_exact,
+        cache_tokens=old.cache_tokens,
+    )
     names = [field.name for field in dataclasses.fields(BackendFacts)]
     differ = [name for name in names if getattr(same, name) != getattr(old, name)]
     if differ:

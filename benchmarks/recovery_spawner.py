@@ -47,7 +47,7 @@ def holdings(server: Any) -> dict[str, Any]:
         "cache_tokens_in_use": (ledger.total - ledger.free) * ledger.page_tokens,
         "log_bytes": sum(hop.log.num_bytes for hop in hops),
         "tasks": len(tasks),
-        "task_names": Counter(re.sub(r"[0-9a-f]{6,}", "*", one.get_name()) for one in tasks),
+        "task_names": Counter(re.sub(r"[0-9a-f]{6,}|[0-9]+", "*", one.get_name()) for one in tasks),
         "objects": len(gc.get_objects()),
         "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
         "iterations": server.engine.iteration,

@@ -13,6 +13,7 @@ from statistics import median, quantiles
 from typing import Any, Final
 
 from recovery_servers import Fleet, Member
+from shoal.link.pool import IDLE_LINK_S
 from soak_chaos import Losses
 
 KEPT: Final = ("hops", "links", "cache_tokens_in_use", "log_bytes")
@@ -24,8 +25,8 @@ COUNTED: Final = ("tasks", "descriptors")
 SLACK: Final = 6
 """By so many."""
 
-SETTLE_S_MAX: Final = 20.0
-"""A vanished client's sessions live for ORPHAN_GRACE_S; closing takes a moment too."""
+SETTLE_S_MAX: Final = IDLE_LINK_S + 15.0
+"""A vanished client's sessions live for ORPHAN_GRACE_S, streams between servers longer."""
 
 
 @dataclass(slots=True)

@@ -106,3 +106,21 @@ def test_a_chunk_that_was_passed_over_goes_first():
     assert len(choose(items, 50, is_chunk_due=True)) == 11
     assert 50 not in choose(items, 50)
     assert choose(items[51:], 50, is_chunk_due=True) == [0]
+
+
+@given(queues, budgets, st.data())
+def test_rebuilt_sessions_keep_their_places_and_fill_them_by_seniority(items, budget, data):
+    """Whatever one owner says of its sessions' age, prompts of others run when they would have."""
+    plain = waiting_of(*items)
+    ages = [data.draw(st.one_of(st.none(), st.integers(0, 3))) for _ in plain]
+    rebuilt = [
+        item if age is None or item.is_decode else replace(item, seniority=(False, age, item.key[0]))
+        for item, age in zip(plain, ages, strict=True)
+    ]
+    before = choose_batch(plain, budget_tokens=10_000)
+    after = choose_batch(rebuilt, budget_tokens=10_000)
+    old = {item.key: item.seniority for item in rebuilt if item.seniority is not None}
+    assert [key in old for key in before] == [key in old for key in after]
+    assert [key for key in before if key not in old] == [key for key in after if key not in old]
+    ages_in_order = [old[key] for key in after if key in old]
+    assert ages_in_order == sorted(ages_in_order)

@@ -214,6 +214,7 @@ class Engine:
             now_s,
         )
         for one, plan in plans:
+            one.hop.is_rebuilding = one.hop.is_rebuilding and not one.is_decode
             num_bytes = sum(memoryview(call.payload).nbytes for call in one.calls)
             self._rates.took(plan.owner, num_bytes, now_s)
         self._rates.forget_paid(now_s)
@@ -299,6 +300,7 @@ class Engine:
             is_replay=hop.plan.is_standby or hop.queue[0].end <= hop.log.end or len(hop.queue) > 1,
             since=since,
             owner_turn=self._fairness.last_chunk_s(hop.plan.owner),
+            seniority=hop.seniority if hop.is_rebuilding and not hop.plan.is_standby else None,
         )
 
     def _in_turn(self, ready: list[Waiting], now_s: float) -> list[Waiting]:

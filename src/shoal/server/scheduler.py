@@ -22,6 +22,8 @@ class Waiting:
     """Arrival order."""
     owner_turn: float = 0.0
     """When a chunk of this owner last ran: who waited longest goes first."""
+    seniority: tuple[bool, int, bytes] | None = None
+    """Of a session that is rebuilt after a loss: see `HopSession.seniority`. None: of others."""
 
     @property
     def is_decode(self) -> bool:
@@ -42,6 +44,8 @@ def choose_batch(
     Decode rows go first, one owner after the other and at most `rows_per_owner` of each, so
     that a prompt or a replay never delays them by more than one chunk; what is left of the
     budget goes to at most `chunks_max` chunks, first those of the owner who waited longest.
+    Sessions that are rebuilt use the turns of their owners together, the oldest first: after a
+    death many wait, and taking turns would let none of them go on before all can.
     When a chunk was passed over often enough (`is_chunk_due`), the first one goes before all.
     """
     decodes: list[Waiting] = []
@@ -49,6 +53,7 @@ def choose_batch(
     for item in sorted(waiting, key=lambda item: item.since):
         (decodes if item.is_decode else chunks).append(item)
     chunks.sort(key=lambda item: item.owner_turn)
+    chunks = _oldest_first(chunks)
     del chunks[chunks_max if chunks_max is not None else len(chunks) :]
     first = [chunks.pop(0)] if is_chunk_due and chunks else []
     chosen: list[SessionKey] = []
@@ -61,6 +66,13 @@ def choose_batch(
         if left <= 0:
             break
     return chosen
+
+
+def _oldest_first(chunks: list[Waiting]) -> list[Waiting]:
+    """The same places for rebuilt sessions as a whole, given out by seniority."""
+    rebuilt = [(item.seniority, item) for item in chunks if item.seniority is not None]
+    by_age = iter(sorted(rebuilt, key=lambda entry: entry[0]))
+    return [item if item.seniority is None else next(by_age)[1] for item in chunks]
 
 
 def _round_robin(items: list[Waiting], rounds: int | None) -> list[Waiting]:

@@ -100,6 +100,8 @@ class HopSession:
         self.running: deque[LogEntry] = deque()
         """What the engine works on: more than one entry only while a replay catches up."""
         self.cache_length = 0
+        self.is_rebuilding = plan.epoch > 1
+        """Rows come that were computed elsewhere before, and no new one has run yet."""
         self.is_parked = False
         """Cache given up under memory pressure: rows are dropped until it may return."""
         self.wants_return = False

@@ -348,7 +348,7 @@ class SessionTable:
         """Take the hop's cache away; it returns by replay when there is room."""
         hop.parked_length = max(hop.inbound.have, hop.parked_length)
         hop.wants_return = hop.wants_return or hop.has_work
-        hop.is_parked = True
+        hop.is_parked = hop.is_rebuilding = True
         hop.lose_cache(0)
         self.ledger.release(hop.sequence)
         self.on_parked(hop)

@@ -95,9 +95,14 @@ def find_fates(traces: Sequence[Trace], routes: Sequence[Route], labels: dict[st
             for trace, following in zip(processes[peer], [*processes[peer][1:], None], strict=True)
         )
         for at_s in mine.left_out:
-            if not any(_covers(life, at_s) for life in lives[peer]):
+            alive = [
+                trace
+                for trace, life in zip(processes[peer], lives[peer], strict=True)
+                if _covers(life, at_s)
+            ]
+            if not alive:
                 continue
-            known = _disturbance(label, labels, processes[peer], mine, at_s, end_s)
+            known = _disturbance(label, labels, alive[0], mine, at_s, end_s)
             if known is None:
                 notes.append(f"{label} was left at {at_s:.2f} s; the traces don't say why")
             elif known not in disturbances:
@@ -184,14 +189,14 @@ def _covers(life: Life, at_s: float) -> bool:
 def _disturbance(
     label: str,
     labels: dict[str, str],
-    processes: Sequence[Trace],
+    trace: Trace,
     missed: _Missed,
     at_s: float,
     end_s: float,
 ) -> Disturbance | None:
     """Why a living server was left: it said nothing for long, or somebody did not reach it."""
-    times = [time_s for trace in processes for time_s, _ in trace.events]
-    before = max((time_s for time_s in times if time_s <= at_s), default=0.0)
+    times = [time_s for time_s, _ in trace.events]
+    before = max((time_s for time_s in times if time_s <= at_s), default=trace.began.boot_s)
     after = min((time_s for time_s in times if time_s > at_s), default=end_s)
     if after - before > FROZEN_MIN_S:
         return Disturbance(

@@ -25,6 +25,9 @@ from shoal.discovery.static import StaticDirectory
 PATIENCE_S: Final = 5.0
 """A chain that can't be had for this long is given up: the session sees everybody."""
 
+OPENING_S: Final = 1.0
+"""While a session is opened, the next choice is shown too after this."""
+
 ASK_PAUSE_S: Final = 3.0
 """Whoever did not ask for this long begins a new search."""
 
@@ -58,11 +61,16 @@ class Guide:
         if now_s - self._asked_s > ASK_PAUSE_S:
             self._searching_s = now_s
         self._asked_s = now_s
-        if self._next == len(self._chains) or now_s - self._searching_s > PATIENCE_S:
+        searched_s = now_s - self._searching_s
+        if self._next == len(self._chains) or searched_s > PATIENCE_S:
             return None
-        following = self._chains[self._next]
-        both = {peer: _hull(span, following.get(peer, span)) for peer, span in here.items()}
-        return {**following, **both}
+        end = self._next + 1
+        if self.session is None:  # the first choice may fail, as it may have done then
+            end += int(searched_s / OPENING_S)
+        for chain in reversed(self._chains[self._next : end]):
+            for peer, span in chain.items():
+                here[peer] = _hull(span, here.get(peer, span))
+        return here
 
 
 def _hull(span: Span, other: Span) -> Span:

@@ -49,11 +49,11 @@ def find_incident(
     """
     traces = _aligned(traces)
     num_blocks = _num_blocks(traces)
-    zero_s = min(_first_route_s(traces), *(trace.end_s for trace in traces)) - LEAD_S
+    if not any(_route_times(trace) for trace in traces):
+        raise ConfigError("the traces tell of no session: give those of the servers that had one")
+    zero_s = _first_route_s(traces) - LEAD_S
     traces = [trace.shifted(-zero_s) for trace in traces]
     found = collect(traces)
-    if not any(one.routes for one in found.values()):
-        raise ConfigError("the traces tell of no session: give those of the servers that had one")
     spans = _spans(traces, found)
     labels = labels or _label(spans)
     if len(spans) > SERVERS_MAX or len(found) > SESSIONS_MAX:
@@ -128,8 +128,7 @@ def _route_times(trace: Trace) -> dict[tuple[str, int], float]:
 
 
 def _first_route_s(traces: Iterable[Trace]) -> float:
-    times = (time_s for trace in traces for time_s in _route_times(trace).values())
-    return min(times, default=float("inf"))
+    return min(time_s for trace in traces for time_s in _route_times(trace).values())
 
 
 # --- servers -------------------------------------------------------------------------

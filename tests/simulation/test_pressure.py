@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -195,9 +196,10 @@ def tight(seed):
                 budget_tokens=rng.choice((16, 512)),
             ),
         )
-        tokens = {"a": rng.choice((13, 16, 20)) * PAGE, "b": rng.choice((13, 16, 20)) * PAGE}
-        async with Scene("a 0:2, b 2:4", config=config, seed=seed, patience_s=400.0) as it:
-            await resize(it, tokens)
+        it = Scene("a 0:2, b 2:4", config=config, seed=seed, patience_s=400.0)
+        for server in it.servers.values():
+            server.spec = replace(server.spec, cache_tokens=rng.choice((13, 16, 20)) * PAGE)
+        async with it:
             readers, work = await crowd(it, rng)
             tasks = [asyncio.ensure_future(work(reader)) for reader in readers]
             async with asyncio.timeout(300.0):
@@ -205,13 +207,6 @@ def tight(seed):
                 await asyncio.gather(*tasks)
 
     run_virtual(story, timeout_s=2000.0)
-
-
-async def resize(it, tokens):
-    """Caches of other sizes, before anybody is there."""
-    for name, size in tokens.items():
-        ledger = it[name].server.sessions.ledger
-        ledger.total = size // ledger.page_tokens
 
 
 @pytest.mark.parametrize("seed", range(12))

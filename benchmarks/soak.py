@@ -41,6 +41,9 @@ SPARED: Final = "stage1-0"
 STANDING_BY: Final = "client1"
 """The client whose answers have a standby."""
 
+DRAIN_S: Final = 15
+"""A server that is asked to leave waits this long for its sessions to move."""
+
 CONCURRENT_REFERENCES: Final = 4
 SAMPLE_S: Final = 10.0
 FINISH_S_MAX: Final = 150.0
@@ -241,7 +244,8 @@ def main() -> None:
         if model == "tiny":
             model = str(folder / "model")
             save_tiny(Path(model))
-        with fleet(folder, model, "--dtype", options.dtype, programs=["soak_client"]) as servers:
+        given = ("--dtype", options.dtype, "--drain", str(DRAIN_S))
+        with fleet(folder, model, *given, programs=["soak_client"]) as servers:
             setting = load_setting(open_model(model), options.dtype, STAGES)
             soaking = Soaking(
                 options=options, servers=servers, setting=setting, folder=folder, model=model

@@ -135,6 +135,7 @@ def rows(
         "most log bytes at one server": _most(soak, "log_bytes"),
         "most tasks / descriptors at one server": f"{_most(soak, 'tasks')} / "
         f"{_most(soak, 'descriptors')}",
+        "time to leave: median / p99 / longest, s": _spread(losses.leave_s),
         "left at the end": (", ".join(soak.leaks) or "nothing") if soak.is_settled else "not seen",
         "faults": "; ".join(faults) or "none",
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -53,6 +53,7 @@ def saved_answer(**changes: Any) -> SavedAnswer:
     return SavedAnswer(**{**facts, **changes})
 
 
+@settings(max_examples=30)
 @given(prompt=tokens.filter(bool), new=tokens, sampler=samplers, is_compressed=st.booleans())
 def test_what_is_packed_is_unpacked(
     prompt: tuple[int, ...], new: tuple[int, ...], sampler: Sampler, is_compressed: bool
@@ -76,6 +77,7 @@ def test_the_library_reads_it_as_a_session_with_the_calls_that_were_made() -> No
     }
 
 
+@settings(max_examples=40)
 @given(data=st.binary(max_size=300))
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(ConfigError, match="no saved session"):
@@ -93,6 +95,7 @@ def test_a_changed_byte_changes_nothing_or_is_refused(at: int, value: int) -> No
     assert answer == saved_answer()
 
 
+@settings(max_examples=40)
 @given(length=st.integers(0, 700))
 def test_a_file_that_was_cut_off_is_refused(length: int) -> None:
     data = pack_answer(saved_answer())

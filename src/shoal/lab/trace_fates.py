@@ -91,7 +91,7 @@ def find_fates(traces: Sequence[Trace], routes: Sequence[Route], labels: dict[st
             lives[peer] = _untraced(mine, seen[peer])
             continue
         lives[peer] = tuple(
-            _traced(trace, following, mine)
+            _traced(trace, following, mine, routes[0][0])
             for trace, following in zip(processes[peer], [*processes[peer][1:], None], strict=True)
         )
         for at_s in mine.left_out:
@@ -138,8 +138,9 @@ def _seen(routes: Iterable[Route], labels: dict[str, str]) -> dict[str, list[flo
     return seen
 
 
-def _traced(trace: Trace, following: Trace | None, missed: _Missed) -> Life:
-    born_s = max(0.0, trace.began.boot_s)
+def _traced(trace: Trace, following: Trace | None, missed: _Missed, first_s: float) -> Life:
+    """Whoever was there at the first route (`first_s`) is there from the beginning."""
+    born_s = trace.began.boot_s if trace.began.boot_s > first_s else 0.0
     last_s = trace.end_s
     ended = [(time_s, event) for time_s, event in trace.events if isinstance(event, Ended)]
     if ended:

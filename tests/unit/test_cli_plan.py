@@ -179,14 +179,23 @@ def test_a_swarm_is_what_its_records_say():
     assert any("1 servers have not measured" in note for note in cluster.notes)
 
 
+def test_measured_batches_go_before_guesses():
+    measured = [(1, 0.002), (8, 0.003)]
+    cluster, _ = plan_of([seen(1, 0, 8, decode_s_by_batch=measured)])
+    assert cluster.problem.servers[0].decode.points == tuple(measured)
+
+
 def test_who_leaves_or_is_silent_does_not_count():
-    servers = [seen(1, 0, 8), seen(2, 0, 8, error="no answer"), seen(3, 0, 8, state="draining")]
-    cluster, proposal = plan_of(servers)
+    silent, leaving = seen(2, 0, 8, error="no answer"), seen(3, 0, 8, state="draining")
+    odd = seen(4, 0, 20, num_blocks=20)
+    cluster, proposal = plan_of([seen(1, 0, 8), silent, leaving, odd])
     assert len(cluster.problem.servers) == 1
-    assert any("2 servers that leave or don't answer" in note for note in cluster.notes)
+    assert any("3 servers that leave, don't answer" in note for note in cluster.notes)
     assert move_lines(cluster, proposal) == ()
     with pytest.raises(NoRouteError, match="answers and stays"):
-        observed(servers[1:], None, Asked())
+        observed([silent, leaving], None, Asked())
+    with pytest.raises(ConfigError, match="has 65535 blocks; planning takes 4096"):
+        observed([seen(1, 0, 8, num_blocks=65535)], None, Asked())
     with pytest.raises(NoRouteError, match="no servers"):
         observed([], None, Asked())
 

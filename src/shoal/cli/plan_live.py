@@ -7,6 +7,7 @@ are not known, so chains are priced through the client (the hub), as the live ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -16,7 +17,7 @@ from shoal.base.errors import ConfigError, ModelUnknown, NoRouteError
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
 from shoal.cli.plan_file import TOKENS_IN, TOKENS_OUT, Asked, Cluster, PlannedServer
-from shoal.cli.plan_model import DTYPE_BYTES, PlannedModel, named_model
+from shoal.cli.plan_model import BLOCKS_MAX, DTYPE_BYTES, PlannedModel, named_model
 from shoal.cli.status import Seen
 from shoal.net.address import parse_address
 from shoal.plan.change import LOAD_BYTES_PER_S
@@ -45,9 +46,18 @@ def observed(seen: Sequence[Seen], wanted: str | None, asked: Asked) -> Cluster:
     """
     name, given = _choose(seen, wanted)
     mine = [one for one in seen if one.record.model == name]
-    usable = [one for one in mine if not one.error and one.record.state != "draining"]
+    shape = Counter(_shape(one) for one in mine).most_common(1)[0][0]
+    usable = [
+        one
+        for one in mine
+        if not one.error and one.record.state != "draining" and _shape(one) == shape
+    ]
     if not usable:
         raise NoRouteError(f"no server of model {name} answers and stays")
+    if shape[0] > BLOCKS_MAX:
+        raise ConfigError(
+            f"model {name} has {shape[0]} blocks; planning takes {BLOCKS_MAX} at most"
+        )
     model = _model(usable, given)
     specs = tuple(_spec(one, model, is_guess=given is None) for one in usable)
     rtts = tuple(RTT_UNKNOWN_S if one.rtt_s is None else one.rtt_s for one in usable)
@@ -72,6 +82,10 @@ def observed(seen: Sequence[Seen], wanted: str | None, asked: Asked) -> Cluster:
         objective=None,
         notes=_notes(mine, usable, is_guess=given is None),
     )
+
+
+def _shape(one: Seen) -> tuple[int, int]:
+    return one.record.num_blocks, one.record.hidden_size
 
 
 def _choose(seen: Sequence[Seen], wanted: str | None) -> tuple[str, str | None]:
@@ -133,7 +147,9 @@ def _spec(one: Seen, model: PlannedModel, *, is_guess: bool) -> ServerSpec:
     tokens = record.cache_tokens
     row_s = record.prefill_s_per_block_token
     decode = DecodeTimes(points=((1, record.decode_s_per_block or DECODE_UNKNOWN_S),))
-    if row_s > 0:
+    if record.decode_s_by_batch:
+        decode = DecodeTimes(points=tuple(record.decode_s_by_batch))
+    elif row_s > 0:
         decode = decode_between(decode.at(1), row_s)
     memory = sum(model.spec.weight_bytes[block] for block in blocks)
     memory += sum(model.spec.caches[block].session_bytes(tokens) for block in blocks)
@@ -164,8 +180,10 @@ def _notes(mine: Sequence[Seen], usable: Sequence[Seen], *, is_guess: bool) -> t
     ]
     left_out = len(mine) - len(usable)
     if left_out:
-        notes.append(f"{left_out} servers that leave or don't answer are left out.")
-    unmeasured = sum(not one.record.decode_s_per_block for one in usable)
+        notes.append(f"{left_out} servers that leave, don't answer or say odd things are left out.")
+    unmeasured = sum(
+        not (one.record.decode_s_per_block or one.record.decode_s_by_batch) for one in usable
+    )
     if unmeasured:
         notes.append(
             f"{unmeasured} servers have not measured their speed: "

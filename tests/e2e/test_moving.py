@@ -24,6 +24,7 @@ def test_a_server_goes_where_a_hole_is_and_the_answer_goes_on(model):
         "serve", str(model), "--threads", "1", "--num-blocks", "4", "--rebalance", "0.5",
         "--join", join,
     )  # fmt: skip
+    mover.wait_line(mover.err, "announcing state=joining")  # its place is chosen
     second = Server(model, "3:7", join=join)
     assert mover.wait_line(mover.out, "ready ").endswith("blocks=[3,7)\n")
     second.ready()

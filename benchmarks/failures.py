@@ -226,14 +226,17 @@ class Measuring:
         return found
 
     def _real(self, method: Method, tokens: int, free: Run) -> dict[str, Any]:
-        """What its real run gave, beside our own without failures."""
-        lost_at = self.runs["ours, standby 0, 1e-2"].lost_at
-        count = sum(1 for at in lost_at if at < tokens)
+        """What its real run gave, beside its own speed and ours without failures."""
         if method.run is None:
-            return {"run at 0.01": "-", "losses in it": "-", "share of failure-free": "-"}
+            return dict.fromkeys(("run at 0.01", "losses", "of its own at 0", "of ours at 0"), "-")
+        lost_at = self.runs["ours, standby 0, 1e-2"].lost_at
         rate = tokens / sum(method.run[:tokens])
-        share = rate / free.steps_per_s(tokens)
-        return {"run at 0.01": rate, "losses in it": count, "share of failure-free": share}
+        return {
+            "run at 0.01": rate,
+            "losses": sum(1 for at in lost_at if at < tokens),
+            "of its own at 0": rate * sum(method.parts.step_s[:tokens]) / tokens,
+            "of ours at 0": rate / free.steps_per_s(tokens),
+        }
 
     def details(self) -> dict[str, Any]:
         """Every step, for the JSON."""

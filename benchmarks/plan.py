@@ -4,8 +4,8 @@ Three tables. Times of rules and routes against their goals. Mean response times
 settings, simulated (fidelity B: memory, waiting, back-off; 100 Poisson requests a run): Petals'
 placement and routing, published CG-BPRR (CG-BP, WS-RR, back-off), and ours: the placement of
 `shoal plan --objective response`, routed by clients (WS-RR, notified) or by a dispatcher (GCA,
-JFFC). `least`: of all runs, not of their mean. And mean seconds per token where memory is tight, computed: CG-BP against annealing. No
-constant is fitted to anything.
+JFFC). And mean seconds per token where memory is tight, computed: CG-BP against annealing.
+`least` is over single runs. No constant is fitted to anything.
 """
 
 from __future__ import annotations

@@ -129,16 +129,3 @@ def test_an_answer_waits_for_a_server_that_is_missing(model, swarm, tmp_path):
     finally:
         swarm[1].signal(signal.SIGCONT)
         end_all(started)
-
-
-def test_a_file_of_another_model_is_refused(model, other_model, swarm, tmp_path):
-    join, path = swarm[0].address, tmp_path / "answer"
-    command = ("--join", join, "--prompt", PROMPT, "--max-new-tokens", "3", "--save", str(path))
-    assert run("generate", str(model), *command).returncode == 0
-    result = run("generate", str(other_model), "--resume", str(path), "--join", join)
-    assert result.returncode == 2
-    assert "name the model it belongs to" in error_line(result.stderr)
-    path.write_bytes(path.read_bytes()[:-7])
-    result = run("generate", "--resume", str(path), "--join", join)
-    assert result.returncode == 2
-    assert f"--resume {path}: this is no saved session" in error_line(result.stderr)

@@ -14,8 +14,10 @@ from shoal.base.errors import PeerBusy
 from shoal.base.ids import peer_text
 from shoal.cli import app as cli_app
 from shoal.cli.app import run
+from shoal.hf.saved_answer import pack_answer
 from shoal.net.identity import Identity
 from tests.models import save_safetensors
+from tests.unit.test_hf_saved_answer import saved_answer
 
 DEAD = f"tcp://{peer_text(Identity.from_seed(bytes(32)).peer)}@127.0.0.1:1"
 
@@ -55,6 +57,10 @@ def said(capsys, *arguments):
         (["generate", "m", "--prompt", "x"], "--join"),
         (["generate", "m", "--join", DEAD], "--prompt TEXT"),
         (["generate", "m", "--join", DEAD, "--prompt", ""], "prompt is empty"),
+        (["generate", "--join", DEAD, "--prompt", "x"], "Give MODEL, or --resume FILE"),
+        (["generate", "--join", DEAD, "--resume", "/nosuch"], "can't read /nosuch"),
+        (["generate", "--join", DEAD, "--resume", __file__], "this is no saved session"),
+        (["generate", "--join", DEAD, "--resume", "/x", "--seed", "1"], "--seed: with --resume"),
         (["generate", "m", "--join", DEAD, "--prompt-file", "/nosuch"], "can't read the prompt"),
         (["generate", "m", "--join", DEAD, "--prompt", "x", "--prompt-file", "y"], "either"),
         (
@@ -133,6 +139,18 @@ def test_truncated_weights_are_the_files_fault(capsys, model, tmp_path):
     code, line = said(capsys, "serve", str(tmp_path))
     assert code == 1
     assert "truncated" in line
+
+
+def test_an_answer_belongs_to_its_model(capsys, model, tmp_path):
+    path = tmp_path / "answer"
+    path.write_bytes(pack_answer(saved_answer(given=str(tmp_path / "gone"))))
+    command = ("--join", DEAD, "--resume", str(path))
+    code, line = said(capsys, "generate", str(model), *command)
+    assert code == 2
+    assert "name the model it belongs to" in line
+    code, line = said(capsys, "generate", *command)
+    assert code == 1
+    assert "which is gone: name it" in line
 
 
 def test_retry_times_are_told(capsys):

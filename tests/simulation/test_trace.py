@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from shoal.base.errors import ConfigError
 from shoal.cli.app import make_app
+from shoal.client.tending import TendConfig
 from shoal.lab.campaign import quiet
 from shoal.lab.chaos import draw_plan, run_plan
 from shoal.lab.invariants import BrokenInvariant
@@ -156,6 +157,24 @@ def test_clocks_of_servers_may_differ(skew_s):
     assert incident.end_s < 60
     with quiet():
         again = run_replay(incident, 0)
+    assert same_stories(incident, again) == 1
+
+
+def test_standbys_are_there_again():
+    async def story(it):
+        client = await it.swarm.open_client(tending=TendConfig(standby=1))
+        reader = await it.read(200, client=client)
+        await reader.decode(10)
+        await it["b"].crash()
+        await reader.decode(10)
+
+    incident = find_incident(record(story, "a 0:2, b 2:4, spare-a 0:2, spare-b 2:4"))
+    (past,) = incident.sessions
+    assert past.standbys == 1
+    with quiet():
+        again = run_replay(incident, 0)
+    (mine,) = again.incident.sessions
+    assert mine.standbys == 1
     assert same_stories(incident, again) == 1
 
 

@@ -149,7 +149,7 @@ def _spans(traces: Iterable[Trace], found: dict[str, Found]) -> dict[str, tuple[
     spans = {trace.peer: (trace.began.start, trace.began.end) for trace in traces}
     for one in found.values():
         for _, route in one.routes.values():
-            for peer, start, end in route.hops:
+            for peer, start, end in (*route.hops, *route.standbys):
                 if start < end:
                     before = spans.get(peer, (start, end))
                     spans[peer] = (min(before[0], start), max(before[1], end))

@@ -70,6 +70,8 @@ class SessionPast:
     """"label: code" of each server that could not go on."""
     gaps: int
     stale: int
+    standbys: int = 0
+    """Of one block, at most: how many the client kept ready."""
 
     @property
     def chains(self) -> list[tuple[Hop, ...]]:

@@ -15,6 +15,7 @@ from typing import Final
 from shoal.base.ids import short
 from shoal.base.spans import Span
 from shoal.client.client import Client
+from shoal.client.tending import TendConfig
 from shoal.lab.chaos import first_error
 from shoal.lab.clock import run_virtual
 from shoal.lab.invariants import check_end, check_step
@@ -121,8 +122,7 @@ class _Stage:
         async with self._swarm:
             for past in incident.sessions:
                 if past.owner not in self._clients:
-                    client = await self._swarm.open_client(patience_s=PATIENCE_S)
-                    self._clients[past.owner] = client
+                    self._clients[past.owner] = await self._open_client(past.owner)
                 self._players[past.label] = self._player(past)
             background = [asyncio.ensure_future(work) for work in self._background()]
             try:
@@ -150,6 +150,11 @@ class _Stage:
                 if player.error is not None
             },
         )
+
+    async def _open_client(self, owner: str) -> Client:
+        mine = (past.standbys for past in self._incident.sessions if past.owner == owner)
+        tending = TendConfig(standby=max(mine))
+        return await self._swarm.open_client(patience_s=PATIENCE_S, tending=tending)
 
     async def _play(self) -> None:
         limit_s = self._incident.end_s + OVERTIME_S

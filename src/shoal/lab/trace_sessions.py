@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -112,7 +112,14 @@ def _session(one: Found, name: str, names: dict[str, str], labels: dict[str, str
         failures=tuple(f"{labels[peer]}: {code}" for _, peer, code in sorted(one.failures)),
         gaps=one.gaps,
         stale=one.stale,
+        standbys=max(_standbys(route) for _, route in one.routes.values()),
     )
+
+
+def _standbys(route: Routed) -> int:
+    """How many stand by for one block."""
+    blocks = Counter(block for _, start, end in route.standbys for block in range(start, end))
+    return max(blocks.values(), default=0)
 
 
 def _with_end(

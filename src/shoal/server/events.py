@@ -76,6 +76,8 @@ class Routed(msgspec.Struct, frozen=True, tag_field="e", tag="routed", omit_defa
     parent_length: Position = 0
     in_force: Count = 0
     """The epoch that counts here, where that is another one."""
+    standbys: Annotated[list[RouteHop], msgspec.Meta(max_length=HOPS_MAX)] = []
+    """Servers that are fed beside the chain."""
 
 
 class Arrived(msgspec.Struct, frozen=True, tag_field="e", tag="in", omit_defaults=True):

@@ -133,6 +133,7 @@ class RecordedServer(Server):
                 parent="" if parent is None else session_name(parent.session),
                 parent_length=0 if parent is None else parent.length,
                 in_force=0 if answer.epoch == body.epoch else answer.epoch,
+                standbys=[(short(one.peer), one.start, one.end) for one in body.standbys],
             )
         )
         return answer

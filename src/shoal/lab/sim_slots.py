@@ -26,6 +26,7 @@ from shoal.lab.sim_scenario import Event, Scenario, back_off_s
 from shoal.lab.sim_servers import Servers
 from shoal.lab.sim_times import Times
 from shoal.plan.compose import needs_on, room_of
+from shoal.plan.cost import Hop
 from shoal.plan.placement import Placement
 from shoal.plan.policies import router
 from shoal.plan.route.contract import Choice, Router
@@ -219,9 +220,12 @@ class _Run:
 
     def change(self, loaded: Placement, event: Event | None) -> None:
         """Servers serve other blocks from now on: whoever ran on lost ones looks for new."""
-        lost = [job for job in self.jobs if job.is_booked and not _is_served(job, loaded)]
+        booked = [job for job in self.jobs if job.is_booked]
+        lost = [job for job in booked if not all(_serves(loaded, hop) for hop in job.chain)]
         for job in lost:
-            self._interrupt(job, loaded)
+            self._interrupt(job)
+        for job in self.jobs:
+            job.held = tuple(hop for hop in job.held if _serves(loaded, hop))
         self.memory.resize(room_of(self.problem, loaded))
         self._open()
         self._grant(range(len(loaded.spans)))
@@ -237,16 +241,12 @@ class _Run:
                 self._arrive(job)
             job.is_cut_off = False
 
-    def _interrupt(self, job: Job, loaded: Placement) -> None:
+    def _interrupt(self, job: Job) -> None:
         job.is_cut_off = True
         if job.is_running and job.start_s <= self.now_s:
             job.done = job.tokens_at(self.now_s)
             job.repairs += 1
-            job.held = tuple(
-                hop
-                for hop in job.chain
-                if (span := loaded.spans[hop.server]) is not None and span.covers(hop.span)
-            )
+            job.held = job.chain
         job.going_s = math.inf
         self._drop(job)
 
@@ -270,8 +270,6 @@ class _Run:
         )
 
 
-def _is_served(job: Job, loaded: Placement) -> bool:
-    return all(
-        (span := loaded.spans[hop.server]) is not None and span.covers(hop.span)
-        for hop in job.chain
-    )
+def _serves(loaded: Placement, hop: Hop) -> bool:
+    span = loaded.spans[hop.server]
+    return span is not None and span.covers(hop.span)

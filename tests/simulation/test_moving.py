@@ -2,6 +2,7 @@
 
 import asyncio
 
+from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
 from tests.simulation.scene import scene, until
 
@@ -71,3 +72,19 @@ async def test_a_move_under_a_full_cache_does_not_hurt_either_side(it):
     readers += [await it.read(prompt=40) for _ in range(3)]
     await asyncio.gather(*(reader.decode(20, pause_s=0.2) for reader in readers))
     assert await moving
+
+
+@scene("a 0:2, b 2:4, c 4:6")
+async def test_a_move_that_fails_changes_nothing(it):
+    reader = await it.read(prompt=8)
+    for trouble in (
+        {"fault": ConfigError("no room")},
+        {"fault": RuntimeError("can't allocate memory")},
+        {"page_tokens": 64},
+    ):
+        moving = asyncio.ensure_future(it["b"].move(Span(4, 6), **trouble))
+        await reader.decode(8, pause_s=0.2)
+        assert not await moving
+    assert it.hop("b", reader).plan.span == Span(2, 4)
+    assert await it["b"].move(Span(2, 6))
+    await reader.decode(3)

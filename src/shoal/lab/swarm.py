@@ -120,8 +120,9 @@ class SimulatedServer:
 
     async def move(
         self, span: Span, *, load_s: float = 1.0, leave_s: float = LEAVE_S,
+        fault: Exception | None = None, page_tokens: int = 16,
     ) -> bool:  # fmt: skip
-        """Go to other blocks while serving; False: refused.
+        """Go to other blocks while serving; False: refused. `fault`: loading fails with it.
 
         Raises:
             RuntimeError: it is not up.
@@ -132,7 +133,9 @@ class SimulatedServer:
 
         async def load(span: Span) -> ToyBackend:
             await asyncio.sleep(load_s)
-            backend.append(self._toy(span))
+            if fault is not None:
+                raise fault
+            backend.append(self._toy(span, page_tokens))
             return backend[0]
 
         async def announce(facts: BackendFacts) -> None:
@@ -143,9 +146,10 @@ class SimulatedServer:
         mover = SpanMover(self.server, self._switching, load, announce, leave_s=leave_s)
         return await mover.move(span)
 
-    def _toy(self, span: Span) -> ToyBackend:
+    def _toy(self, span: Span, page_tokens: int = 16) -> ToyBackend:
         config = ToyConfig(
             span=span,
+            page_tokens=page_tokens,
             num_blocks=self._swarm.num_blocks,
             cache_tokens=self.spec.cache_tokens,
             coarse_truncate=self.spec.coarse_truncate,

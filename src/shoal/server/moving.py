@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from shoal.base.backend import BackendFacts, BlockBackend
-from shoal.base.errors import SessionLost, ShoalError
+from shoal.base.errors import ConfigError, SessionLost, ShoalError
 from shoal.base.spans import Span
 from shoal.server.server import Server
 from shoal.server.switching import SwitchingBackend
@@ -69,19 +69,31 @@ class SpanMover:
         except ShoalError as error:
             logger.warning("move refused from=%s to=%s reason=%s", old, span, error)
             return False
-        try:
-            async with self._server.engine.exclusive():
-                self._backend.add(new)
-                self._server.sessions.retire_all()
-        except BaseException:
-            if self._backend.facts is not new.facts:
-                await new.aclose()
-            raise
+        except Exception:  # whatever failed, the old blocks serve on
+            logger.exception("move failed from=%s to=%s", old, span)
+            return False
+        if not await self._switch(new):
+            return False
         logger.info("blocks switched from=%s to=%s sessions_left=%d",
                     old, span, len(self._server.sessions.retired))  # fmt: skip
         await self._announce(self._backend.facts)
         await self._clear_out(old)
         return True
+
+    async def _switch(self, new: BlockBackend) -> bool:
+        """From now on new sessions get the new blocks; False: they can't."""
+        is_switched = False
+        try:
+            async with self._server.engine.exclusive():
+                self._backend.add(new)
+                self._server.sessions.retire_all()
+                is_switched = True
+        except ConfigError as error:
+            logger.warning("move refused reason=%s", error)
+        finally:
+            if not is_switched:
+                await new.aclose()
+        return is_switched
 
     async def _clear_out(self, old: Span) -> None:
         """Wait for the sessions of the old blocks to leave; close the rest; free the memory."""

@@ -125,6 +125,8 @@ class Rebalancer:
     async def check(self) -> bool:
         """Look once; whether we moved."""
         view = self._around.look()
+        if all(one.peer != self._me for one in view.servers):
+            return False  # our own record ran out while this machine slept; it is renewed
         ticket = next_ticket(view)
         target = await self._choose(view, ticket)
         if target is None or not may_leave(view, self._me, target, ticket):
@@ -145,6 +147,8 @@ class Rebalancer:
     async def _still_good(self, intent: Intent) -> bool:
         """Whether the move is still the best one, and allowed, now that others know of it."""
         view = self._around.look()
+        if all(one.peer != self._me for one in view.servers):
+            return False
         if not may_leave(view, self._me, intent.span, intent.ticket):
             logger.info("stays: its blocks would not be covered to=%s", intent.span)
             return False

@@ -337,6 +337,30 @@ def test_a_trace_without_sessions_is_no_incident():
         find_incident([])
 
 
+def test_a_part_of_the_traces():
+    """Sessions that were open then begin with their route; their rows come as one prompt."""
+    traces = record(a_death)
+    whole = find_incident(traces)
+    (past,) = whole.sessions
+    middle = (past.acts[8].at_s, past.acts[-3].at_s)
+    part = find_incident(traces, between_s=middle)
+    assert part.end_s < whole.end_s
+    assert 40 < part.sessions[0].length < 60
+    with quiet():
+        again = run_replay(part, 0)
+    assert again.incident.sessions[0].length == part.sessions[0].length
+    with pytest.raises(ConfigError, match="no session"):
+        find_incident(traces, between_s=(1000.0, 2000.0))
+
+
+@pytest.mark.parametrize("seconds", [1e5, 1e11])
+def test_years_are_too_long_for_a_replay(seconds):
+    traces = record(a_death)
+    late = replace(traces[0], events=(*traces[0].events, (seconds, Ended())))
+    with pytest.raises(ConfigError, match=r"seconds are too many .* --from and --to"):
+        find_incident([late, *traces[1:]])
+
+
 def test_too_much_for_a_replay_is_refused():
     route = b'[1.0,{"e":"routed","s":"000000000000","owner":"bbbbbbbb","epoch":1,'
     route += b'"hops":[["aaaaaaaa",0,2]],"opened_ms":1,"held":[]}]\n'

@@ -25,6 +25,12 @@ def replay(
     seeds: Annotated[
         int, typer.Option(metavar="N", min=1, help="Play so many seeds, from --seed on.")
     ] = 1,
+    start: Annotated[
+        float, typer.Option("--from", metavar="S", min=0, help="Take what happened from here on.")
+    ] = 0.0,
+    end: Annotated[
+        float | None, typer.Option("--to", metavar="S", min=0, help="And up to here.")
+    ] = None,
 ) -> None:
     """Play an incident again: the real code on virtual time, as the traces tell it.
 
@@ -40,6 +46,7 @@ def replay(
     Example:
       shoal simulate replay a.trace b.trace c.trace
       shoal simulate replay *.trace --seeds 100
+      shoal simulate replay *.trace --from 3600 --to 3660      (seconds as it prints them)
       shoal --debug simulate replay *.trace --seed 7           (with its whole log)
     """
     from shoal.lab.campaign import quiet
@@ -47,13 +54,14 @@ def replay(
     from shoal.lab.trace_reading import read_traces
     from shoal.lab.trace_report import describe
 
-    incident = find_incident(read_traces(traces))
+    part = (start, float("inf") if end is None else end) if start or end is not None else None
+    incident = find_incident(read_traces(traces), between_s=part)
     print("\n".join(describe(incident)), flush=True)
     is_debugging = logging.getLogger("shoal").getEffectiveLevel() <= logging.DEBUG
     same = failures = 0
     with nullcontext() if is_debugging else quiet():
         for number in range(seed, seed + seeds):
-            played = _play(incident, number, traces)
+            played = _play(incident, number)
             failures += played is None
             same += played is not None and _show(incident, played, is_first=number == seed)
     print(f"{seeds} replays, {same} as in the traces, {failures} failures", flush=True)
@@ -61,20 +69,16 @@ def replay(
         raise typer.Exit(1)
 
 
-def _play(incident: Incident, seed: int, traces: list[Path]) -> Replay | None:
+def _play(incident: Incident, seed: int) -> Replay | None:
     """What came of one seed; None: it failed, and that was shown."""
     from shoal.lab.trace_replay import run_replay
 
     try:
         return run_replay(incident, seed)
     except Exception as error:  # noqa: BLE001 - whatever goes wrong in the lab is the result
-        files = " ".join(map(str, traces))
-        print(
-            f"seed {seed} failed: {type(error).__name__}: {error}\n"
-            f"repeat it with: shoal simulate replay {files} --seed {seed}",
-            file=sys.stderr,
-            flush=True,
-        )
+        again = f"repeat it with the same files and --seed {seed} --seeds 1"
+        text = f"seed {seed} failed: {type(error).__name__}: {error}\n{again}"
+        print(text, file=sys.stderr, flush=True)
         return None
 
 

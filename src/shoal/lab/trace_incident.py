@@ -8,16 +8,23 @@ from statistics import median
 from typing import Final
 
 from shoal.base.errors import ConfigError
-from shoal.lab.trace_fates import find_fates
+from shoal.lab.trace_clocks import aligned, first_route_s, window
+from shoal.lab.trace_fates import Life, find_fates
 from shoal.lab.trace_past import Incident, ServerPast
 from shoal.lab.trace_reading import Trace
 from shoal.lab.trace_sessions import Found, collect, find_sessions
-from shoal.server.events import Arrived, Ran, Routed
+from shoal.server.events import Arrived, Ran
 
 SESSIONS_MAX: Final = 256
 SERVERS_MAX: Final = 128
 ROW_BLOCKS_MAX: Final = 5_000_000
 """Rows times blocks of one replay: a minute or two."""
+
+SECONDS_MAX: Final = 6 * 3600
+"""Virtual time passes slowly where many servers idle: minutes for an evening."""
+
+ITERATION_S: Final = 0.005
+"""Of a server, where the traces don't show it."""
 
 DELAY_S: Final = 1e-3
 """One way between servers, where the traces don't show it."""
@@ -30,105 +37,89 @@ DELAYS_MIN: Final = 5
 DELAY_S_MAX: Final = 0.5
 """Beyond it something else was waited for."""
 
-SKEW_S: Final = 0.05
-"""Clocks of machines that differ by more are set by the routes that both followed."""
-
 
 def find_incident(
     traces: Sequence[Trace],
     *,
     labels: dict[str, str] | None = None,
     names: dict[str, str] | None = None,
+    between_s: tuple[float, float] | None = None,
 ) -> Incident:
     """The incident that these traces tell of.
 
     `labels` and `names` are what peers and sessions are called, instead of s0 and r0 and so on.
+    `between_s` takes a part, in seconds as an incident of the whole counts them.
 
     Raises:
         ConfigError: they tell of no session, of different models, or of more than a replay holds.
     """
-    traces = _aligned(traces)
+    traces = aligned(traces)
     num_blocks = _num_blocks(traces)
-    if not any(_route_times(trace) for trace in traces):
-        raise ConfigError("the traces tell of no session: give those of the servers that had one")
-    zero_s = _first_route_s(traces) - LEAD_S
+    if between_s is not None:
+        start_s, end_s = (first_route_s(traces) - LEAD_S + time_s for time_s in between_s)
+        traces = window(traces, start_s, end_s)
+    zero_s = first_route_s(traces) - LEAD_S
     traces = [trace.shifted(-zero_s) for trace in traces]
     found = collect(traces)
     spans = _spans(traces, found)
     labels = labels or _label(spans)
-    if len(spans) > SERVERS_MAX or len(found) > SESSIONS_MAX:
-        raise ConfigError(
-            f"{len(spans)} servers and {len(found)} sessions are too many for one replay "
-            f"(at most {SERVERS_MAX} and {SESSIONS_MAX}): cut the incident out of the traces"
-        )
     routes = sorted(
         (item for one in found.values() for item in one.routes.values()), key=lambda item: item[0]
     )
+    if not routes:
+        raise ConfigError("the traces tell only of routes that did not count")
     fates, disturbances, notes = find_fates(traces, routes, labels)
     sessions = find_sessions(found, fates, labels, names)
-    rows = sum(act.count for one in sessions for act in one.acts if act.kind == "rows")
-    if rows * num_blocks > ROW_BLOCKS_MAX:
-        raise ConfigError(
-            f"{rows} rows through {num_blocks} blocks are too many for one replay: "
-            "cut the incident out of the traces"
-        )
-    paces = _paces(traces)
-    usual_s = median(paces.values()) if paces else 0.005
-    by_peer = {trace.peer: trace.began for trace in traces}
-    servers = tuple(
-        ServerPast(
-            label=labels[peer],
-            peer=peer,
-            start=span[0],
-            end=span[1],
-            began=by_peer.get(peer),
-            lives=fates[peer],
-            iteration_s=paces.get(peer, usual_s),
-        )
-        for peer, span in sorted(spans.items(), key=lambda item: labels[item[0]])
-    )
-    return Incident(
+    incident = Incident(
         num_blocks=num_blocks,
         began=traces[0].began,
-        servers=servers,
+        servers=_servers(traces, spans, labels, fates),
         sessions=sessions,
         disturbances=disturbances,
         delay_s=_delay_s(traces),
         end_s=max(trace.end_s for trace in traces),
         notes=notes,
     )
+    _check_size(incident)
+    return incident
 
 
-# --- clocks --------------------------------------------------------------------------
+def _check_size(incident: Incident) -> None:
+    rows = sum(act.count for one in incident.sessions for act in one.acts if act.kind == "rows")
+    for what, count, limit in (
+        ("servers", len(incident.servers), SERVERS_MAX),
+        ("sessions", len(incident.sessions), SESSIONS_MAX),
+        ("seconds", int(incident.end_s), SECONDS_MAX),
+        ("rows times blocks", rows * incident.num_blocks, ROW_BLOCKS_MAX),
+    ):
+        if count > limit:
+            raise ConfigError(
+                f"{count} {what} are too many for one replay (at most {limit}); the traces span "
+                f"{incident.end_s:.0f} s: take a part of them with --from and --to"
+            )
 
 
-def _aligned(traces: Sequence[Trace]) -> list[Trace]:
-    """On one clock: what two servers followed, they followed at about the same time."""
-    if not traces:
-        raise ConfigError("no traces: name at least one file")
-    by_routes = sorted(traces, key=lambda trace: -len(_route_times(trace)))
-    known = dict(_route_times(by_routes[0]))
-    done = [by_routes[0]]
-    for trace in by_routes[1:]:
-        mine = _route_times(trace)
-        shifts = [known[key] - mine[key] for key in known.keys() & mine.keys()]
-        by_s = median(shifts) if shifts else 0.0
-        moved = trace.shifted(by_s) if abs(by_s) > SKEW_S else trace
-        known = {**_route_times(moved), **known}
-        done.append(moved)
-    return sorted(done, key=lambda trace: (trace.peer, trace.began.boot_s))
-
-
-def _route_times(trace: Trace) -> dict[tuple[str, int], float]:
-    times: dict[tuple[str, int], float] = {}
-    for time_s, event in trace.events:
-        if isinstance(event, Routed):
-            times.setdefault((event.s, event.epoch), time_s)
-    return times
-
-
-def _first_route_s(traces: Iterable[Trace]) -> float:
-    return min(time_s for trace in traces for time_s in _route_times(trace).values())
+def _servers(
+    traces: Sequence[Trace],
+    spans: dict[str, tuple[int, int]],
+    labels: dict[str, str],
+    fates: dict[str, tuple[Life, ...]],
+) -> tuple[ServerPast, ...]:
+    paces = _paces(traces)
+    usual_s = median(paces.values()) if paces else ITERATION_S
+    by_peer = {trace.peer: trace.began for trace in traces}
+    return tuple(
+        ServerPast(
+            label=labels[peer],
+            peer=peer,
+            start=start,
+            end=end,
+            began=by_peer.get(peer),
+            lives=fates[peer],
+            iteration_s=paces.get(peer, usual_s),
+        )
+        for peer, (start, end) in sorted(spans.items(), key=lambda item: labels[item[0]])
+    )
 
 
 # --- servers -------------------------------------------------------------------------

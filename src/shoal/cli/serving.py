@@ -39,6 +39,7 @@ from shoal.model.torch_backend import BackendConfig, exact_choice, load_backend
 from shoal.net.address import Address, parse_listen
 from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
+from shoal.net.membership import SwarmPass
 from shoal.net.tasks import first_failure
 from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
@@ -124,13 +125,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
         addresses, hosts = _addresses(settings, listener.address)
         await stack.enter_async_context(directory)
-        announcement = Announcement(
-            swarm=swarm_pass.name,
-            boot_ms=int(wall_clock() * 1000),
-            addresses=tuple(map(str, addresses)),
-            facts=facts,
-            version=shoal.__version__,
-        )
+        announcement = _announcement(swarm_pass, addresses, facts)
         announcer = Announcer(identity, directory, announcement)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         await announcer.announce("joining")
@@ -194,6 +189,19 @@ def _addresses(
     if settings.announce is not None:
         return (public_address(listening, settings.announce),), hosts
     return tuple(replace(listening, host=host) for host in hosts), hosts
+
+
+def _announcement(
+    swarm_pass: SwarmPass, addresses: tuple[Address, ...], facts: BackendFacts
+) -> Announcement:
+    """What is said before anything is measured."""
+    return Announcement(
+        swarm=swarm_pass.name,
+        boot_ms=int(wall_clock() * 1000),
+        addresses=tuple(map(str, addresses)),
+        facts=facts,
+        version=shoal.__version__,
+    )
 
 
 def _weight_server(settings: ServeSettings, model: OpenModel) -> WeightServer | None:

@@ -262,3 +262,17 @@ def test_an_entry_too_large_for_a_frame_is_split():
     assert all(part.payload_bytes == PAYLOAD_BYTES_MAX for part in parts)
     assert all(part.call_count == rows for part in parts)
     assert outbound.next_entry() is None
+
+
+def test_a_standby_gets_rows_when_enough_wait_and_then_all_of_them():
+    log = log_of(1, 1, 1)
+    outbound = open_outbound(log)
+    outbound.lag_rows = 4
+    assert not outbound.has_entry
+    for position in (3, 4):
+        log.append(make_entry(position, b"x"))
+    assert [outbound.next_entry().entry.position for _ in range(5)] == [0, 1, 2, 3, 4]
+    log.append(make_entry(5, b"x"))
+    assert not outbound.has_entry
+    outbound.lag_rows = 0
+    assert outbound.has_entry

@@ -9,7 +9,8 @@ from shoal.base.spans import Span
 from shoal.lab.toy_backend import MODEL, ToyBackend, ToyConfig
 from shoal.net.identity import RECORD, ROUTE, Identity
 from shoal.server.routes import read_route
-from shoal.wire.messages import Fork, Hop, Route, RouteBody, encode
+from shoal.server.session import Feed
+from shoal.wire.messages import Fork, Hop, Route, RouteBody, Standby, encode
 
 OWNER = Identity.from_seed(b"o" * 32)
 OTHER = Identity.from_seed(b"x" * 32)
@@ -144,3 +145,60 @@ def test_sessions_and_forks_of_blocks_that_we_leave_may_go_on(span):
     made = structs.replace(made, parent=Fork(b"p" * 16, 2, 30))
     route = Route(1, encode(made), OWNER.sign(ROUTE, encode(made)))
     read_route(route, OWNER.peer, ME, FACTS, lambda one, blocks: one == b"p" * 16)
+
+
+# --- standbys ------------------------------------------------------------------------
+
+
+def beside(*standbys):
+    return body(hop(LEFT, 0, 2), hop(RIGHT, 2, 10), standbys=list(standbys))
+
+
+def test_a_standby_is_fed_by_who_ends_where_it_begins():
+    (mine,) = read(beside(Standby(ME, 2, 6, "float32", 16))).hops
+    assert mine.is_standby
+    assert (mine.predecessor, mine.span, mine.is_last) == (LEFT, Span(2, 6), False)
+    assert mine.feeds == ()
+
+
+def test_a_hop_feeds_the_standbys_behind_it():
+    route = body(hop(ME, 2, 4), hop(RIGHT, 4, 8), standbys=[Standby(LEFT, 4, 8, "float32", 16)])
+    (mine,) = read(route).hops
+    assert mine.feeds == (Feed(peer=LEFT, lag_rows=16),)
+    assert not mine.is_standby
+
+
+def test_a_standby_feeds_the_next_unless_a_hop_does():
+    route = beside(Standby(ME, 2, 6, "float32"), Standby(LEFT, 6, 10, "float32"))
+    (mine,) = read(route).hops
+    assert mine.feeds == (Feed(peer=LEFT, lag_rows=0),)
+
+
+def test_the_owner_feeds_who_begins_where_the_chain_does():
+    route = body(hop(RIGHT, 2, 8), standbys=[Standby(ME, 2, 8, "float32")])
+    (mine,) = read(route).hops
+    assert (mine.predecessor, mine.is_last) == (OWNER.peer, True)
+
+
+@pytest.mark.parametrize(
+    ("standbys", "message"),
+    [
+        ([(ME, 3, 6)], "nobody feeds"),
+        ([(ME, 6, 6)], "a standby over blocks"),
+        ([(OWNER.peer, 2, 6)], "a standby over blocks"),
+        ([(ME, 2, 6), (ME, 2, 4)], "begin or end at the same block"),
+        ([(RIGHT, 2, 6)], "begin or end at the same block"),
+        ([(bytes([n]) * 32, 2, 6) for n in range(5)], "more than 4 standbys"),
+    ],
+    ids=["unfed", "empty", "the owner", "twice", "beside itself", "too many"],
+)
+def test_standbys_that_can_not_be(standbys, message):
+    with pytest.raises(ProtocolError, match=message):
+        read(beside(*(Standby(*one, "float32") for one in standbys)))
+
+
+def test_a_standby_is_judged_like_a_hop():
+    with pytest.raises(BadInput, match="not served here"):
+        read(beside(Standby(ME, 2, 10, "float32")))
+    with pytest.raises(BadInput, match="encoding"):
+        read(beside(Standby(ME, 2, 6, "float8")))

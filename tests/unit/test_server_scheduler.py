@@ -114,7 +114,9 @@ def test_rebuilt_sessions_keep_their_places_and_fill_them_by_seniority(items, bu
     plain = waiting_of(*items)
     ages = [data.draw(st.one_of(st.none(), st.integers(0, 3))) for _ in plain]
     rebuilt = [
-        item if age is None or item.is_decode else replace(item, seniority=(False, age, item.key[0]))
+        item
+        if age is None or item.is_decode
+        else replace(item, seniority=(False, age, item.key[0]))
         for item, age in zip(plain, ages, strict=True)
     ]
     before = choose_batch(plain, budget_tokens=10_000)

@@ -103,8 +103,8 @@ def choose_standbys(
     """
     stages = [stage for stage in chain if len(stage.span)]
     chosen = list(keep_valid(stages, present))
+    spare = list(chosen)
     for _ in range(count):
-        spare = list(chosen)
         for stage in stages:
             mine = _tile(stage.span, spare)
             if mine is None:

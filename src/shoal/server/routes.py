@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 from shoal.base.backend import BackendFacts
 from shoal.base.errors import BadInput, ModelUnknown, PeerRefused, ProtocolError
@@ -16,6 +17,9 @@ from shoal.server.session import Feed, HopPlan
 from shoal.wire.messages import Fork, Hop, Route, RouteBody, Standby, decode_route_body
 
 MODEL_NAME_SHOWN = 16
+
+STANDBYS_PER_BORDER_MAX: Final = 4
+"""Each is one more receiver of the same rows: nobody shall make us send them to many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +102,9 @@ def _check_standbys(body: RouteBody) -> None:
     if not body.standbys:
         return
     everybody: list[Hop | Standby] = [*(h for h in body.hops if h.end > h.start), *body.standbys]
+    begin = Counter(standby.start for standby in body.standbys)
+    if max(begin.values()) > STANDBYS_PER_BORDER_MAX:
+        raise ProtocolError(f"more than {STANDBYS_PER_BORDER_MAX} standbys begin at one block")
     starts = Counter((one.peer, one.start) for one in everybody)
     ends = Counter((one.peer, one.end) for one in everybody)
     if max((starts | ends).values()) > 1:

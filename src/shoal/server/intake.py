@@ -5,6 +5,7 @@ The server asks before it takes anything; nothing here sends or waits.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class Intake:
         """At least the bytes that wait, by owner; counted anew when it looks too much."""
         self._overrun: dict[SessionKey, HopSession] = {}
         """Hops whose rows were dropped."""
+        self.overran = asyncio.Event()
+        """Set while there are such: who asks `reopened` need not ask an idle server."""
 
     @contextmanager
     def stream(self, peer: PeerId) -> Iterator[None]:
@@ -110,6 +113,7 @@ class Intake:
         To be asked now and then: rows that wait can vanish in many ways.
         """
         if not self._overrun:
+            self.overran.clear()
             return []
         waiting: Counter[PeerId] = Counter()
         for hop in self._sessions:
@@ -137,6 +141,7 @@ class Intake:
         logger.info("too many rows wait session=%s", short(hop.plan.session))
         hop.is_overrun = True
         self._overrun[hop.key] = hop
+        self.overran.set()
         return False
 
     def _waiting_bytes(self, owner: PeerId) -> int:

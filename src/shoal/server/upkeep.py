@@ -30,6 +30,7 @@ async def close_idle(
 async def reopen(intake: Intake, on_held_changed: Callable[[HopSession], None]) -> None:
     """Ask again for rows that were dropped for want of room, until cancelled."""
     while True:
+        await intake.overran.wait()
         await asyncio.sleep(REOPEN_PERIOD_S)
         for hop in intake.reopened():
             on_held_changed(hop)

@@ -43,6 +43,7 @@ GLOBAL: Final = ("log", "cache")
 ALTERNATIVES: Final = (
     ("swarm", "invite"),
     ("blocks", "num-blocks"),
+    ("blocks", "placement"),
     ("prompt", "prompt-file"),
     ("model", "families"),
 )

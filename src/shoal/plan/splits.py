@@ -21,6 +21,13 @@ from shoal.plan.spec import Problem
 SPLITS_MAX: Final = 8
 """Numbers of servers looked at: what still longer chains do can be seen from these."""
 
+HOPS_MAX: Final = 16
+"""A model that takes more servers than this is split, and nobody asks whether to."""
+
+POOL_MAX: Final = 48
+"""Of more servers only these are looked at: by time per block, the way there spread over
+what each holds."""
+
 SETS_MAX: Final = 500
 """Sets of servers that are all tried,"""
 
@@ -48,14 +55,13 @@ class Split:
 def fastest_splits(problem: Problem, *, sessions: int = 1) -> tuple[Split, ...]:
     """By rising number of servers; numbers that can't hold the model are left out.
 
+    Empty when it takes more than `HOPS_MAX` servers.
+
     Each server has to have room for `sessions` sessions beside its blocks. Looks at
     `SPLITS_MAX` numbers from the first that holds the model.
     """
     sizes = [problem.blocks_max(server, sessions) for server in range(len(problem.servers))]
-    usable = [server for server, size in enumerate(sizes) if size]
-    if not usable:
-        return ()
-    return _Splitter(problem, sizes).all(usable)
+    return _Splitter(problem, sizes).all()
 
 
 class _Splitter:
@@ -66,9 +72,12 @@ class _Splitter:
         self.sizes = sizes
         self.price = mean_prices(problem, "token")
 
-    def all(self, usable: Sequence[int]) -> tuple[Split, ...]:
+    def all(self) -> tuple[Split, ...]:
+        usable = self.pool()
         most = min(len(usable), self.blocks)
         fewest = self.fewest(usable)
+        if fewest > HOPS_MAX:
+            return ()
         numbers = range(fewest, min(most, fewest + SPLITS_MAX - 1) + 1)
         found: list[Split] = []
         chosen: tuple[int, ...] = ()
@@ -83,6 +92,13 @@ class _Splitter:
                 chain = self.chain(chosen)
                 found.append(Split(chain=chain, seconds=chain_s(self.price, chain)))
         return tuple(found)
+
+    def pool(self) -> list[int]:
+        """The servers that are looked at, by index."""
+        price = self.price
+        usable = [one for one, size in enumerate(self.sizes) if size]
+        usable.sort(key=lambda one: price.block[one] + price.arrive[one] / self.sizes[one])
+        return sorted(usable[:POOL_MAX])
 
     def fewest(self, usable: Sequence[int]) -> int:
         """How many servers it takes at least to hold the model; one more than all: too many."""

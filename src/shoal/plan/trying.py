@@ -193,15 +193,17 @@ class Trials:
         which sessions need not run.
         """
         sessions = self.problem.workload.sessions
-        for server, span in enumerate(placement.spans):
+        count = replicas(self.problem, placement)
+        spans = list(placement.spans)
+        for server, span in enumerate(spans):
             size = self.problem.blocks_max(server, sessions)
-            if span is None and size:
-                count = replicas(self.problem, placement)
-                placement = placement.moved(server, choose_span(count, size))
-            elif span is not None and size > len(span):
-                wider = Span(max(0, span.end - size), span.end)
-                placement = placement.moved(server, wider)
-        return placement
+            if not size or (span is not None and size <= len(span)):
+                continue
+            wider = choose_span(count, size) if span is None else _before(span, size)
+            for block in range(wider.start, wider.end if span is None else span.start):
+                count[block] += 1
+            spans[server] = wider
+        return replace(placement, spans=tuple(spans))
 
     def _best(self) -> Tried:
         return min(self.tried.values(), key=lambda one: merit(one.outlook, self.objective))
@@ -260,3 +262,8 @@ class Trials:
         if self.problem.workload.requests_per_s == 0 or self.objective == "latency":
             self.solved_bound = found.bound
         self._add("milp", found.placement)
+
+
+def _before(span: Span, size: int) -> Span:
+    """As many of `size` blocks as there are, up to the end of `span`."""
+    return Span(max(0, span.end - size), span.end)

@@ -59,6 +59,7 @@ FidelityOption = Annotated[
 ]  # fmt: skip
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many runs.")]
 FirstOption = Annotated[int, typer.Option(metavar="S", min=0, help="The first seed.")]
+JobsOption = Annotated[int, typer.Option(metavar="J", min=1, max=256, help="Processes.")]
 OutOption = Annotated[
     Path | None,
     typer.Option(
@@ -73,6 +74,7 @@ def run(
     fidelity: FidelityOption = None,
     seeds: SeedsOption = 1,
     first: FirstOption = 0,
+    jobs: JobsOption = 1,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,55 +98,40 @@ def run(
     """
     from shoal.cli.simulate_file import read_scenario
     from shoal.lab.sim_result import mean_summary, plain
+    from shoal.lab.sim_runs import fidelity_of
 
-    wanted = _fidelities(fidelity or ["b"])
+    wanted = list(dict.fromkeys(fidelity_of(word) for word in fidelity or ["b"]))
     read = read_scenario(scenario)
     if out is not None:
         _make_folder(out)
     with progress_bar() as progress:
-        results = _simulate(read, wanted, range(first, first + seeds), progress)
+        results = _simulate(read, wanted, range(first, first + seeds), min(jobs, seeds), progress)
     summaries = {name: mean_summary(runs) for name, runs in results.items()}
     if out is not None:
         _write(out, read, results, summaries)
     print(json.dumps(plain(summaries)) if as_json else _table(summaries), flush=True)
 
 
-def _fidelities(words: Sequence[str]) -> list[Fidelity]:
-    from shoal.lab.sim_result import FIDELITIES
-
-    found: list[Fidelity] = []
-    for word in words:
-        chosen = next((name for name in FIDELITIES if name == word), None)
-        if chosen is None:
-            raise ConfigError(f"no fidelity is called {word!r} (choose a, b or c)")
-        if chosen not in found:
-            found.append(chosen)
-    return found
-
-
 def _simulate(
-    read: ScenarioFile, wanted: Sequence[Fidelity], seeds: range, progress: Progress
+    read: ScenarioFile, wanted: Sequence[Fidelity], seeds: range, jobs: int, progress: Progress
 ) -> Results:
-    from shoal.lab.campaign import quiet
-    from shoal.lab.sim_analytic import simulate_analytic
-    from shoal.lab.sim_live import simulate_live
-    from shoal.lab.sim_slots import simulate_slots
+    from shoal.lab.sim_runs import simulate, simulate_all
 
     results: Results = {}
     for fidelity in wanted:
         runs = results[fidelity] = []
+        what = f"fidelity {fidelity}, runs"
+        progress(what, 0, len(seeds))
+        if jobs > 1:
+            stories = [read.scenario(seed) for seed in seeds]
+            for result in simulate_all(stories, fidelity, jobs=jobs):
+                runs.append(result)
+                progress(what, len(runs), len(seeds))
+            continue
         for seed in seeds:
-            story = read.scenario(seed)
-            progress(f"fidelity {fidelity}", len(runs), len(seeds))
-            if fidelity == "a":
-                runs.append(simulate_analytic(story))
-            elif fidelity == "b":
-                runs.append(simulate_slots(story))
-            else:
-                with quiet():
-                    told = partial(progress, f"fidelity c, seed {seed}, requests")
-                    runs.append(simulate_live(story, progress=told))
-        progress(f"fidelity {fidelity}", len(runs), len(seeds))
+            told = partial(progress, f"fidelity {fidelity}, seed {seed}, requests")
+            runs.append(simulate(read.scenario(seed), fidelity, told))
+            progress(what, len(runs), len(seeds))
     return results
 
 

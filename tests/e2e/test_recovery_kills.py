@@ -89,7 +89,7 @@ def test_hops_are_killed(fleet, undisturbed, who):
     assert answer.numerics == "exact"
     repairs = fleet.repairs(answer.recoveries)
     assert len({name for lost, _ in repairs for name in lost}) == len(HOPS[who])
-    assert all(one.replayed_tokens for one in answer.recoveries)
+    assert all(one.replayed_tokens >= len(PROMPT) + 19 for one in answer.recoveries)
     print(f"{who}: {repairs}, pauses {pauses(answer)}")
 
 

@@ -248,3 +248,18 @@ async def test_all_are_lost_and_the_slow_ones_come_back(it):
         await it[name].start()
     await step
     assert reader.chain == ["spare-a", "b", "spare-c"]
+
+
+@scene("a 0:2, b 2:4, c 4:6, spare-a 0:2")
+async def test_what_was_replayed_is_counted_though_the_repair_takes_two_routes(it):
+    """While the first one waits for a server that does not answer, the replay is done."""
+    reader = await it.read(40)
+    it.network.freeze(it["c"].peer)
+    await it["a"].crash()
+    step = asyncio.ensure_future(reader.decode(3))
+    await until(lambda: replayed(it, reader) >= 40)
+    await asyncio.sleep(6.0)
+    it.network.thaw(it["c"].peer)
+    await step
+    assert reader.repairs == [(["a"], ["spare-a"])]
+    assert reader.session.recoveries[0].replayed_tokens == 40

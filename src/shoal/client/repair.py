@@ -90,6 +90,8 @@ class Supervisor:
         """What the user was told last."""
         self._strikes: Counter[PeerId] = Counter()
         """How often peers failed or refused in the repair that runs."""
+        self._held: dict[tuple[PeerId, int], int] = {}
+        """The least that hops said to hold in it: what came later is replay."""
         self._refusing: set[PeerId] = set()
         """Peers that answered in it, and would not."""
 
@@ -154,6 +156,7 @@ class Supervisor:
         lost: set[PeerId] = set()
         self._strikes.clear()
         self._refusing.clear()
+        self._held.clear()
         while True:
             state.check_open()
             found = await self._find_lost(state.take_trouble(), lost)
@@ -184,7 +187,7 @@ class Supervisor:
         swarm.dismiss(state, gone(peers_before, state))
         judge_numerics(state, swarm.view(), before, after)
         if before and lost:
-            self._record(since_s, position, before, after, followed)
+            self._record(since_s, position, before, after)
 
     def _tell(self, waiting: Waiting | None) -> None:
         """Say what we wait for, and that it is over."""
@@ -295,6 +298,8 @@ class Supervisor:
 
     async def _install(self, chain: Sequence[Stage], standbys: Sequence[Standby]) -> Followed:
         followed = await self._swarm.install(self._state, self._facts, chain, standbys)
+        for hop, length in followed.held.items():
+            self._held[hop] = min(length, self._held.get(hop, length))
         if followed.refused and not self._state.length:
             # nobody holds anything yet: choose all hops anew rather than repair
             self._swarm.dismiss(self._state, self._state.peers)
@@ -322,11 +327,10 @@ class Supervisor:
         position: int,
         before: Sequence[Stage],
         after: Sequence[Stage],
-        followed: Followed,
     ) -> None:
         state = self._state
         fresh = [stage for stage in after if stage not in before]
-        held = [followed.held.get((stage.peer, stage.span.start), 0) for stage in fresh]
+        held = [self._held.get((stage.peer, stage.span.start), 0) for stage in fresh]
         recovery = Recovery(
             position=position,
             lost=tuple(stage.peer for stage in before if stage not in after),

@@ -246,6 +246,20 @@ def test_the_command_shows_both_sides(tmp_path):
     assert result.stdout.splitlines()[-1] == "1 replays, 1 as in the traces, 0 failures"
 
 
+def test_chaos_writes_traces_too(tmp_path):
+    folder = tmp_path / "traces"
+    chaos = ["simulate", "chaos", "--first", "3", "--seeds", "1", "--traces", str(folder)]
+    assert CliRunner().invoke(make_app(), chaos).exit_code == 0
+    files = list(map(str, folder.iterdir()))
+    assert files
+    result = CliRunner().invoke(make_app(), ["simulate", "replay", *files])
+    assert result.exit_code == 0, result.stderr
+    again = CliRunner().invoke(make_app(), chaos)
+    assert isinstance(again.exception, ConfigError), again.stderr
+    many = CliRunner().invoke(make_app(), [*chaos, "--seeds", "2"])
+    assert isinstance(many.exception, ConfigError), many.stderr
+
+
 def test_the_same_file_twice_is_one(tmp_path):
     files = written(tmp_path)
     assert find_incident(read_traces(files)) == find_incident(read_traces([*files, *files]))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
+from shoal.base.errors import ConfigError
 from shoal.cli.logs import progress_bar
 from shoal.cli.simulate_replay import replay
 from shoal.cli.simulate_run import run
@@ -61,6 +62,12 @@ def chaos(
         int | None,
         typer.Option(metavar="J", min=1, help="Processes (default: one per core; 1 with --debug)."),
     ] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="With --seeds 1: the servers' traces go here, for `replay`."
+        ),
+    ] = None,
 ) -> None:
     """Run random schedules of failures; every answer must still be right.
 
@@ -75,13 +82,18 @@ def chaos(
       shoal simulate chaos --seeds 1000
       shoal --debug simulate chaos --first 7 --seeds 1         (with its whole log)
     """
-    from shoal.lab.campaign import quiet, run_seeds
+    from shoal.lab.campaign import quiet, run_seed, run_seeds, traces_in
 
+    if traces is not None and seeds != 1:
+        raise ConfigError("--traces takes one schedule: give --seeds 1 too")
     is_debugging = logging.getLogger("shoal").getEffectiveLevel() <= logging.DEBUG
     jobs = min(seeds, jobs or (1 if is_debugging else os.cpu_count() or 1))
     rows = repairs = failures = done = 0
     with nullcontext() if is_debugging else quiet(), progress_bar() as progress:
-        for outcome in run_seeds(range(first, first + seeds), jobs=jobs):
+        outcomes = run_seeds(range(first, first + seeds), jobs=jobs)
+        if traces is not None:
+            outcomes = iter([run_seed(first, record=traces_in(traces))])
+        for outcome in outcomes:
             done += 1
             progress(f"schedules, {failures} failed", done, seeds)
             if outcome.result is not None:

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from shoal.base.errors import ConfigError
 from shoal.lab.chaos import ChaosPlan, ChaosResult, draw_plan, run_plan, shrink
+from shoal.server.events import Began, Recorder
+from shoal.server.trace_file import TraceWriter
 
 SHRINK_RUNS_MAX: Final = 400
 """Runs spent on making a failing plan smaller: half a minute of ordinary plans."""
@@ -41,11 +45,11 @@ class Outcome:
     failure: Failure | None = None
 
 
-def run_seed(seed: int) -> Outcome:
-    """Run one seed; a failure is shrunk."""
+def run_seed(seed: int, *, record: Callable[[Began], Recorder] | None = None) -> Outcome:
+    """Run one seed; a failure is shrunk. `record` makes a recorder for each server that starts."""
     plan = draw_plan(seed)
     try:
-        return Outcome(seed=seed, result=run_plan(plan))
+        return Outcome(seed=seed, result=run_plan(plan, record=record))
     except Exception as error:  # noqa: BLE001 - whatever went wrong is the result
         return Outcome(seed=seed, failure=_describe(plan, error))
 
@@ -69,6 +73,27 @@ def run_seeds(seeds: Iterable[int], *, jobs: int = 1) -> Iterator[Outcome]:
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def traces_in(folder: Path) -> Callable[[Began], Recorder]:
+    """Recorders that write one trace for each server, as `shoal serve --trace` does.
+
+    Raises:
+        ConfigError: the folder can't be made, or something is in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"can't write traces to {folder}: {error.strerror}") from error
+    if not is_empty:
+        raise ConfigError(f"{folder} is not empty: name a new folder for the traces")
+
+    def record(began: Began) -> TraceWriter:
+        now = asyncio.get_running_loop().time
+        return TraceWriter(folder / f"{began.peer}.trace", began, now)
+
+    return record
 
 
 @contextmanager

@@ -228,3 +228,10 @@ def test_a_model_is_named_by_its_hash():
     assert len(observed(servers, "aab", Asked()).problem.servers) == 1
     with pytest.raises(ConfigError, match="serves aabb, aacc"):
         observed(servers, "aa", Asked())
+
+
+def test_the_documented_output_is_the_real_one(capsys):
+    assert run(["plan", str(HOME), "--time-limit", "60"]) == 0
+    said = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    document = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert f"```\n{said}\n```" in document

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import ConfigError, ModelUnknown
 from shoal.base.spans import Span
 from shoal.cli.plan_file import Asked, read_cluster
 from shoal.cli.plan_lines import key_lines, line_of
@@ -297,3 +298,34 @@ def test_lines_are_found_in_files_as_people_write_them(seed):
             text += f"{key} = {rng.choice(VALUES[:16])}  # = [\n"
     found = key_lines(text)
     assert {path: found[path] for path in truth} == truth
+
+
+# --- models on this machine -----------------------------------------------------------
+
+
+def test_a_model_beside_the_file(tmp_path):
+    """Its config is enough: sizes by block, sliding windows where it has them."""
+    config = AutoConfig.for_model(
+        "gemma2", hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=100,
+        sliding_window=32,
+    )  # fmt: skip
+    config.architectures = ["Gemma2ForCausalLM"]
+    (tmp_path / "tiny").mkdir()
+    config.save_pretrained(tmp_path / "tiny")
+    model = GOOD[: GOOD.index("[workload]")]
+    text = GOOD.replace(model, '[model]\nname = "tiny"\ndtype = "bfloat16"\n')
+    found = read_cluster(parse_table(text, tmp_path / "c.toml"))
+    assert found.model.given == str(tmp_path / "tiny")
+    spec = found.problem.model
+    assert spec.num_blocks == 4
+    assert spec.row_bytes == 128
+    assert {cache.window for cache in spec.caches} == {32, None}
+    assert spec.caches[0].values_per_token == 2 * 2 * 16
+    assert spec.weight_bytes[0] == pytest.approx(2 * found.model.params_per_block, rel=0.01)
+
+
+def test_a_model_that_is_nowhere():
+    text = GOOD.replace(GOOD[: GOOD.index("[workload]")], '[model]\nname = "nowhere"\n')
+    with pytest.raises(ModelUnknown, match=r"c\.toml, line 2: model\.name: no model 'nowhere'"):
+        cluster(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shoal.base.errors import ConfigError, ShoalError
 from shoal.cli.plan_reader import Table
@@ -80,10 +80,8 @@ def named_model(
     Raises:
         ConfigError, ModelError: it can't be opened or described; `error_at` adds the line.
     """
-    from shoal.cli.models import open_outline
-
     try:
-        config = open_outline(given).config
+        config = _config(given)
         from shoal.model.block_rows import ROLLBACK_TOKENS
         from shoal.model.facts import kv_values
         from shoal.model.kv_cache import block_windows
@@ -122,6 +120,18 @@ def named_model(
         quantize=quantize,
         active=active,
     )
+
+
+def _config(given: str) -> Any:
+    """Of a directory a config alone will do: the weights may be elsewhere, or yet to come."""
+    from shoal.cli.models import open_outline, quiet_transformers
+
+    if not Path(given).is_dir():
+        return open_outline(given).config
+    quiet_transformers()
+    from shoal.model.safetensors_source import SavedOutline
+
+    return SavedOutline(Path(given)).config
 
 
 def _from_numbers(table: Table, dtype: str, quantize: str, active: float) -> PlannedModel:

@@ -28,7 +28,8 @@ from shoal.cli.joining import SwarmChoice, visit
 from shoal.cli.models import open_model
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client, ClientConfig, open_client
-from shoal.client.session import Recovery, SessionState
+from shoal.client.session import Move, Recovery, SessionState
+from shoal.client.tending import TendConfig
 from shoal.hf.generation import generate
 from shoal.hf.head import Head, load_head
 from shoal.hf.sampling import Sampler
@@ -156,6 +157,13 @@ class Fleet:
             server.signal(signal.SIGKILL)
             self._ended.append(server)
 
+    def tell_to_leave(self, name: str) -> None:
+        """SIGTERM: it drains and ends."""
+        server, self.places[name].server = self.places[name].server, None
+        assert server is not None, f"{name} is not up"
+        server.signal(signal.SIGTERM)
+        self._ended.append(server)
+
     def stop(self, name: str) -> None:
         """SIGSTOP: its sockets stay open, and nobody answers."""
         self.places[name].is_stopped = True
@@ -253,6 +261,9 @@ class Reading:
     recoveries: tuple[Recovery, ...]
     chain: list[str]
     longest_pause_s: float
+    moves: tuple[Move, ...] = ()
+    pauses_s: tuple[float, ...] = ()
+    """Between each token and the next."""
 
 
 class Reader:
@@ -295,11 +306,15 @@ class Reader:
                 recoveries=session.recoveries,
                 chain=self.fleet.chain(session),
                 longest_pause_s=max(pauses, default=0.0),
+                moves=session.moves,
+                pauses_s=tuple(pauses),
             )
 
 
 @asynccontextmanager
-async def reader(fleet: Fleet, patience_s: float = 60.0, seed: int = 0) -> AsyncIterator[Reader]:
+async def reader(
+    fleet: Fleet, patience_s: float = 60.0, seed: int = 0, standby: int = 0
+) -> AsyncIterator[Reader]:
     """A new client that knows all servers of the fleet that run now."""
     async with visit(SwarmChoice.parse(fleet.addresses, None, None)) as visitor:
         directory = visitor.directory
@@ -313,6 +328,7 @@ async def reader(fleet: Fleet, patience_s: float = 60.0, seed: int = 0) -> Async
             num_blocks=records[0].num_blocks,
             hidden_size=records[0].hidden_size,
             patience_s=patience_s,
+            tending=TendConfig(standby=standby),
         )
         async with open_client(
             visitor.identity, visitor.transport, visitor.swarm_pass, directory, config,
@@ -350,11 +366,12 @@ def read(
     sampler: Sampler = GREEDY,
     acts: Mapping[int, Act] | None = None,
     patience_s: float = 60.0,
+    standby: int = 0,
 ) -> Reading:
     """One answer of a new client; see `Reader.read`."""
 
     async def story() -> Reading:
-        async with reader(fleet, patience_s) as one:
+        async with reader(fleet, patience_s, standby=standby) as one:
             return await one.read(prompt, num_tokens, sampler=sampler, acts=acts)
 
     return asyncio.run(story())

@@ -98,6 +98,7 @@ class Supervisor:
     async def run(self) -> None:
         """Mend whenever trouble is reported, tend in between; ends when the session has failed."""
         state = self._state
+        state.needs_tending = self._tender.wants_standbys
         while True:
             await self._wait()
             if state.failure is not None:

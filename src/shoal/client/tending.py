@@ -118,6 +118,11 @@ class Tender:
         """Loop time before which no faster chain is looked for."""
 
     @property
+    def wants_standbys(self) -> bool:
+        """Whether hops are to have standbys."""
+        return self._config.standby > 0
+
+    @property
     def period_s(self) -> float | None:
         """How often to tend unasked; None: never."""
         return TEND_PERIOD_S if self._config.standby or self._config.is_moving else None

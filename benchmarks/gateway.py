@@ -27,6 +27,7 @@ from typing import Any
 import httpx2
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from report import environment, publish
 from rounds import Rounds, Way, take_rounds
@@ -126,6 +127,9 @@ def saved_model() -> Path:
         source = open_source(MODEL, cache)
         started = Path(tempfile.mkdtemp(prefix="smollm2-", dir=folder.parent))
         try:
+            with torch.device("meta"):
+                whole = AutoModelForCausalLM.from_config(source.config)
+            source.config.architectures = [type(whole).__name__]
             source.config.save_pretrained(started)
             source.tokenizer().save_pretrained(started)
             tensors = {

@@ -181,13 +181,16 @@ def request(body: dict[str, Any], length: int | None = None) -> bytes:
 def test_a_slow_reader_holds_nobody_up_and_is_let_go(
     running: Gate, web: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(http, "WRITE_S", 1.0)
     before = running.on_loop(lambda: running.client.num_sessions)
     # Each token with 20 alternatives is some kilobytes: more than the buffers between take.
-    greedy = chat(stream=True, logprobs=True, top_logprobs=20, ignore_eos=True, n=2)
+    others = [{"role": "user", "content": "Slowly, please"}]  # no session at rest begins so
+    greedy = chat(
+        messages=others, stream=True, logprobs=True, top_logprobs=20, ignore_eos=True, n=2
+    )
     slow = connected(running, request({**greedy, "max_tokens": 450}))
     running.wait_until(lambda: running.client.num_sessions > before + 1)
     assert web.post("/v1/chat/completions", json=chat()).status_code == 200
-    monkeypatch.setattr(http, "WRITE_S", 0.3)
     running.wait_until(lambda: running.client.num_sessions <= before + 1)
     slow.close()
 

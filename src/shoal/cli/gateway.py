@@ -48,7 +48,10 @@ KeysOption = Annotated[
 ]
 OpenOption = Annotated[
     bool,
-    typer.Option("--open", help="Let everybody in who can reach an address beyond this machine."),
+    typer.Option(
+        "--open",
+        help="Let everybody in who can reach it, also beyond this machine or through a proxy.",
+    ),
 ]
 NameOption = Annotated[
     list[str] | None,
@@ -162,13 +165,15 @@ def gateway(
 
         host, port = parse_listen(listen)
         keys = Keys({}) if api_keys is None else read_keys(api_keys)
-        check_open(host, is_open=is_open or not keys.is_open)
+        is_open = is_open or not keys.is_open
+        check_open(host, is_open=is_open)
         opened = open_model(model) if limit_bytes is None else None
     settings = GatewaySettings(
         swarm=choice,
         model=opened or fetch_model(model, choice, limit_bytes or 0),
         listening=Listening(host=host, port=port, certificate=tls_certificate, key=tls_key),
         keys=keys,
+        is_open=is_open,
         names=tuple(name or [model]),
         line=LineConfig(places=at_once, waiting_max=waiting, wait_s=wait),
         kept_tokens=keep,

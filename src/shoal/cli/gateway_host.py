@@ -39,6 +39,8 @@ class GatewaySettings:
     model: OpenModel
     listening: Listening
     keys: Keys
+    is_open: bool
+    """Whether others may reach it: they need a key, or everybody may ask."""
     names: tuple[str, ...]
     line: LineConfig
     kept_tokens: int | None
@@ -104,7 +106,8 @@ async def _run(settings: GatewaySettings) -> None:
             kept_tokens=settings.kept_tokens,
             exactness=settings.exactness,
             template=settings.template,
-            hosts=LOOPBACK if is_loopback(host) else None,
+            # A key is more than any page of another site has; a proxy before us has its own name.
+            hosts=LOOPBACK if is_loopback(host) and not settings.is_open else None,
         )
         observer = await stack.enter_async_context(observing(looking(visitor), wall_clock))
         extras = Extras(

@@ -108,11 +108,14 @@ class Api:
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/chat/completions."""
-        body = read_body(await self._bodies.read(scope, receive), ChatBody)
-        caller = self._admit(scope, body)
-        settings = chat_settings(body, _new_seed)
-        wanted = talk(body)
-        way = self._parts.encoder.way if wanted.tools else None
+        async with self._bodies.held(scope, receive) as data:
+            body = read_body(data, ChatBody)
+            caller = self._admit(scope, body)
+            settings, wanted = chat_settings(body, _new_seed), talk(body)
+            way = self._parts.encoder.way if wanted.tools else None
+            ids = await while_connected(receive, self._parts.encoder.talk(wanted))
+        keeps_special = way is not None and not way.closing
+        job = self._job(caller, ids, settings, keeps_special=keeps_special)
         form = ChatForm(
             envelope=self._envelope("chatcmpl", "chat.completion", body),
             num_choices=settings.num_choices,
@@ -124,15 +127,12 @@ class Api:
         )
 
         async def work() -> None:
-            ids = await self._parts.encoder.talk(wanted)
-            keeps_special = way is not None and not way.closing
-            job = self._job(caller, ids, settings, keeps_special=keeps_special)
-            stream = EventStream(send)
             if not body.stream:
                 whole = ChatWhole(form)
                 (done,) = await self._answer(caller, [(job, whole)])
                 await send_whole(send, json_bytes(whole.object(done)))
                 return
+            stream = EventStream(send)
             events = ChatStream(form, stream, has_usage=_wants_usage(body))
             async with _told_in_stream(stream, scope):
                 (done,) = await self._answer(caller, [(job, events)])
@@ -142,21 +142,21 @@ class Api:
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/completions."""
-        body = read_body(await self._bodies.read(scope, receive), CompletionBody)
-        caller = self._admit(scope, body)
-        settings = completion_settings(body, _new_seed)
-        given = prompts(body)
+        async with self._bodies.held(scope, receive) as data:
+            body = read_body(data, CompletionBody)
+            caller = self._admit(scope, body)
+            settings, given = completion_settings(body, _new_seed), prompts(body)
+            jobs = await while_connected(receive, self._jobs(caller, given, settings))
+        form = self._completion_form(body, settings, given)
 
         async def work() -> None:
-            jobs = [await self._completion_job(caller, one, settings) for one in given]
-            form = self._completion_form(body, settings, given)
-            stream = EventStream(send)
             taker: CompletionWhole | CompletionStream
             if not body.stream:
                 taker = whole = CompletionWhole(form)
                 dones = await self._answer(caller, self._parted(jobs, taker, settings))
                 await send_whole(send, json_bytes(whole.object(dones)))
                 return
+            stream = EventStream(send)
             taker = events = CompletionStream(form, stream, has_usage=_wants_usage(body))
             async with _told_in_stream(stream, scope):
                 dones = await self._answer(caller, self._parted(jobs, taker, settings))
@@ -187,14 +187,17 @@ class Api:
             keeps_special=keeps_special,
         )
 
-    async def _completion_job(
-        self, caller: Caller, prompt: str | list[int], settings: Settings
-    ) -> Job:
-        ids = await self._parts.encoder.text(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
-            raise ApiError(400, "the prompt is empty", param="prompt")
-        check_vocabulary(ids, self._parts.engine.served.words.vocab_size)
-        return self._job(caller, ids, settings, keeps_special=False)
+    async def _jobs(
+        self, caller: Caller, given: Sequence[str | list[int]], settings: Settings
+    ) -> list[Job]:
+        jobs = []
+        for prompt in given:
+            ids = await self._parts.encoder.text(prompt) if isinstance(prompt, str) else prompt
+            if not ids:
+                raise ApiError(400, "the prompt is empty", param="prompt")
+            check_vocabulary(ids, self._parts.engine.served.words.vocab_size)
+            jobs.append(self._job(caller, ids, settings, keeps_special=False))
+        return jobs
 
     def _completion_form(
         self, body: CompletionBody, settings: Settings, given: Sequence[str | list[int]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -20,7 +21,7 @@ WRITE_S: Final = 30.0
 """A reader that takes nothing for so long is gone: its session is needed elsewhere."""
 
 BODIES_BYTES_MAX: Final = 256 << 20
-"""Bodies of all requests that are being read at a time."""
+"""Bodies of all requests that are being read or turned into tokens."""
 
 STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -43,8 +44,9 @@ class Bodies:
         self._total_max = total_max
         self._total = 0
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """One request's body.
+    @asynccontextmanager
+    async def held(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
+        """One request's body, which counts while the context lasts.
 
         Raises:
             ApiError: 413: too long. 408: too slow. 503: too many at a time.
@@ -57,7 +59,8 @@ class Bodies:
         size = 0
         try:
             async with asyncio.timeout(BODY_S):
-                while True:
+                is_whole = False
+                while not is_whole:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise CallerGone
@@ -66,10 +69,14 @@ class Bodies:
                     self._total += len(part)
                     self._check(size)
                     parts.append(part)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
-            raise ApiError(408, f"the body did not come within {BODY_S:g} s") from None
+                    is_whole = not message.get("more_body", False)
+        except BaseException as error:
+            self._total -= size
+            if isinstance(error, TimeoutError):
+                raise ApiError(408, f"the body did not come within {BODY_S:g} s") from None
+            raise
+        try:
+            yield b"".join(parts)
         finally:
             self._total -= size
 

@@ -27,6 +27,9 @@ from shoal.hf.score_rules import ScoreOptions
 TEMPERATURE: Final = 1.0
 """OpenAI's default."""
 
+TOP_P_MIN: Final = 1e-6
+"""What 0 becomes: the best token alone, as people who send 0 mean it."""
+
 SCHEMA_CHARS_MAX: Final = 1 << 17
 """A schema that is longer takes seconds to prepare."""
 
@@ -159,7 +162,7 @@ def _settings(
             temperature=temperature,
             seed=seed + choice,
             top_k=body.top_k if body.top_k and body.top_k > 0 else None,
-            top_p=body.top_p if body.top_p else None,
+            top_p=None if body.top_p is None else max(body.top_p, TOP_P_MIN),
             min_p=body.min_p,
         )
 

@@ -223,6 +223,7 @@ function forgetTalk(one) {
 // --- settings -----------------------------------------------------------------------------
 
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
+const OPTIONAL = ["max_tokens", "seed"];
 
 function fields() {
   return page.settings.querySelector("form").elements;
@@ -241,7 +242,7 @@ function takeSettings() {
     const text = fields()[name]?.value ?? "";
     if (!NUMBERS.includes(name)) taken[name] = text;
     else if (text !== "" && Number.isFinite(Number(text))) taken[name] = Number(text);
-    else taken[name] = name === "seed" ? null : settings[name];
+    else taken[name] = OPTIONAL.includes(name) ? null : settings[name];
   }
   settings = taken;
   store.saveSettings(settings);

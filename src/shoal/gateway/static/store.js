@@ -5,7 +5,7 @@ const SETTINGS = "shoal.settings";
 const TALKS_MAX = 100; // a browser keeps some megabytes per site
 
 const DEFAULTS = {
-  system: "", temperature: 0.7, top_p: 0.95, max_tokens: 512, seed: null, key: "", theme: "",
+  system: "", temperature: 0.7, top_p: 0.95, max_tokens: null, seed: null, key: "", theme: "",
 };
 
 function read(name, fallback) {

@@ -374,16 +374,15 @@ class Server:
         For a standby nobody's rows are made anew: its owner hears that it can't be fed.
         """
         hop = self._hop_of(outbound)
-        if hop is None:
-            return
-        if outbound is not hop.outbound:
+        if hop is not None and outbound is not hop.outbound:
             self._senders.detach(outbound)
             error = SessionLost("the log no longer reaches back to where a standby begins")
-            return self._tell_owner(hop, reports.broken(outbound, error))
-        logger.info("log too short session=%s from=%d", short(outbound.session), outbound.cursor)
-        hop.lose_log(outbound.cursor)
-        self.on_held_changed(hop)
-        self.engine.wake()
+            self._tell_owner(hop, reports.broken(outbound, error))
+        elif hop is not None:
+            logger.info("log too short session=%s from=%d", short(hop.key[0]), outbound.cursor)
+            hop.lose_log(outbound.cursor)
+            self.on_held_changed(hop)
+            self.engine.wake()
 
     def on_link_broken(self, peer: PeerId, error: ShoalError, outbounds: list[Outbound]) -> None:
         """A successor can't be reached: its sessions' owners decide."""

@@ -1,6 +1,9 @@
 """A server goes to other blocks while clients read over it: no row is wrong, none is lost."""
 
 import asyncio
+import random
+
+import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
@@ -88,3 +91,55 @@ async def test_a_move_that_fails_changes_nothing(it):
     assert it.hop("b", reader).plan.span == Span(2, 4)
     assert await it["b"].move(Span(2, 6))
     await reader.decode(3)
+
+
+def wander(seed):
+    """Servers that move at random, evictions and a tight cache, under three readers."""
+    servers = "a 0:3, b 3:6, c 0:3, d 2:5, e 3:6, spare-x 0:3, spare-y 3:6"
+
+    @scene(servers, cache_tokens=400, seed=seed)
+    async def story(it):
+        rng = random.Random(seed)
+        done = False
+        left = []
+
+        async def read():
+            reader = await it.read(prompt=rng.randint(1, 30), seed=rng.random())
+            for _ in range(20):
+                await reader.decode(rng.randint(1, 4), pause_s=rng.uniform(0.0, 0.3))
+                if rng.random() < 0.2:
+                    await reader.verify(rng.randint(2, 5))
+
+        async def move(name):
+            while not done:
+                await asyncio.sleep(rng.uniform(0.2, 3.0))
+                length = len(it[name].spec.span)
+                start = rng.randint(0, 6 - length)
+                leave_s = rng.choice([0.0, 0.3, 5.0])
+                moving = it[name].move(
+                    Span(start, start + length), load_s=rng.uniform(0, 1), leave_s=leave_s
+                )
+                left.extend(it.hops(name))
+                await moving
+                if rng.random() < 0.3:
+                    it[name].server.evict_all()
+
+        # The spares stay, so there is always a way.
+        moving = [asyncio.ensure_future(move(name)) for name in "abcde"]
+        await asyncio.gather(*(read() for _ in range(3)))
+        done = True
+        await asyncio.gather(*moving)
+        assert left, "nobody was there to be moved"
+
+    return story
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wandering_servers_never_change_a_row(seed):
+    wander(seed)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 30))
+def test_more_wandering_servers(seed):
+    wander(seed)()

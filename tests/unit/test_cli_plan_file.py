@@ -215,7 +215,7 @@ def test_files_that_are_none(tmp_path):
 LINES = GOOD.splitlines()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_whatever_is_in_a_file_it_is_read_or_told(data):
     """Lines are lost, doubled or swapped, values become others: never another exception."""

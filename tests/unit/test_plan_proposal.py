@@ -51,7 +51,7 @@ def check_sound(problem, proposal):
     assert 0 <= proposal.gap <= 1 or math.isinf(proposal.gap)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems(servers_max=4, blocks_max=5), st.sampled_from(["latency", "response"]))
 def test_proposals_are_sound_and_the_same_for_a_seed(problem, objective):
     try:
@@ -72,7 +72,7 @@ def test_so_are_those_for_many_sessions(problem, objective):
         check_sound(problem, propose(problem, objective, budget=QUICK))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_leaving_the_present_placement_has_to_pay(data):
     problem = data.draw(problems(servers_max=3, blocks_max=4))
@@ -91,7 +91,7 @@ def test_leaving_the_present_placement_has_to_pay(data):
             assert proposal.value < 0.97 * now.step_s + 1e-12
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_changes_end_where_they_should_and_load_only_what_is_new(data):
     problem = data.draw(problems(servers_max=4, blocks_max=5))

@@ -26,7 +26,7 @@ this: the one that looks later sees what the others announced."""
 PLACEMENTS: Final = ("fixed", *get_args(LivePolicy))
 
 DEFAULT_POLICY: Final[LivePolicy] = "latency"
-"""Of servers that are told only a number of blocks; docs/decisions says why."""
+"""Of servers that are told only a number of blocks; docs/decisions/0019 says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,3 +218,17 @@ def test_a_gap_is_refused():
     log = Log()
     with pytest.raises(ValueError, match="log ends at 0"):
         log.append(make_entry(1, [row(0)]))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "start"), [(0, 6), (3, 6), (4, 5), (7, 5), (8, 4), (11, 4), (20, 0), (99, 0)]
+)
+def test_where_the_last_bytes_begin(num_bytes, start):
+    """Entries [0, 3) of 12 bytes, [3, 4) of none, [4, 5) and [5, 6) of 4."""
+    log = Log()
+    for position, count, want in ((0, 3, WANT_ALL), (3, 1, WANT_NONE), (4, 1, WANT_ALL)):
+        log.append(make_entry(position, [row(0)] * count, want))
+    log.append(make_entry(5, [row(0)]))
+    assert log.tail_start(num_bytes) == (3 if start == 4 else start)
+    log.trim(4)
+    assert log.tail_start(num_bytes) == max(4, start)

@@ -159,16 +159,13 @@ class Log:
         index = bisect_left(self._positions, position)
         return self._offsets[index] if index < len(self._offsets) else self._offset
 
-    @property
-    def middle(self) -> int:
-        """Where the entry begins before which half of the bytes lie.
+    def tail_start(self, num_bytes: int) -> int:
+        """Where the last entries begin that have at most so many bytes together.
 
         Positions would not do: at the last hop a long prompt has one row, an answer all.
         """
-        if not self._entries:
-            return self.end
-        half = self._offsets[0] + self.num_bytes // 2
-        return self._positions[bisect_right(self._offsets, half) - 1]
+        index = bisect_left(self._offsets, self._offset - num_bytes)
+        return self._positions[index] if index < len(self._positions) else self.end
 
     def trim(self, start: int) -> None:
         """Forget whole entries before `start` to free memory; `end` stays."""

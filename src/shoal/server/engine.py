@@ -370,7 +370,8 @@ class Engine:
                 self._events.on_failed(hop, outcome)
                 return
             hop.commit(outcome)
-        if hop.log.num_bytes > self._limits.log_bytes_per_session_max:
-            hop.shorten_log()
+        limit_bytes = self._limits.log_bytes_per_session_max
+        if hop.log.num_bytes > limit_bytes:
+            hop.shorten_log(limit_bytes // 2)
         self._events.on_output(hop)
         self._events.on_worked_off(hop)

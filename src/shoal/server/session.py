@@ -199,10 +199,10 @@ class HopSession:
         self.lose_cache(length)
         self.log.restart(length)
 
-    def shorten_log(self) -> None:
-        """Forget the older half of the log, as far as the successor acknowledged it."""
-        middle = self.log.middle
-        self.log.trim(middle if self.plan.is_standby else min(self.outbound.acked, middle))
+    def shorten_log(self, keep_bytes: int) -> None:
+        """Forget all but the last bytes of the log, as far as the successor acknowledged it."""
+        start = self.log.tail_start(keep_bytes)
+        self.log.trim(start if self.plan.is_standby else min(self.outbound.acked, start))
 
     def due_truncation(self) -> int | None:
         """Where the backend must truncate the cache now; None when nothing is due."""

@@ -342,7 +342,7 @@ class SessionTable:
             return
         for owner in owners_over(held, self.quotas.log_bytes_max):
             for hop in self.of_owner(owner):
-                hop.shorten_log()
+                hop.shorten_log(hop.log.num_bytes // 2)
 
     def park(self, hop: HopSession) -> None:
         """Take the hop's cache away; it returns by replay when there is room."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.logs import progress_bar
+
 if TYPE_CHECKING:
     from shoal.lab.trace_past import Incident
     from shoal.lab.trace_replay import Replay
@@ -59,8 +61,9 @@ def replay(
     print("\n".join(describe(incident)), flush=True)
     is_debugging = logging.getLogger("shoal").getEffectiveLevel() <= logging.DEBUG
     same = failures = 0
-    with nullcontext() if is_debugging else quiet():
+    with nullcontext() if is_debugging else quiet(), progress_bar() as progress:
         for number in range(seed, seed + seeds):
+            progress(f"replays, {failures} failed", number - seed, seeds)
             played = _play(incident, number)
             failures += played is None
             same += played is not None and _show(incident, played, is_first=number == seed)

@@ -263,3 +263,16 @@ async def test_what_was_replayed_is_counted_though_the_repair_takes_two_routes(i
     await step
     assert reader.repairs == [(["a"], ["spare-a"])]
     assert reader.session.recoveries[0].replayed_tokens == 40
+
+
+@scene(CHAIN)
+async def test_one_dies_while_another_stands_still(it):
+    """The repair does not wait out the deadline of a call to the one that only seems to live."""
+    reader = await it.read(40)
+    await reader.decode(2)
+    it.network.freeze(it["c"].peer)
+    await it["a"].crash()
+    started_s = now_s()
+    await reader.decode(1)
+    assert reader.chain == ["spare-a", "b", "spare-c"]
+    assert now_s() - started_s < 3.0

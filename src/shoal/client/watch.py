@@ -45,12 +45,13 @@ class Watch:
         while True:
             await asyncio.sleep(ALIVE_PERIOD_S)
             now_s = asyncio.get_running_loop().time()
-            waiting = [s for s in self._sessions.values() if s.is_waiting and not s.is_mending]
+            owed = [state for state in self._sessions.values() if state.is_waiting]
+            waiting = [state for state in owed if not state.is_mending]
             chained = {peer for state in waiting for peer in state.servers}
-            for peer in sorted({peer for state in waiting for peer in state.peers}):
+            for peer in sorted({peer for state in owed for peer in state.peers}):
                 link = self._link(peer)
                 if not link.is_up and peer not in chained:
-                    continue  # a standby that is being asked just now
+                    continue  # a standby, or one that a repair is asking just now
                 if not link.is_up or _is_silent(link, now_s) or _is_stuck(link.alive):
                     self._drop(link)
                 else:

@@ -10,7 +10,7 @@ from shoal.cli.generate import read_prompt
 from shoal.cli.models import OpenModel
 from shoal.cli.status import Seen, as_dicts
 from shoal.cli.threads import physical_cores
-from shoal.client.session import Recovery
+from shoal.client.session import Move, Recovery
 from shoal.discovery.directory import SignedRecord, Snapshot
 from shoal.discovery.records import Record
 from shoal.hf.connection import check_served
@@ -125,6 +125,7 @@ def test_answer_as_json_and_for_people():
         chain=(Stage(peer=B, span=Span(0, 6)),),
         recoveries=(recovery,),
         numerics="exact",
+        moves=(Move(position=5, left=(B,), entered=(A,), reason="leaving", prepared_s=0.5),),
     )
     assert as_dict("hi", answer) == {
         "text": "hi",
@@ -143,8 +144,18 @@ def test_answer_as_json_and_for_people():
                 "pause_s": 0.25,
             }
         ],
+        "moves": [
+            {
+                "position": 5,
+                "left": [peer_text(B)],
+                "entered": [peer_text(A)],
+                "reason": "leaving",
+                "prepared_s": 0.5,
+            }
+        ],
         "numerics": "exact",
     }
+    assert "moved at position 5" in summary(answer)
     assert "4.0 tokens/s" in summary(answer)
     assert "8 tokens replayed" in summary(answer)
 

@@ -17,6 +17,7 @@ from shoal.cli.joining import SwarmChoice, Visitor, visit, wall_clock
 from shoal.cli.models import OpenModel
 from shoal.cli.waiting import with_hint
 from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.session import Move
 from shoal.client.tending import TendConfig
 from shoal.client.waiting import OnWaiting
 from shoal.discovery.directory import Snapshot
@@ -260,6 +261,16 @@ def as_dict(text: str, answer: Answer, num_resumed: int = 0) -> dict[str, Any]:
             }
             for recovery in answer.recoveries
         ],
+        "moves": [
+            {
+                "position": move.position,
+                "left": [peer_text(peer) for peer in move.left],
+                "entered": [peer_text(peer) for peer in move.entered],
+                "reason": move.reason,
+                "prepared_s": move.prepared_s,
+            }
+            for move in answer.moves
+        ],
         "numerics": answer.numerics,
     }
 
@@ -283,4 +294,16 @@ def summary(answer: Answer, num_resumed: int = 0) -> str:
             f"repaired at position {recovery.position}: {lost} replaced by {found}, "
             f"{recovery.replayed_tokens} tokens replayed, {recovery.pause_s:.2f} s"
         )
+    lines += [move_text(move) for move in answer.moves]
     return "\n".join(lines)
+
+
+def move_text(move: Move) -> str:
+    """One planned change of the chain, for a person."""
+    left = ", ".join(short(peer) for peer in move.left)
+    entered = ", ".join(short(peer) for peer in move.entered)
+    why = {"leaving": "which leaves", "slow": "which became slow"}[move.reason]
+    return (
+        f"moved at position {move.position}: from {left}, {why}, to {entered}, "
+        f"ready after {move.prepared_s:.2f} s, no pause"
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from shoal.base.errors import ConfigError, SessionTooLong, ShoalError
 from shoal.base.ids import short
+from shoal.cli.answering import move_text
 from shoal.cli.chatting import Conversation, Listener, Reply
 from shoal.cli.transcript import (
     ChatSettings,
@@ -257,6 +258,8 @@ class ChatRoom:
         note(f"{chain}; {session.length} positions, numerics {session.numerics}")
         for recovery in session.recoveries:
             _tell_repair(recovery)
+        for move in session.moves:
+            note(move_text(move))
 
     def _quit(self, rest: str) -> None:
         self._is_over = True

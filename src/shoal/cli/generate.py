@@ -154,7 +154,7 @@ def generate(
     With --json the last line on stdout is an object: text, token_ids (new ones only),
     prompt_tokens, resumed_tokens (new ones that were in FILE), time_to_first_token_s (from the
     start of opening the session), tokens_per_s (without the first token), chain, recoveries,
-    numerics.
+    moves, numerics.
 
     \b
     Examples:

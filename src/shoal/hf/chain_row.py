@@ -22,7 +22,7 @@ from shoal.base.errors import BadInput, SessionClosed, ShoalError
 from shoal.base.spans import Span
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client
-from shoal.client.session import Recovery
+from shoal.client.session import Move, Recovery
 from shoal.hf.head import Head
 from shoal.model.rows import rows_from_bytes, rows_to_bytes
 from shoal.plan.view import Stage
@@ -118,6 +118,11 @@ class ChainRow:
     def recoveries(self) -> tuple[Recovery, ...]:
         """The repairs so far."""
         return tuple(one for session in self._sessions for one in session.recoveries)
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The planned changes of the chain so far."""
+        return tuple(one for session in self._sessions for one in session.moves)
 
     @property
     def numerics(self) -> str:

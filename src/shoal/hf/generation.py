@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from shoal.client.chain_session import ChainSession
-    from shoal.client.session import Recovery
+    from shoal.client.session import Move, Recovery
 
 
 class TokenHead(Protocol):
@@ -81,6 +81,7 @@ class Answer:
     recoveries: tuple[Recovery, ...]
     numerics: str
     """`exact`, `same-class` or `crossed`."""
+    moves: tuple[Move, ...] = ()
 
 
 class TokenLog:
@@ -195,6 +196,7 @@ def summarize(
         chain=session.chain,
         recoveries=session.recoveries,
         numerics=session.numerics,
+        moves=session.moves,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from shoal.base.errors import BadInput, ConfigError
 from shoal.base.spans import Span
-from shoal.client.session import Recovery
+from shoal.client.session import Move, Recovery
 from shoal.hf.chain_cache import ChainCache
 from shoal.hf.chain_row import ChainRow, ChunkKind
 from shoal.hf.padding import RowPart
@@ -71,6 +71,11 @@ class Session:
     def recoveries(self) -> tuple[Recovery, ...]:
         """The repairs so far."""
         return self._row.recoveries
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The planned changes of the chain so far."""
+        return self._row.moves
 
     @property
     def numerics(self) -> str:

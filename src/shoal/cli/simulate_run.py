@@ -94,7 +94,7 @@ def run(
     \b
     Examples:
       shoal simulate examples/scenarios/evening.toml
-      shoal simulate examples/scenarios/evening.toml --fidelity b --fidelity c --out evening
+      shoal simulate run examples/scenarios/evening.toml --fidelity b --fidelity c --out evening
     """
     from shoal.cli.simulate_file import read_scenario
     from shoal.lab.sim_result import mean_summary, plain

@@ -259,8 +259,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=1, help="of the failing steps")
+    parser.add_argument(
+        "--tokens", type=lambda text: [int(one) for one in text.split(",")],
+        default=[128, 1024], metavar="N,N", help="to be generated",
+    )  # fmt: skip
     options = parser.parse_args()
-    options.tokens = (32, 128) if options.quick else (128, 1024)
+    if options.quick:
+        options.tokens = [32, 128]
     return options
 
 

@@ -17,9 +17,9 @@ from shoal.base.errors import BadInput, ConfigError
 _UNIFORM_BITS: Final = 53
 """As many as a double holds."""
 
-_BEST_TOKENS: Final = 1024
-"""Sorted first, before the whole vocabulary: nearly every draw ends among these. Measured on
-49,152 scores in float32: 0.6 ms a draw, 4.6 ms with all of them sorted."""
+_BEST_TOKENS: Final = (256, 4096)
+"""So many are sorted first, before the whole vocabulary: most draws end among the fewest.
+Measured on 49,152 scores, one thread: 0.4 ms a draw, 4.6 ms with all of them sorted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,10 @@ class Sampler:
             return int(torch.argmax(logits))
         scaled = logits.to(torch.float64) / self.temperature
         uniform = self._uniform(position)
-        if scaled.shape[0] > _BEST_TOKENS:
-            tokens, chances, is_all = _best(scaled)
+        for count in _BEST_TOKENS:
+            if count >= scaled.shape[0]:
+                break
+            tokens, chances, is_all = _best(scaled, count)
             index = self._draw(chances, uniform, is_all=is_all)
             if index is not None:
                 return int(tokens[index])
@@ -70,12 +72,15 @@ class Sampler:
         """Which of `chances`, best first; None: the draw is beyond them, if they aren't all."""
         sums = torch.cumsum(chances, dim=-1)
         kept, is_bounded = chances.shape[0], is_all
-        if self.top_k is not None and self.top_k <= kept:
-            kept, is_bounded = self.top_k, True
+        if self.top_k is not None:
+            is_bounded = is_bounded or self.top_k <= kept
+            kept = min(kept, self.top_k)
         if self.min_p:
             likely = int((chances[:kept] >= self.min_p * chances[0]).sum())
             is_bounded = is_bounded or likely < kept
             kept = likely
+        if not is_bounded and (self.top_k is not None or self.min_p):
+            return None  # what is kept ends somewhere beyond
         total = float(sums[kept - 1]) if is_bounded else 1.0
         if self.top_p is not None:
             reached = int(torch.searchsorted(sums[:kept], self.top_p * total)) + 1
@@ -96,12 +101,12 @@ class Sampler:
         return (int.from_bytes(digest, "little") >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
 
 
-def _best(scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The best tokens and their probabilities, in the order of a whole stable sort.
+def _best(scaled: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """At most `count` best tokens and their probabilities, in the order of a whole stable sort.
 
     Whether they are all that have a probability comes third.
     """
-    found = torch.sort(torch.topk(scaled, _BEST_TOKENS).indices).values
+    found = torch.sort(torch.topk(scaled, count).indices).values
     scores, order = torch.sort(scaled[found], descending=True, stable=True)
     # Which of those that equal the last one came along is chance.
     certain = int((scores > scores[-1]).sum())

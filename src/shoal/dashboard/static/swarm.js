@@ -130,6 +130,9 @@ function section(model) {
     ? element("p", `Missing: nobody serves blocks ${missing}`, "bad")
     : element("p", "All blocks are served", "faint"));
   const scroll = element("div", undefined, "scroll");
+  scroll.tabIndex = 0;
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", `Servers of model ${model.model.slice(0, 16)}`);
   scroll.append(table(model));
   made.append(cover(model), scroll, legend());
   return made;
@@ -148,6 +151,17 @@ function showEvents(events) {
   }));
 }
 
+// Whoever reads a wide table stays where they are.
+function show(models) {
+  const before = [...document.querySelectorAll(".scroll")];
+  const focused = before.indexOf(document.activeElement);
+  at("models").replaceChildren(...models.map(section));
+  document.querySelectorAll(".scroll").forEach((scroll, index) => {
+    scroll.scrollLeft = before[index]?.scrollLeft ?? 0;
+    if (index === focused) scroll.focus({ preventScroll: true });
+  });
+}
+
 function key() {
   try {
     return JSON.parse(localStorage.getItem(KEY))?.key;
@@ -163,7 +177,7 @@ async function look() {
   if (!response.ok) throw new Error(`the gateway answers ${response.status}`);
   const state = await response.json();
   interval = state.interval_s;
-  at("models").replaceChildren(...state.models.map(section));
+  show(state.models);
   if (!state.models.length) at("models").append(element("p", "No servers.", "bad"));
   showEvents(state.events);
   return state.at_s;

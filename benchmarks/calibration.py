@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -50,6 +50,17 @@ class Case:
     delays_s: tuple[float, ...]
     """One way to each server, from whoever comes before it, and back."""
     is_loaded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A line of the table to be."""
+
+    name: str
+    is_loaded: bool
+    scenario: Scenario
+    measure: Callable[[], tuple[Mapping[str, float] | None, Any]]
+    """Figures (None: all rounds were disturbed), and all rounds."""
 
 
 def problem_of(
@@ -204,7 +215,8 @@ def mape_row(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean of all errors, by prediction."""
     row: dict[str, Any] = dict.fromkeys(rows[0], "-") | {"case": name, "figure": "mean error"}
     errors = [key for key in row if key.startswith("error")]
-    return row | {key: mean([one[key] for one in rows if one[key] is not None]) for key in errors}
+    known = {key: [one[key] for one in rows if one[key] is not None] for key in errors}
+    return row | {key: mean(values) if values else None for key, values in known.items()}
 
 
 def best_of(case: Case, rounds: int) -> tuple[dict[str, float], list[float]]:
@@ -217,41 +229,53 @@ def best_of(case: Case, rounds: int) -> tuple[dict[str, float], list[float]]:
     return best, [one["response_s_mean"] for one in found]
 
 
+def compare(
+    theme: str, runs: Sequence[Run], facts: Mapping[str, Any], details: dict[str, Any]
+) -> None:
+    """Predict and measure each run; publish the table."""
+    tables: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for run in runs:
+        known = {way: result.summary() for way, result in predicted(run.scenario).items()}
+        real, taken = run.measure()
+        tables[run.is_loaded] += rows_of(run.name, known, real)
+        details[run.name] = {"predicted": known, "measured": real, "rounds": taken}
+        print(f"{run.name}: measured", flush=True)
+    single, loaded = tables[False], tables[True]
+    rows = [*single, mape_row("single", single), *loaded, mape_row("under load", loaded)]
+    publish(theme, rows, facts, details)
+
+
 def main() -> None:
     """Every case: predictions, then the real thing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="4 servers, 1 round, a small model")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--only", choices=("known", "computing"), help="one of the two tables")
     options = parser.parse_args()
     rounds = 1 if options.quick else ROUNDS
     facts = environment()
     handling_s = min(measured_handling_s() for _ in range(rounds))
-    shape = "small" if options.quick else "110m"
-    runs: list[tuple[str, bool, Scenario, Callable[[], tuple[Mapping[str, float] | None, Any]]]]
-    # Many requests are an average already, and take minutes.
-    runs = [
-        (
-            case.name, case.is_loaded, case.scenario,
-            partial(best_of, case, 1 if case.is_loaded else rounds),
-        )
-        for case in cases(handling_s, is_quick=options.quick)
-    ]  # fmt: skip
-    for sessions in (1, 2):
-        scenario = real_case(shape, sessions, handling_s)
-        name = f"2 that compute ({shape}), {sessions} at once"
-        wanted = 1 if options.quick else REAL_ROUNDS
-        runs.append((name, sessions > 1, scenario, partial(real_measured, shape, scenario, wanted)))
-    tables: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    details: dict[str, Any] = {"handling_s": handling_s}
-    for name, is_loaded, scenario, measure in runs:
-        known = {way: result.summary() for way, result in predicted(scenario).items()}
-        real, taken = measure()
-        tables[is_loaded] += rows_of(name, known, real)
-        details[name] = {"predicted": known, "measured": real, "rounds": taken}
-        print(f"{name}: measured", flush=True)
-    single, loaded = tables[False], tables[True]
-    rows = [*single, mape_row("single", single), *loaded, mape_row("under load", loaded)]
-    publish("calibration", rows, facts, details)
+    if options.only != "computing":
+        # Many requests are an average already, and take minutes.
+        runs = [
+            Run(
+                name=case.name, is_loaded=case.is_loaded, scenario=case.scenario,
+                measure=partial(best_of, case, 1 if case.is_loaded else rounds),
+            )
+            for case in cases(handling_s, is_quick=options.quick)
+        ]  # fmt: skip
+        compare("calibration", runs, facts, {"handling_s": handling_s})
+    if options.only != "known":
+        shape, wanted = ("small", 1) if options.quick else ("110m", REAL_ROUNDS)
+        stories = {count: real_case(shape, count, handling_s) for count in (1, 2)}
+        runs = [
+            Run(
+                name=f"{shape}, {count} at once", is_loaded=count > 1, scenario=story,
+                measure=partial(real_measured, shape, story, wanted),
+            )
+            for count, story in stories.items()
+        ]  # fmt: skip
+        compare("calibration_computing", runs, facts, {"handling_s": handling_s})
 
 
 if __name__ == "__main__":

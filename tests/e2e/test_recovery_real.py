@@ -10,7 +10,7 @@ import pytest
 from shoal.cli.models import open_model
 from tests.e2e.recovery import GREEDY, SAMPLED, pauses, reader, running
 
-pytestmark = [pytest.mark.e2e, pytest.mark.real_model]
+pytestmark = [pytest.mark.e2e, pytest.mark.real_model, pytest.mark.timeout(300)]
 
 NAME = "smollm2-135m-instruct"
 SERVERS = "a 0:10, b 10:20, c 20:30, b2 10:20, b3 10:20"

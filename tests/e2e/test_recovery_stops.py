@@ -54,6 +54,17 @@ def test_a_stopped_server_is_replaced_and_wakes_up_in_vain(fleet, undisturbed, h
     print(f"stopped: next token after {answer.longest_pause_s:.2f} s, repair {pauses(answer)}")
 
 
+def test_one_is_killed_while_another_is_stopped(fleet, undisturbed):
+    def act(session):
+        first, _, last = fleet.chain(session)
+        fleet.stop(last)
+        fleet.kill(first)
+
+    answer = read(fleet, PROMPT, TOKENS, acts={20: act})
+    assert answer.token_ids == undisturbed.token_ids
+    print(f"killed and stopped: next token after {answer.longest_pause_s:.2f} s")
+
+
 def test_all_hops_are_stopped_for_a_while(fleet, undisturbed):
     """Nobody else is left: the same servers go on when they wake."""
 
@@ -85,11 +96,11 @@ def test_a_slow_server_is_left_or_waited_for(fleet, undisturbed, stopped_s):
 
     threads = [threading.Thread(target=stutter)]
     try:
-        answer = read(fleet, PROMPT, TOKENS, acts={10: crawl})
+        answer = read(fleet, PROMPT, TOKENS // 2, acts={10: crawl})
     finally:
         is_over.set()
         threads[0].join()
-    assert answer.token_ids == undisturbed.token_ids
+    assert answer.token_ids == undisturbed.token_ids[: TOKENS // 2]
     print(
         f"stopped {stopped_s} of {stopped_s + 0.05} s: repairs "
         f"{fleet.repairs(answer.recoveries)}, longest pause {answer.longest_pause_s:.2f} s"

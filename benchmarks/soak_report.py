@@ -48,7 +48,11 @@ class Soak:
         members = list(servers.members.values())
         found = await asyncio.gather(*map(_holdings, members))
         said = {m.name: held for m, held in zip(members, found, strict=True) if held is not None}
-        self.samples.append({"at_s": round(time.monotonic() - self.started_s, 1), **said})
+        kept = {
+            name: {what: held[what] for what in held if what != "task_names"}
+            for name, held in said.items()
+        }
+        self.samples.append({"at_s": round(time.monotonic() - self.started_s, 1), **kept})
         return said
 
     async def settle(self, servers: Fleet, before: Mapping[str, Any]) -> None:

@@ -28,6 +28,9 @@ from tests.e2e.processes import ENVIRONMENT, Launch, popen
 
 REQUEST_BYTES_MAX = 1 << 16
 CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
+"""What is forked dies with the nursery, and that with the tests, however they end."""
+
 IMPORTS = ("shoal.cli.app", "shoal.cli.serve", "shoal.cli.serving", "shoal.cli.models")
 
 
@@ -133,6 +136,7 @@ def become(arguments: list[str], out: int, err: int, namespace: int | None = Non
     """Be that process: never returns."""
     code: object = 1
     try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if namespace is not None:

@@ -49,4 +49,5 @@ async def decode_s_per_block(link: ServerLink, experience: ExperienceBook) -> fl
     if not isinstance(answer, Load):
         raise PeerMisbehaved(f"{type(answer).__name__} is no answer to GetLoad")
     experience.round_trip(link.peer, now() - asked_s)
+    experience.load(link.peer, answer.room_in_s, now())
     return answer.decode_s_per_block

@@ -11,7 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -35,6 +35,7 @@ from shoal.base.spans import Span
 from shoal.client import asking
 from shoal.client.chain_session import ChainSession
 from shoal.client.experience import ExperienceBook
+from shoal.client.news import News
 from shoal.client.repair import Supervisor
 from shoal.client.routing import (
     Followed,
@@ -69,6 +70,7 @@ from shoal.wire.messages import (
     Fork,
     Leaving,
     Open,
+    Room,
     Routed,
     Stale,
 )
@@ -127,6 +129,7 @@ class Client:
         self._directory = directory
         self._wall_clock = wall_clock
         self._sessions: dict[SessionId, SessionState] = {}
+        self._news = News(directory)
         self._links: dict[PeerId, ServerLink] = {}
         self._senders = SenderPool(self._dial_rows, self)
         self._tasks = TaskSet(f"client {short(self.me)}")
@@ -210,7 +213,7 @@ class Client:
             return
         state.fail(error)
         state.stirred.set()
-        self.dismiss(state, state.peers)
+        self.dismiss(state, state.peers | state.queued_at)
         for outbound in state.outbounds():
             self._senders.detach(outbound)
 
@@ -222,10 +225,8 @@ class Client:
         return self._directory.snapshot().view(self.config.model, shape)
 
     async def wait_for_news(self, timeout_s: float) -> None:
-        """Return when the directory changed or the time is over."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._directory.changed(self._directory.snapshot().version)
+        """Return when the directory changed, a server has room, or the time is over."""
+        await self._news.wait(timeout_s)
 
     async def install(
         self,
@@ -331,7 +332,8 @@ class Client:
 
     def sessions_at(self, peer: PeerId) -> list[bytes]:
         """Our sessions that run over this server now."""
-        return [state.id for state in self._sessions.values() if peer in state.peers]
+        states = self._sessions.values()
+        return [state.id for state in states if peer in state.peers or peer in state.queued_at]
 
     # --- rows in: LinkEvents -----------------------------------------------------------
 
@@ -377,14 +379,12 @@ class Client:
         state = self._sessions.get(SessionId(message.session))
         if state is None or message.epoch != state.epoch:
             return
-        for standby in state.standbys:
-            stage = standby.stage
-            if (stage.peer, stage.span.start) == (message.peer, message.border):
-                detail = f"it can't be fed: {message.detail}"  # which says nothing bad of it
-                lose_standby(self.experience, state, stage.peer, SessionLost(detail))
-                return
-        for stage, successor in pairwise(state.chain):
-            if (stage.peer, successor.peer) == (peer, message.peer):
+        stage = state.standby_at(PeerId(message.peer), message.border)
+        if stage is not None:
+            detail = f"it can't be fed: {message.detail}"  # which says nothing bad of it
+            lose_standby(self.experience, state, stage.peer, SessionLost(detail))
+        for before, successor in pairwise(state.chain if stage is None else ()):
+            if (before.peer, successor.peer) == (peer, message.peer):
                 self._report(state, Trouble(links={(peer, successor.peer)}))
 
     def on_failed(self, peer: PeerId, message: Failed) -> None:
@@ -393,12 +393,10 @@ class Client:
         if state is None or message.epoch != state.epoch or peer not in state.peers:
             return
         error = error_from_code(message.code, message.detail, message.retry_after_s)
-        stage = state.standby_at(peer, message.start)
-        if stage is not None:
-            lose_standby(self.experience, state, peer, error)
-            return
         before = state.predecessor(peer, message.start)
-        if message.code == BadInput.code and before is not None:
+        if state.standby_at(peer, message.start) is not None:
+            lose_standby(self.experience, state, peer, error)
+        elif message.code == BadInput.code and before is not None:
             self._blame(state, before, error)  # we only relayed those rows
         elif message.code in TERMINAL_CODES:
             self.end(state, error)
@@ -418,14 +416,20 @@ class Client:
             if peer in state.servers and not state.is_mending:
                 self._report(state, Trouble(lost={peer}))
 
+    def on_room(self, peer: PeerId, message: Room) -> None:
+        """A server has room for a session of ours: it tries again at once."""
+        state = self._sessions.get(SessionId(message.session))
+        if state is not None and peer in state.queued_at:
+            self.experience.has_room(peer)
+            self._news.call()
+
     def on_round_trip(self, peer: PeerId, rtt_s: float) -> None:
         """A server answered a Ping."""
         self.experience.round_trip(peer, rtt_s)
 
     def on_leaving(self, peer: PeerId, message: Leaving) -> None:
         """A server will stop serving blocks: our sessions should be gone by then."""
-        logger.info("server leaves peer=%s blocks=[%d,%d) within_s=%.1f",
-                    short(peer), message.start, message.end, message.within_s)  # fmt: skip
+        logger.info("server leaves peer=%s within_s=%.1f", short(peer), message.within_s)
         if message.start >= message.end:
             raise ProtocolError("a server leaves no blocks")
         until_s = asyncio.get_running_loop().time() + message.within_s
@@ -453,8 +457,6 @@ class Client:
                 lose_standby(self.experience, state, peer, error)
             elif peer in state.servers:
                 self._report(state, Trouble(lost={peer}))
-
-    # --- watching ----------------------------------------------------------------------
 
     def _drop(self, link: ServerLink) -> None:
         """The server doesn't answer as it should: everybody who uses it must know."""

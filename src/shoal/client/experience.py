@@ -18,6 +18,9 @@ PAIR_S: Final = 300.0
 """How long two servers count as unable to reach each other."""
 
 
+LOAD_S: Final = 2.0
+"""What a server said of its load counts this long."""
+
 SLOW_S: Final = 120.0
 """How long a server is held for slow after it was last seen to be."""
 
@@ -33,6 +36,8 @@ class ExperienceBook:
         self._pairs_until_s: dict[tuple[PeerId, PeerId], float] = {}
         self._rtt_s: dict[PeerId, float] = {}
         self._slowness: dict[PeerId, tuple[float, float]] = {}
+        self._rooms: dict[PeerId, tuple[float, float]] = {}
+        """When there should be room, and until when that counts."""
 
     def failed(self, peer: PeerId, now_s: float) -> None:
         """The peer is broken or gone: avoid it, longer each time."""
@@ -68,6 +73,20 @@ class ExperienceBook:
         """The peer's decode iterations take `factor` times as long as its record says."""
         self._slowness[peer] = (max(1.0, factor), now_s + SLOW_S)
 
+    def load(self, peer: PeerId, room_in_s: float, now_s: float) -> None:
+        """The peer said when a new session should find room there."""
+        self._rooms[peer] = (now_s + room_in_s, now_s + LOAD_S)
+
+    def knows_load(self, peer: PeerId, now_s: float) -> bool:
+        """Whether the peer said so a short while ago."""
+        return self._rooms.get(peer, (0.0, 0.0))[1] > now_s
+
+    def has_room(self, peer: PeerId) -> None:
+        """The peer calls us: it was full, and has room now."""
+        self._rooms.pop(peer, None)
+        if peer not in self._failures:
+            self._avoid_until_s.pop(peer, None)
+
     def snapshot(self, now_s: float) -> Experience:
         """What holds now, frozen for a decision."""
         return Experience(
@@ -77,6 +96,11 @@ class ExperienceBook:
             unreachable_pairs=frozenset(
                 pair for pair, until in self._pairs_until_s.items() if until > now_s
             ),
+            waits_s={
+                peer: max(0.0, at_s - now_s)
+                for peer, (at_s, until) in self._rooms.items()
+                if until > now_s
+            },
             slowness={
                 peer: factor for peer, (factor, until) in self._slowness.items() if until > now_s
             },

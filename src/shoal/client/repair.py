@@ -46,6 +46,12 @@ BACKOFF_S_MAX: Final = 2.0
 CALM_S: Final = 30.0
 """An idle session that was mended this long ago has got over it."""
 
+ASK_ROUNDS_MAX: Final = 4
+"""How often the best chain is chosen anew when its servers said that they are full."""
+
+ASK_S: Final = 1.0
+"""Who does not say within this how full it is counts as free; the route will tell."""
+
 PROBES_MAX: Final = 4
 """Other servers asked whether they answer, before the client blames its own link."""
 
@@ -167,6 +173,7 @@ class Supervisor:
             chain: Sequence[Stage] = ()
             followed = NOBODY
             try:
+                await self._ask_around(lost)
                 chain, standbys = self._choose(lost)
                 followed = await self._install(chain, standbys)
                 if not followed.refused and not state.trouble:
@@ -185,7 +192,8 @@ class Supervisor:
             await self._back_off()
         after = [stage for stage in chain if len(stage.span)]
         state.distrusted.clear()
-        swarm.dismiss(state, gone(peers_before, state))
+        swarm.dismiss(state, gone(peers_before | state.queued_at, state))
+        state.queued_at.clear()
         judge_numerics(state, swarm.view(), before, after)
         if before and lost:
             self._record(since_s, position, before, after)
@@ -266,6 +274,32 @@ class Supervisor:
         others = self._swarm.rng.sample(others, min(PROBES_MAX, len(others)))
         return bool(await self._alive_among(others))
 
+    async def _ask_around(self, lost: set[PeerId]) -> None:
+        """Before a session opens: ask who would be chosen how full it is, until all are known.
+
+        So the least price is that of WS-RR, over what the candidates say; who was never asked
+        counts as free.
+        """
+        asked: set[PeerId] = set()
+        for _ in range(ASK_ROUNDS_MAX):
+            if self._state.chain:
+                return
+            chain, _standbys = self._choose(lost)
+            now_s = asyncio.get_running_loop().time()
+            peers = {stage.peer for stage in chain if len(stage.span)} - asked
+            peers = {p for p in peers if not self._swarm.experience.knows_load(p, now_s)}
+            if not peers:
+                return
+            asked |= peers
+            await asyncio.gather(*map(self._ask, sorted(peers)))
+
+    async def _ask(self, peer: PeerId) -> None:
+        try:
+            async with asyncio.timeout(ASK_S):
+                await self._swarm.decode_s_per_block(peer)
+        except (ShoalError, TimeoutError) as error:
+            logger.debug("load unknown peer=%s reason=%r", short(peer), error)
+
     def _choose(self, lost: set[PeerId]) -> tuple[list[Stage], list[Standby]]:
         """The chain to go on with, standbys in place of the lost, and the standbys left."""
         state, swarm = self._state, self._swarm
@@ -303,7 +337,9 @@ class Supervisor:
             self._held[hop] = min(length, self._held.get(hop, length))
         if followed.refused and not self._state.length:
             # nobody holds anything yet: choose all hops anew rather than repair
-            self._swarm.dismiss(self._state, self._state.peers)
+            busy = {p for p, error in followed.refused.items() if isinstance(error, PeerBusy)}
+            self._state.queued_at |= busy  # and keep our places in line
+            self._swarm.dismiss(self._state, self._state.peers - busy)
             self._state.chain = ()
             self._state.standbys = ()
         return followed

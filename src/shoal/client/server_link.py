@@ -37,6 +37,7 @@ from shoal.wire.messages import (
     Leaving,
     Ping,
     Publish,
+    Room,
     Route,
 )
 
@@ -56,6 +57,9 @@ class LinkEvents(ReceiverEvents, Protocol):
 
     def on_leaving(self, peer: PeerId, message: Leaving) -> None:
         """A server will stop serving blocks."""
+
+    def on_room(self, peer: PeerId, message: Room) -> None:
+        """A server has room for a session of ours that waits in line."""
 
     def on_round_trip(self, peer: PeerId, rtt_s: float) -> None:
         """A Ping was answered after this long."""
@@ -221,6 +225,8 @@ class ServerLink:
                 self._events.on_broken(self.peer, message)
             case Failed():
                 self._events.on_failed(self.peer, message)
+            case Room():
+                self._events.on_room(self.peer, message)
             case Leaving():
                 self._events.on_leaving(self.peer, message)
             case Alive():

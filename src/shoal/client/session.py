@@ -107,6 +107,8 @@ class SessionState:
         self.chain: tuple[Stage, ...] = ()
         """Stages in order, the client's own pass-through hops included."""
         self.standbys: tuple[Standby, ...] = ()
+        self.queued_at: set[PeerId] = set()
+        """Full servers at which the session waits in line."""
         self.unfit: dict[PeerId, float] = {}
         """Peers that could not stand by, and the loop time at which they may be asked again."""
         self.leaving: dict[PeerId, tuple[Span, float]] = {}

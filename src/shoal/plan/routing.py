@@ -21,6 +21,10 @@ from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
 from shoal.plan.spec import DecodeTimes
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
 
+STEPS_EXPECTED: Final = 128
+"""A session's wait for room is spread over so many steps: what BPRR's requests take, since
+nobody knows how long an answer will be. That makes the sum of both prices WS-RR's."""
+
 NEAR_TIE: Final = 0.05
 """Chains within 5 % of each other count as equals: measured times are no better."""
 
@@ -104,7 +108,8 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
             rebuilt=0,
             crossed=int(numerics is not None and server.numerics != numerics),
             leaving=int(server.state == "draining"),
-            seconds=hub_entry_s(experience.rtt_s.get(server.peer, RTT_UNKNOWN_S)),
+            seconds=hub_entry_s(experience.rtt_s.get(server.peer, RTT_UNKNOWN_S))
+            + experience.waits_s.get(server.peer, 0.0) / STEPS_EXPECTED,
         ),
         seconds_per_block=max(
             decode_s(server, 1 + experience.sessions.get(server.peer, 0)),

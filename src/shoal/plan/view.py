@@ -88,5 +88,7 @@ class Experience:
     """How many of the client's own sessions run at a server: they share its passes."""
     unreachable_pairs: frozenset[tuple[PeerId, PeerId]] = frozenset()
     """(sender, receiver) pairs whose direct link failed: link them via the client."""
+    waits_s: dict[PeerId, float] = field(default_factory=dict)
+    """In how many seconds a new session should find room at a server, as it says."""
     slowness: dict[PeerId, float] = field(default_factory=dict)
     """How many times longer than its record says a server takes for a decode row now."""

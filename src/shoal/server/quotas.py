@@ -120,6 +120,22 @@ class Line:
             self._places[session] = _Place(owner, now_s + eta_s + PLACE_GRACE_S)
         return ahead + 1, eta_s
 
+    def room_in_s(self, now_s: float) -> float:
+        """In how many seconds a newcomer should find room."""
+        self._expire(now_s)
+        return self._eta_s(len(self._places) + 1, now_s)
+
+    def call(self, count: int, now_s: float) -> list[tuple[PeerId, SessionId]]:
+        """The first `count` in line may come; returns who was not called before."""
+        self._expire(now_s)
+        called: list[tuple[PeerId, SessionId]] = []
+        for session in list(self._places)[:count]:
+            place = self._places[session]
+            if not place.is_called:
+                self._places[session] = _Place(place.owner, now_s + PLACE_GRACE_S, True)
+                called.append((place.owner, session))
+        return called
+
     def leave(self, session: SessionId, owner: PeerId) -> None:
         """It got in, or wants nothing any more."""
         place = self._places.get(session)
@@ -162,6 +178,8 @@ class _Place(NamedTuple):
     owner: PeerId
     until_s: float
     """When it lapses."""
+    is_called: bool = False
+    """Whether its owner was told to come."""
 
 
 class Rates:

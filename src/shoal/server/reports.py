@@ -22,7 +22,7 @@ def alive(engine: Engine, call: int, now_s: float) -> Alive:
     )
 
 
-def load(engine: Engine, sessions: SessionTable, call: int) -> Load:
+def load(engine: Engine, sessions: SessionTable, call: int, now_s: float) -> Load:
     """How full the server is."""
     ledger = sessions.ledger
     return Load(
@@ -34,6 +34,7 @@ def load(engine: Engine, sessions: SessionTable, call: int) -> Load:
         iteration_estimate_s=engine.pace.estimate_s(1),
         iterations=engine.iteration,
         decode_s_per_block=engine.pace.decode_s_per_block,
+        room_in_s=sessions.room_in_s(now_s),
     )
 
 

@@ -68,6 +68,7 @@ from shoal.wire.messages import (
     Load,
     Open,
     Publish,
+    Room,
     Route,
     Routed,
     Stale,
@@ -171,8 +172,6 @@ class Server:
                 self.sessions.park(hop)
                 self.on_held_changed(hop)
         self.engine.wake()
-
-    # --- streams -------------------------------------------------------------------
 
     async def serve_stream(self, stream: Stream) -> None:
         """Serve one incoming stream (the handler for Transport.listen)."""
@@ -278,6 +277,7 @@ class Server:
             if old is not None:
                 self._forget(old)
             hop = self.sessions.open(plan, parent, now_s)
+        self._call_waiting()
         logger.info(
             "session opened session=%s span=%s epoch=%d held=%d",
             short(plan.session), plan.span, plan.epoch, hop.inbound.have,
@@ -312,13 +312,11 @@ class Server:
 
     def load(self, call: int) -> Load:
         """How full the server is."""
-        return reports.load(self.engine, self.sessions, call)
+        return reports.load(self.engine, self.sessions, call, asyncio.get_running_loop().time())
 
     def directory_answer(self, message: GetRecords | Publish) -> ControlMessage:
         """Records asked for or handed over."""
         return self._book.answer(message)
-
-    # --- rows in: ReceiverEvents -----------------------------------------------------
 
     def on_open(self, peer: PeerId, message: Open) -> Answer | None:
         """A sender asks what is held."""
@@ -359,8 +357,6 @@ class Server:
                 return hop.inbound.ack_message(hop.settled_length)
             case _:
                 return None
-
-    # --- rows out: PoolEvents --------------------------------------------------------
 
     def on_cursor_moved(self, outbound: Outbound) -> None:
         """Rows were sent or acknowledged: a session that ran ahead may run again."""
@@ -419,8 +415,6 @@ class Server:
         """The engine can't go on with this session; bad rows are the predecessor's."""
         self._fail(hop, error, blame=hop.plan.predecessor if isinstance(error, BadInput) else None)
 
-    # --- ends ------------------------------------------------------------------------
-
     def _fail(self, hop: HopSession, error: ShoalError, blame: PeerId | None) -> None:
         if blame is not None and blame != hop.plan.owner:
             error = PeerMisbehaved(f"{short(blame)} sent bad rows: {error.detail}")
@@ -435,9 +429,16 @@ class Server:
         self.sessions.close(hop)
         self._farewells.went(hop)
         self.sessions.line.departed(asyncio.get_running_loop().time())
+        self._call_waiting()
         if not self.sessions.of_owner(hop.plan.owner):
             self._intake.forget(hop.plan.owner)
         self.engine.wake()
+
+    def _call_waiting(self) -> None:
+        """Tell the first in line that there is room; when it came, the next."""
+        for owner, session in self.sessions.called(asyncio.get_running_loop().time()):
+            if owner in self._controls:
+                self._controls[owner].post(Room(session))
 
     def _tell_owner(self, hop: HopSession, message: Broken | Failed) -> None:
         control = self._controls.get(hop.plan.owner)

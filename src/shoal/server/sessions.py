@@ -125,6 +125,16 @@ class SessionTable:
             )
         self.line.leave(session, hop.plan.owner)
 
+    def called(self, now_s: float) -> list[tuple[PeerId, SessionId]]:
+        """Who is first in line and may come now, if it was not told yet."""
+        return self.line.call(min(1, self.ledger.free), now_s)
+
+    def room_in_s(self, now_s: float) -> float:
+        """In how many seconds a new session should find room; 0: there is some."""
+        if self.ledger.free > len(self.line):
+            return 0.0
+        return self.line.room_in_s(now_s)
+
     def _check_count(self, plan: HopPlan) -> None:
         if len(self._hops) >= SESSIONS_MAX:
             raise PeerBusy(f"{SESSIONS_MAX} sessions are open", retry_after_s=RETRY_AFTER_S)

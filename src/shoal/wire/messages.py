@@ -191,6 +191,12 @@ class Leaving(WireMessage, tag=18, frozen=True):
     within_s: Seconds
 
 
+class Room(WireMessage, tag=19, frozen=True):
+    """Server to owner: there is room for the session that waits in line here; come now."""
+
+    session: Session
+
+
 class Alive(WireMessage, tag=5, frozen=True):
     """Answers a Ping. `iteration` counts finished engine iterations.
 
@@ -283,7 +289,7 @@ class GetLoad(WireMessage, tag=14, frozen=True):
 
 
 class Load(WireMessage, tag=15, frozen=True):
-    """How full a server is right now."""
+    """How full a server is right now; `room_in_s`: when a new session should find room."""
 
     call: Count
     cache_tokens: Count
@@ -293,6 +299,7 @@ class Load(WireMessage, tag=15, frozen=True):
     iteration_estimate_s: Seconds
     iterations: Count = 0
     decode_s_per_block: Seconds = 0.0
+    room_in_s: Seconds = 0.0
 
 
 # --- data links ----------------------------------------------------------------
@@ -403,6 +410,7 @@ ControlMessage = (
     | Load
     | GetHeld
     | Leaving
+    | Room
 )
 LinkMessage = Open | Have | Gap | Ack | Stale | Rows | Error
 GossipMessage = Beat | Digest | Offer | WantRecords | Suspects | Taken | Part | Records | Error

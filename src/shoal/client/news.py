@@ -1,0 +1,31 @@
+"""What a session that found no chain waits for: the directory changes, or a server calls."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal.discovery.directory import Directory
+
+
+class News:
+    """Wakes everybody who waits."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._called = asyncio.Event()
+
+    def call(self) -> None:
+        """A server has room."""
+        self._called.set()
+        self._called.clear()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when there is news, or the time is over."""
+        changed = self._directory.changed(self._directory.snapshot().version)
+        waiting = [asyncio.ensure_future(changed), asyncio.ensure_future(self._called.wait())]
+        try:
+            await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)

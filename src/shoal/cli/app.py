@@ -34,6 +34,7 @@ COMMANDS: Final = (
     "bench",
     "swarm",
     "simulate",
+    "study",
     "config",
 )
 """Modules of this package with a `register(app)`, in the order of the help."""

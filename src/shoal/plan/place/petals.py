@@ -8,6 +8,7 @@ the same, and for the number of blocks and the joining order how the authors of 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Final
 
 from shoal.base.spans import Span
@@ -100,11 +101,21 @@ def _caches(problem: Problem) -> list[int]:
 
 
 def _join_all(problem: Problem, rng: random.Random) -> Placement:
+    count = len(problem.servers)
+    sizes = [petals_blocks(problem, server) for server in range(count)]
+    return join_in_order(problem, rng.sample(range(count), count), sizes)
+
+
+def join_in_order(problem: Problem, order: Sequence[int], sizes: Sequence[int]) -> Placement:
+    """The servers join one after the other; `sizes` says how many blocks each server takes.
+
+    Petals' cache for its blocks is kept by each. It need not cover the model.
+    """
     spans: list[Span | None] = [None] * len(problem.servers)
     caches = [0] * len(spans)
     throughputs = [0.0] * problem.num_blocks
-    for server in rng.sample(range(len(spans)), len(spans)):
-        num_blocks = petals_blocks(problem, server)
+    for server in order:
+        num_blocks = sizes[server]
         if not num_blocks:
             continue
         span = choose_span(throughputs, num_blocks)

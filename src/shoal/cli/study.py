@@ -1,0 +1,105 @@
+"""`shoal study`: published experiments again, on our own rules and simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.base.errors import ConfigError
+from shoal.cli.logs import progress_bar
+
+
+def _known_studies(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from shoal.lab.study_list import STUDIES
+
+    return [name for name in ("list", "all", *STUDIES) if name.startswith(incomplete)]
+
+
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", autocompletion=_known_studies, show_default=False,
+        help="A study; `list` to see which there are, `all` to run every one.",
+    ),
+]  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("study")(study)
+
+
+def study(
+    name: NameArgument,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=100_000,
+            show_default=False,
+            help="How many draws of each setting (default: the study's own number).",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", show_default=False, help="Write CSV, JSON and figures there, by name."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few settings and draws, for a first look.")
+    ] = False,
+) -> None:
+    """Run a published experiment again, by our rules.
+
+    Rules are those of `shoal plan`, runs those of `shoal simulate`. Prints Markdown: tables
+    in which every column says whether its numbers are published,
+    simulated by us or measured by us, then what was expected and what was found. With --out
+    the same goes into NAME.csv and NAME.json (with versions and seeds), and figures where
+    matplotlib is installed. The same seeds give the same simulated figures on any machine.
+    docs/studies explains every study and why some figures differ from those published.
+
+    \b
+    Examples:
+      shoal study list
+      shoal study bprr-scattered --quick
+      shoal study all --out studies                            (some of it takes minutes)
+    """  # fmt: skip
+    from shoal.lab.study import Task
+    from shoal.lab.study_list import STUDIES
+    from shoal.lab.study_list import study as study_of
+    from shoal.lab.study_write import markdown, write_report
+
+    if name == "list":
+        print(_listed(), flush=True)
+        return
+    chosen = list(STUDIES.values()) if name == "all" else [study_of(name)]
+    if out is not None:
+        _make_folder(out)
+    for one in chosen:
+        with progress_bar() as progress:
+            count = seeds or (one.quick_seeds if quick else one.seeds)
+            task = Task(seeds=count, is_quick=quick, progress=progress)
+            report = one.run(task)
+        print(f"# {one.name}\n\n{one.title}. Source: {one.source}. Seeds: {count}.\n")
+        print(f"{markdown(report)}\n", flush=True)
+        if out is not None:
+            write_report(out, one, task, report)
+
+
+def _listed() -> str:
+    from shoal.lab.study_list import STUDIES
+
+    width = max(map(len, STUDIES))
+    return "\n".join(f"{one.name:{width}}  {one.title}" for one in STUDIES.values())
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"can't write to {out}: {error}") from error

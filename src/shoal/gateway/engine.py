@@ -178,7 +178,7 @@ class Engine:
                 return await session.fork(match.length)
             session.truncate(match.length)
         except ShoalError:
-            session.close()
+            self._kept.drop(match.kept)
             return None
         return session
 

@@ -91,7 +91,7 @@ class KeptSessions:
         while (
             len(self._kept) > self._config.sessions_max or self.num_tokens > self._config.tokens_max
         ):
-            self._drop(next(iter(self._kept.values())))
+            self.drop(next(iter(self._kept.values())))
 
     def find(self, owner: str, ids: Sequence[int], now_s: float) -> Match | None:
         """The session of `owner` that has most of `ids`; a session to take is out of here.
@@ -118,14 +118,15 @@ class KeptSessions:
         """Close those that nobody came back to."""
         for kept in list(self._kept.values()):
             if now_s - kept.at_s > self._config.ttl_s:
-                self._drop(kept)
+                self.drop(kept)
 
     def clear(self) -> None:
         """Close all."""
         for kept in list(self._kept.values()):
-            self._drop(kept)
+            self.drop(kept)
 
-    def _drop(self, kept: Kept) -> None:
+    def drop(self, kept: Kept) -> None:
+        """Close one, wherever it is."""
         self._kept.pop(kept.session.id, None)
         try:
             kept.session.close()

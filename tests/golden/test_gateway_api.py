@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from shoal.gateway import engine
 from shoal.gateway.opening import GatewayConfig
+from shoal.hf import local_swarm
 from tests.gateway_cases import Gate, gate
 
 SEA = [{"role": "user", "content": "The sea"}]
@@ -284,6 +287,22 @@ def test_a_crash_is_a_pause(running: Gate, client: openai.OpenAI) -> None:
     told = [one.shoal["recoveries"] for one in chunks[:-1] if "recoveries" in (_facts(one))]
     assert told == [[recovery]], "the page hears of it when it happens"
     assert running.metrics()["shoal_gateway_repairs_total"] >= 1
+
+
+def test_sessions_at_rest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_swarm, "CACHE_TOKENS", 256)
+    monkeypatch.setattr(engine, "STALL_S", 0.3)
+    monkeypatch.setattr(engine, "STALL_S_PER_TOKEN", 0.0)
+    config = GatewayConfig(names=("tiny",), kept_tokens=512)
+    asked: dict[str, Any] = {**GREEDY, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    with gate(config, cache=tmp_path, borders=(0, 7)) as small:
+        client = small.openai()
+        for prompt in ("One", "Two"):
+            # A client may have three quarters of the cache: two of these don't fit.
+            answer = client.completions.create(prompt=prompt, **asked)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 150
+        assert small.metrics()["shoal_gateway_kept_sessions"] == 1
 
 
 def _facts(chunk: Any) -> dict[str, Any]:

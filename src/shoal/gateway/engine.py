@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 ROOM_S: Final = 1.0
 """A session that is not open by then waits for cache: sessions at rest give theirs up."""
 
+STALL_S: Final = 5.0
+STALL_S_PER_TOKEN: Final = 0.1
+"""A step that takes longer may wait for cache too. Slow swarms read 10 tokens a second."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
@@ -129,7 +133,7 @@ class Engine:
             log = TokenLog(self.served.head, session.encoding, session.length)
             rest = job.prompt_ids[kept_tokens:]
             log.append(rest)
-            row = await session.step(log.rows, len(rest))
+            row = await self._step(session, log, len(rest))
             scores = await self.served.batch.logits(row, session.encoding)
             await sink.begun(Begun(chain=session.chain, kept_tokens=kept_tokens))
             self._meter.first_token_s.observe(self._clock() - started_s)
@@ -196,6 +200,15 @@ class Engine:
                 result.close()
             raise
 
+    async def _step(self, session: ChainSession, log: TokenLog, count: int) -> bytes:
+        """The last row of `count` new ones; sessions at rest make room if it takes long."""
+        after_s = STALL_S + STALL_S_PER_TOKEN * count
+        room = asyncio.get_running_loop().call_later(after_s, self._kept.clear)
+        try:
+            return await session.step(log.rows, count)
+        finally:
+            room.cancel()
+
     def _keep(self, job: Job, session: ChainSession, tokens: Sequence[int]) -> None:
         held = (*job.prompt_ids, *tokens)[: session.length]
         self._kept.put(Kept(owner=job.owner, tokens=held, session=session, at_s=self._clock()))
@@ -253,7 +266,7 @@ class Engine:
                 return
             log.append([token_id])
             try:
-                row = await session.step(log.rows, 1)
+                row = await self._step(session, log, 1)
             except SessionTooLong:
                 await sink.piece(writing.end("length"))
                 return

@@ -164,3 +164,18 @@ async def test_the_old_hop_dies_while_the_new_one_gets_ready(it):
     await reader.decode(5)
     assert reader.chain == ["a", "spare-b"]
     assert it.hop("spare-b", reader) is held, "what it held by then was used"
+
+
+@scene("late-a 0:4, b 2:4, c 0:2", cache_tokens=80)
+async def test_two_hops_that_do_not_fit_beside_each_other_become_one(it):
+    """The neighbour can't hold the session twice: when nothing moves, it computes it as one hop."""
+    reader = await it.read(20)
+    await it["late-a"].start()
+    await it["c"].server.drain(30.0)
+    assert reader.chain == ["late-a", "b"]
+    await it["b"].crash()
+    await reader.decode(10)
+    assert reader.chain == ["late-a", "late-a"]
+    await reader.prefill(40)
+    await reader.decode(5)
+    assert reader.chain == ["late-a"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import NoRouteError
 from shoal.base.spans import Span, missing_blocks
-from shoal.plan.repair import choose_repair, with_client_links
+from shoal.plan.repair import choose_repair, merge_neighbours, with_client_links
 from shoal.plan.routing import Wanted
 from shoal.plan.view import Experience, Stage, SwarmView
 from tests.unit.plan_cases import (
@@ -248,3 +248,11 @@ def test_client_links_are_put_where_they_are_needed_and_nowhere_else() -> None:
     assert hops(linked) == [(1, 0, 4), (2, 4, 6), (9, 6, 6), (3, 6, 8)]
     assert with_client_links(linked, cut, peer(9)) == linked
     assert with_client_links(linked, NOTHING, peer(9)) == list(chain)
+
+
+def test_neighbouring_hops_of_one_peer_become_one_where_it_holds_both() -> None:
+    view = swarm(6, server(1, 0, 4), server(2, 4, 6))
+    chain = stages((1, 0, 2), (1, 2, 4), (2, 4, 5), (2, 5, 6))
+    assert hops(merge_neighbours(chain, view)) == [(1, 0, 4), (2, 4, 6)]
+    moved = swarm(6, server(1, 2, 6), server(2, 4, 6))
+    assert hops(merge_neighbours(chain[:3], moved)) == hops(chain[:3])

@@ -32,7 +32,7 @@ from shoal.client.session import Recovery, SessionState, Trouble
 from shoal.client.tending import TendConfig, Tender
 from shoal.client.waiting import OnWaiting, Waiting, gave_up, waiting_for
 from shoal.plan.moving import keep_valid, promote
-from shoal.plan.repair import choose_repair, with_client_links
+from shoal.plan.repair import choose_repair, merge_neighbours, with_client_links
 from shoal.plan.routing import Wanted, choose_chain
 from shoal.plan.view import Stage, Standby
 
@@ -307,6 +307,8 @@ class Supervisor:
         experience = swarm.experience.snapshot(now_s)
         experience = replace(experience, avoid=experience.avoid | lost, strikes=dict(self._strikes))
         stages = [stage for stage in state.chain if len(stage.span)]
+        if state.standstills:  # two hops at one server may lack the room for both
+            stages = list(merge_neighbours(stages, swarm.view()))
         if not stages:
             chosen = choose_chain(
                 swarm.view(), state.span, experience, swarm.rng, wanted=self._wanted

@@ -91,6 +91,24 @@ def with_client_links(
     return linked
 
 
+def merge_neighbours(chain: Sequence[Stage], view: SwarmView) -> tuple[Stage, ...]:
+    """The chain with neighbouring hops of one peer made one, where the peer holds their blocks.
+
+    The peer must then compute the session anew there, with one cache instead of two.
+    """
+    spans = {server.peer: server.span for server in view.servers}
+    merged: list[Stage] = []
+    for stage in chain:
+        before = merged[-1] if merged else None
+        if before is not None and before.peer == stage.peer and len(before.span):
+            whole = Span(before.span.start, stage.span.end)
+            if stage.peer in spans and spans[stage.peer].covers(whole):
+                merged[-1] = Stage(peer=stage.peer, span=whole)
+                continue
+        merged.append(stage)
+    return tuple(merged)
+
+
 def _split(chain: Sequence[Stage], lost: frozenset[int]) -> tuple[tuple[Stage, ...], list[Span]]:
     """The living stages, and the gaps between them, each as long as it can be."""
     if not chain or not lost <= set(range(len(chain))):

@@ -6,6 +6,8 @@ import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.lab.study import Report, Task, between, falling, mean, within
+from shoal.lab.study_churn import churned, scattered_swarm
+from shoal.lab.study_exactness import bad_example
 from shoal.lab.study_list import STUDIES
 from shoal.lab.study_maps import load_map
 
@@ -65,3 +67,30 @@ def test_the_clustered_set_runs_and_the_proposal_wins_everywhere():
     report = quick("bprr-clustered", seeds=1)
     assert len(report.rows) == 12
     assert all(row.value("reduction, model only") > 0.1 for row in report.rows)
+
+
+def test_the_example_in_which_cgbp_is_as_bad_as_one_likes():
+    rows, checks = bad_example()
+    assert all(check.holds for check in checks)
+    assert rows[0].value("whole, s") == pytest.approx(rows[0].value("optimum, s", "published"))
+
+
+@pytest.mark.slow
+def test_annealing_is_near_the_optimum_and_both_programs_agree():
+    assert_holds(quick("exactness", seeds=1))
+
+
+def test_one_swarm_with_churn_answers_faster_when_servers_place_for_latency():
+    swarm = scattered_swarm(30, 1)
+    petals, latency = (churned(swarm, 20, rule, 1) for rule in ("petals", "latency"))
+    pairs = zip(petals.steps_s, latency.steps_s, strict=True)
+    both = [(old, new) for old, new in pairs if old is not None and new is not None]
+    assert len(both) > 20
+    assert sum(new for _, new in both) < sum(old for old, _ in both)
+    assert latency.rows_per_s < petals.rows_per_s, "what it costs"
+    assert latency.outage < 0.15
+
+
+@pytest.mark.slow
+def test_placing_for_latency_is_faster_by_about_what_was_measured_before():
+    assert_holds(quick("churn"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from shoal.base.errors import ConfigError
-from shoal.lab import study_bprr
+from shoal.lab import study_bprr, study_churn, study_exactness
 from shoal.lab.study import Study
 
 _BPRR: Final = "BPRR (Sun, He, Ji, Parag, arXiv 2512.21884)"
@@ -36,6 +36,22 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_bprr.ablation,
             seeds=30,
             quick_seeds=10,
+        ),
+        Study(
+            name="exactness",
+            title="How far quick rules of placement are from the optimum",
+            source=f"{_BPRR}, its program and example; cases of our own",
+            run=study_exactness.exactness,
+            seeds=5,
+            quick_seeds=3,
+        ),
+        Study(
+            name="churn",
+            title="Servers that come and go: Petals' rule against rules for response time",
+            source="Borisov, block allocation for inference latency (master thesis, HSE 2024)",
+            run=study_churn.churn,
+            seeds=10,
+            quick_seeds=3,
         ),
     )
 }

@@ -94,3 +94,13 @@ def test_one_swarm_with_churn_answers_faster_when_servers_place_for_latency():
 @pytest.mark.slow
 def test_placing_for_latency_is_faster_by_about_what_was_measured_before():
     assert_holds(quick("churn"))
+
+
+@pytest.mark.parametrize("name", ["chains", "backoff"])
+def test_waiting_and_composing_are_as_measured_before(name):
+    assert_holds(quick(name, seeds=2))
+
+
+@pytest.mark.slow
+def test_a_dispatcher_beats_better_placement_under_load():
+    assert_holds(quick("dispatch"))

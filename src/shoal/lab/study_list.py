@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from shoal.base.errors import ConfigError
-from shoal.lab import study_bprr, study_churn, study_exactness
+from shoal.lab import study_bprr, study_chains, study_churn, study_exactness
 from shoal.lab.study import Study
 
+_CHAINS: Final = "server chain composition (Sun, He, Hou, arXiv 2604.14993)"
 _BPRR: Final = "BPRR (Sun, He, Ji, Parag, arXiv 2512.21884)"
 
 STUDIES: Final[dict[str, Study]] = {
@@ -52,6 +53,30 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_churn.churn,
             seeds=10,
             quick_seeds=3,
+        ),
+        Study(
+            name="chains",
+            title="BLOOM-176B on 10 to 40 slices under load: Petals, BPRR, composed chains",
+            source=f"{_CHAINS}, its simulated setting",
+            run=study_chains.chains,
+            seeds=10,
+            quick_seeds=3,
+        ),
+        Study(
+            name="dispatch",
+            title="Petals' placement with its own router, and with a dispatcher",
+            source=f"{_CHAINS}; the comparison is ours",
+            run=study_chains.dispatch,
+            seeds=30,
+            quick_seeds=30,
+        ),
+        Study(
+            name="backoff",
+            title="What it costs that clients ask again instead of being told",
+            source=f"{_CHAINS}; the comparison is ours",
+            run=study_chains.backoff,
+            seeds=8,
+            quick_seeds=2,
         ),
     )
 }

@@ -110,7 +110,6 @@ def test_a_seed_repeats_a_text(client: openai.OpenAI) -> None:
     assert len({say(5), say(6), say(None), say(None)}) > 1
 
 
-@pytest.mark.slow
 def test_choices_are_forks_of_one_prompt(running: Gate, client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(messages=SEA, max_tokens=10, n=3, **GREEDY)
     alone = running.alone(SEA_PROMPT, 10)
@@ -230,7 +229,6 @@ def test_a_next_turn_sends_only_what_is_new(running: Gate, client: openai.OpenAI
     assert second.choices[0].message.content == running.alone(prompt, 20)
 
 
-@pytest.mark.slow
 def test_many_at_once(running: Gate) -> None:
     before = running.metrics()
     texts: dict[int, str] = {}
@@ -291,7 +289,6 @@ def test_a_crash_is_a_pause(running: Gate, client: openai.OpenAI) -> None:
     assert running.metrics()["shoal_gateway_repairs_total"] >= 1
 
 
-@pytest.mark.slow
 def test_sessions_at_rest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_swarm, "CACHE_TOKENS", 256)
     monkeypatch.setattr(engine, "STALL_S", 0.3)

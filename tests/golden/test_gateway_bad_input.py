@@ -147,7 +147,6 @@ def test_a_request_keeps_its_number(web: httpx2.Client) -> None:
     assert strange.headers["x-request-id"].startswith("req_")
 
 
-@pytest.mark.slow
 def test_a_full_line_sends_away(running: Gate, web: httpx2.Client) -> None:
     with httpx2.Client(base_url=running.url, headers=web.headers, timeout=30) as other:
         wide = {**chat(n=4, stream=True, ignore_eos=True), "max_tokens": 400}
@@ -179,7 +178,6 @@ def request(body: dict[str, Any], length: int | None = None) -> bytes:
     )
 
 
-@pytest.mark.slow
 def test_a_slow_reader_holds_nobody_up_and_is_let_go(
     running: Gate, web: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +206,6 @@ def test_a_body_that_never_ends(
     assert web.post("/v1/chat/completions", json=chat()).status_code == 200
 
 
-@pytest.mark.slow
 def test_a_gateway_without_a_template(tmp_path: Path) -> None:
     with gate(cache=tmp_path, template=None, patience_s=0.2, borders=(0, 7)) as bare:
         client = bare.openai()

@@ -8,6 +8,7 @@ from shoal.base.errors import ConfigError
 from shoal.lab.study import Report, Task, between, falling, mean, within
 from shoal.lab.study_churn import churned, scattered_swarm
 from shoal.lab.study_exactness import bad_example
+from shoal.lab.study_failures import EVENT_KINDS
 from shoal.lab.study_list import STUDIES
 from shoal.lab.study_maps import load_map
 
@@ -104,3 +105,13 @@ def test_waiting_and_composing_are_as_measured_before(name):
 @pytest.mark.slow
 def test_a_dispatcher_beats_better_placement_under_load():
     assert_holds(quick("dispatch"))
+
+
+def test_who_is_killed_costs_little_and_who_is_silent_costs_a_deadline():
+    report = quick("failures", seeds=1)
+    assert_holds(report)
+    killed, silent = (
+        report.row("failures", p="1e-2", **{"servers are": death}) for death in EVENT_KINDS
+    )
+    assert killed.value("ours, steps/s") > silent.value("ours, steps/s")
+    assert 0 < killed.value("ours, ms lost per repair") < 500

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from shoal.base.errors import ConfigError
-from shoal.lab import study_bprr, study_chains, study_churn, study_exactness
+from shoal.lab import study_bprr, study_chains, study_churn, study_exactness, study_failures
 from shoal.lab.study import Study
 
 _CHAINS: Final = "server chain composition (Sun, He, Hou, arXiv 2604.14993)"
@@ -76,6 +76,14 @@ STUDIES: Final[dict[str, Study]] = {
             source=f"{_CHAINS}; the comparison is ours",
             run=study_chains.backoff,
             seeds=8,
+            quick_seeds=2,
+        ),
+        Study(
+            name="failures",
+            title="Servers that die while they answer, on the real client and server",
+            source="Petals (Borzunov et al. 2023, arXiv 2312.08361), its table on failures",
+            run=study_failures.failures,
+            seeds=6,
             quick_seeds=2,
         ),
     )

@@ -115,3 +115,7 @@ def test_who_is_killed_costs_little_and_who_is_silent_costs_a_deadline():
     )
     assert killed.value("ours, steps/s") > silent.value("ours, steps/s")
     assert 0 < killed.value("ours, ms lost per repair") < 500
+
+
+def test_throughput_is_near_what_nothing_can_beat():
+    assert_holds(quick("helix"))

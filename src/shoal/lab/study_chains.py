@@ -25,7 +25,9 @@ from shoal.plan.place.cgbp import cgbp, choose_sessions
 from shoal.plan.place.gbpcr import place_gbpcr
 from shoal.plan.place.petals import place_petals_joins
 from shoal.plan.placement import Placement, covering
+from shoal.plan.proposal import propose
 from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
+from shoal.plan.trying import Budget
 
 NUM_BLOCKS: Final = 70
 BLOCK_BYTES: Final = 1_320_000_000
@@ -41,6 +43,10 @@ RTT_S_MIN, RTT_S_MAX = 0.015, 0.06
 """Median 28 ms, middle half 23 to 34 ms, as the published round trips."""
 
 HANDLING_S: Final = 0.018
+
+
+MOVES: Final = 300
+"""Of the annealer in a proposal of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +84,12 @@ METHODS: Final = {
     "bprr, notified": Method(placer="cgbp", router="wsrr"),
     "cgbp, dispatched": Method(placer="cgbp", router="gca-jffc"),
     "composed": Method(placer="gbpcr", router="gca-jffc"),
+    "ours": Method(placer="propose", router="gca-jffc"),
+    "ours, by clients": Method(placer="propose", router="wsrr"),
 }
 """`composed` is the follow-up's proposal: GBP-CR, GCA, JFFC. Dispatched: GCA and JFFC on another
-rule's placement, with all memory that weights leave."""
+rule's placement, with all memory that weights leave. `ours`: what `shoal plan --objective
+response` proposes, with a dispatcher, or routed by clients (WS-RR, notified)."""
 
 LIGHT: Final = (
     Setting(servers=10, fast=0.2, rate=0.1),
@@ -153,6 +162,9 @@ def placed(problem: Problem, method: Method, seed: int) -> Placement:
         return covering(problem, cgbp(problem, problem.workload.sessions))
     if method.placer == "gbpcr":
         return place_gbpcr(problem, rng)
+    if method.placer == "propose":
+        budget = Budget(moves_max=MOVES)
+        return propose(problem, "response", seed=seed, budget=budget).best.placement
     placement = place_petals_joins(problem, rng)
     return placement if method.router == "petals" else replace(placement, cache_bytes=None)
 
@@ -244,7 +256,10 @@ def _chart(table: str, methods: Sequence[str]) -> Chart:
 
 def chains(task: Task) -> Report:
     """All methods under light and heavy load."""
-    names = ("petals", "bprr", "bprr, notified", "cgbp, dispatched", "composed")
+    names = (
+        "petals", "bprr", "bprr, notified", "cgbp, dispatched", "composed", "ours",
+        "ours, by clients",
+    )  # fmt: skip
     light = LIGHT[1:2] if task.is_quick else LIGHT
     rows = _rows(task, "response", light, names)
     heavy = HEAVY[:1]
@@ -253,7 +268,7 @@ def chains(task: Task) -> Report:
     for row in rows:
         keys = dict(row.keys)
         title = f"{keys['servers']} servers, {keys['fast']} fast, {keys['req/s']} req/s"
-        order = [name for name in ("petals", "bprr", "composed") if _has(row, f"{name}, s")]
+        order = [name for name in ("petals", "bprr", "composed", "ours") if _has(row, f"{name}, s")]
         values = [row.value(f"{name}, s") for name in order]
         checks.append(falling(f"{title}: {' > '.join(order)}", values, slack=0.05))
         checks += _bounded(title, row)

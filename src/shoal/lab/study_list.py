@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from shoal.base.errors import ConfigError
-from shoal.lab import study_bprr, study_chains, study_churn, study_exactness, study_failures
+from shoal.lab import (
+    study_bprr,
+    study_chains,
+    study_churn,
+    study_exactness,
+    study_failures,
+    study_helix,
+)
 from shoal.lab.study import Study
 
 _CHAINS: Final = "server chain composition (Sun, He, Hou, arXiv 2604.14993)"
@@ -85,6 +92,14 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_failures.failures,
             seeds=6,
             quick_seeds=2,
+        ),
+        Study(
+            name="helix",
+            title="Placements for throughput on 24 machines of three kinds",
+            source="Helix (Mei et al., ASPLOS'25, arXiv 2406.01566), single cluster",
+            run=study_helix.helix,
+            seeds=20,
+            quick_seeds=5,
         ),
     )
 }

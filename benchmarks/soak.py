@@ -199,6 +199,7 @@ class Soaking:
             "leave_s": losses.leave_s,
             "samples": self.soak.samples,
             "left": self.soak.left,
+            "memory_in_use_mb": self.soak.released_mb,
             "not_equal": [
                 one for one in answers
                 if one["error"] or not one["same"] == one["tokens"] == one["expected"]

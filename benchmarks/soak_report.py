@@ -40,6 +40,8 @@ class Soak:
     faults: list[str] = field(default_factory=list)
     left: dict[str, Any] = field(default_factory=dict)
     """What servers held at the end."""
+    released_mb: dict[str, float] = field(default_factory=dict)
+    """Own memory of servers at the end, less what only their allocator kept."""
     is_settled: bool = False
     """Whether the end was reached, where leaks are looked for."""
 
@@ -64,6 +66,10 @@ class Soak:
             if not self.leaks or time.monotonic() > until_s:
                 break
             await asyncio.sleep(1.0)
+        for name, member in servers.members.items():
+            if name in self.left:
+                await member.order("release memory")
+                self.released_mb[name] = round(member.resident_bytes() / 1e6, 1)
         self.is_settled = True
 
 
@@ -164,7 +170,11 @@ def _held(soak: Soak, name: str, what: str) -> list[Any]:
 def _memory(soak: Soak, spared: str) -> str:
     """After a fifth of the time, when everything was used once, and at the end."""
     found = _held(soak, spared, "resident_mb")
-    return f"{found[len(found) // 5]:.0f} -> {found[-1]:.0f}" if found else "not seen"
+    if not found:
+        return "not seen"
+    text = f"{found[len(found) // 5]:.0f} -> {found[-1]:.0f}"
+    released = soak.released_mb.get(spared)
+    return text if released is None else f"{text}, {released:.0f} of it in use"
 
 
 def _most(soak: Soak, what: str) -> int:

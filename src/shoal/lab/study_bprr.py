@@ -207,9 +207,9 @@ SCATTERED_NOTES: Final = (
 
 
 def _pair_chart() -> Chart:
-    names = [f"{method} {WITH_CONSTANTS}" for method in PAIR]
-    alone = [f"{method}, model only" for method in PAIR]
-    return Chart(table="s/token", figures=(*names, *alone), label="seconds per token")
+    kinds = (" in their simulator", f" {WITH_CONSTANTS}", ", model only")
+    figures = tuple(f"{method}{kind}" for kind in kinds for method in PAIR)
+    return Chart(table="s/token", figures=figures, label="seconds per token")
 
 
 def _replica_checks(rows: Sequence[Row]) -> tuple[Check, ...]:
@@ -300,7 +300,7 @@ def ablation(task: Task) -> Report:
             rows.append(row)
             if worst:
                 checks.append(_guaranteed(name, load, worst))
-    checks += _ablation_checks(rows[0])
+    checks += _ablation_checks(rows[0], task.is_quick)
     chart = Chart(
         table="ablation",
         figures=tuple(f"{method}, s/token" for method in METHODS),
@@ -315,17 +315,17 @@ ABLATION_NOTES: Final = (
     "`better order`: Petals' rule, servers join in CG-BP's order; `cgbp, blind`: CG-BP with "
     "routes that see no queue; `proposed`: CG-BP with WS-RR.",
     "Expected figures are those of an earlier implementation of ours, on the paper's own map "
-    "files. Where Petals' rule places servers, luck decides: hence the wide tolerances.",
+    "files. Where Petals' rule places servers, luck decides: with few seeds tolerances are wide.",
 )
 
 
-def _ablation_checks(row: Row) -> list[Check]:
+def _ablation_checks(row: Row, is_quick: bool) -> list[Check]:
     names = list(ABLATION_BEFORE)
     values = [row.value(f"{name}, s/token") for name in names]
     title = "AboveNet, 9 servers, 0.5 req/s, 128 tokens"
     checks = [falling(f"{title}: {' > '.join(names)}", values, slack=0.02)]
     for name, value in zip(names, values, strict=True):
-        share = 0.1 if name == "proposed" else 0.35
+        share = 0.35 if is_quick and name != "proposed" else 0.1
         checks.append(within(f"{title}: {name}", value, ABLATION_BEFORE[name], share))
     return checks
 

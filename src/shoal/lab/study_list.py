@@ -31,7 +31,7 @@ STUDIES: Final[dict[str, Study]] = {
         ),
         Study(
             name="bprr-scattered",
-            title="The same on 9 and 26 servers scattered over AboveNet and BellCanada",
+            title="BLOOM-176B on 9 and 26 servers scattered over AboveNet and BellCanada",
             source=f"{_BPRR}, table VI",
             run=study_bprr.scattered,
             seeds=60,

@@ -21,7 +21,8 @@ from typing import Any
 
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.discovery.records import open_record
 from shoal.discovery.static import StaticDirectory
 from shoal.lab.cost_backend import MODEL, CostBackend, CostConfig

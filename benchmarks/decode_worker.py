@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from shoal.cli.joining import SwarmChoice, visit, wall_clock
 from shoal.cli.models import open_given, open_model
 from shoal.client.chain_session import ChainSession
-from shoal.client.client import ClientConfig, open_client
+from shoal.client.client import open_client
+from shoal.client.config import ClientConfig
 from shoal.hf.detokenize import Detokenizer
 from shoal.hf.generation import generate, measure
 from shoal.hf.head import Head, load_head

@@ -19,7 +19,8 @@ from statistics import median, quantiles
 
 from processes import BLOCKS, PASS, WALL_MS, running
 from report import environment, publish
-from shoal.client.client import ClientConfig, open_client
+from shoal.client.client import open_client
+from shoal.client.config import ClientConfig
 from shoal.discovery.static import StaticDirectory
 from shoal.net.identity import Identity
 from shoal.net.tcp import TcpTransport

@@ -21,7 +21,8 @@ import torch
 
 from random_model import SHAPES, saved_folder, saved_source
 from shoal.base.spans import Span, parse_span
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.discovery.static import StaticDirectory
 from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen

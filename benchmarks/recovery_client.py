@@ -22,7 +22,8 @@ from shoal.base.spans import Span
 from shoal.cli.joining import SwarmChoice, visit, wall_clock
 from shoal.cli.models import OpenModel
 from shoal.client.chain_session import ChainSession
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.client.tending import TendConfig
 from shoal.hf.head import Head, load_head
 from shoal.wire.messages import WANT_LAST, WANT_NONE

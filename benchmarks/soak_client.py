@@ -26,7 +26,8 @@ from shoal.cli.joining import SwarmChoice, visit, wall_clock
 from shoal.cli.logs import configure_logging
 from shoal.cli.models import open_model
 from shoal.client.chain_session import ChainSession
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.client.tending import TendConfig
 from shoal.hf.generation import generate
 from shoal.hf.sampling import Sampler

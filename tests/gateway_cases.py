@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from shoal.client.client import Client, ClientConfig
+from shoal.client.client import Client
+from shoal.client.config import ClientConfig
 from shoal.gateway.listening import Listening, serving
 from shoal.gateway.opening import Backing, GatewayConfig, open_gateway
 from shoal.hf import LocalSwarm

@@ -27,7 +27,8 @@ from shoal.base.ids import peer_text
 from shoal.cli.joining import SwarmChoice, visit
 from shoal.cli.models import open_model
 from shoal.client.chain_session import ChainSession
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.client.session import Move, Recovery, SessionState
 from shoal.client.tending import TendConfig
 from shoal.hf.generation import generate

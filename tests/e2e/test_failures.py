@@ -11,7 +11,8 @@ import pytest
 from shoal.base.errors import VersionMismatch
 from shoal.base.ids import peer_text
 from shoal.cli.joining import SwarmChoice, visit
-from shoal.client.client import ClientConfig, open_client
+from shoal.client.client import open_client
+from shoal.client.config import ClientConfig
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_CONTROL
 from shoal.net.identity import Identity

@@ -1,9 +1,12 @@
 """Hot standby: a hop beside the chain that is fed, and takes over at the price of one run."""
 
 from shoal.client.tending import STANDBY_LAG_ROWS, TendConfig
+from shoal.server.config import ServerConfig
+from shoal.server.engine import EngineLimits
 from tests.simulation.scene import scene, until
 
 ONE = TendConfig(standby=1)
+SHORT = EngineLimits(run_ahead_bytes=1000)
 TRIO = "a 0:2, b 2:4, c 4:6, spare-a 0:2, spare-b 2:4, spare-c 4:6"
 
 
@@ -66,3 +69,42 @@ def test_the_middle_hop_dies():
 
 def test_the_last_hop_dies():
     lose("c", "spare-c")()
+
+
+@scene("a 0:2, b 2:4, spare-b 2:4", tending=ONE, config=ServerConfig(engine=SHORT))
+async def test_a_standby_goes_on_beyond_what_a_hop_may_run_ahead(it):
+    reader = await it.read(200)
+    await stand_by(it, reader, 1)
+    await reader.decode(20)
+    await stand_by(it, reader, 1)
+
+
+@scene("a 0:4, b 2:4, c 0:2, spare-x 0:4", tending=ONE)
+async def test_a_server_that_only_stands_by_drains_too(it):
+    reader = await it.read(40)
+    names = {name for name, _ in standbys(reader)}
+    await until(lambda: reader.state.standbys)
+    (name, *_) = {name for name, _ in standbys(reader)} - set(reader.chain) or names
+    assert await it[name].server.drain(20.0)
+    await reader.decode(5)
+    assert name not in {other for other, _ in standbys(reader)}
+
+
+@scene("a 0:2, b 2:4, " + ", ".join(f"spare-{n} 2:4" for n in range(6)), cache_tokens=64)
+async def test_full_spares_do_not_hurt_the_session(it):
+    others = [await it.open_client() for _ in range(2)]
+    hogs = [await it.read(60, client=client) for client in others]
+    reader = await it.read(20)
+    await reader.decode(20, pause_s=0.5)
+    assert reader.session.recoveries == ()
+    assert len(hogs) == 2
+
+
+@scene("a 0:2, b 2:4, spare-b 2:4", tending=ONE)
+async def test_who_wants_no_standby_any_more_has_none_left(it):
+    """An interrupted move leaves nothing behind."""
+    reader = await it.read(40)
+    await stand_by(it, reader, 1)
+    reader.state.standbys = ()
+    await reader.decode(30, pause_s=0.5)
+    assert len(standbys(reader)) == 1

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.base.ids import PeerId
-from shoal.client.experience import FAILED_S, FAILED_S_MAX, PAIR_S, ExperienceBook
+from shoal.client.experience import FAILED_S, FAILED_S_MAX, INCIDENT_S, PAIR_S, ExperienceBook
 
 A, B = PeerId(b"a" * 32), PeerId(b"b" * 32)
 
@@ -17,11 +17,19 @@ def avoided(book, now_s):
 @given(st.integers(1, 12))
 def test_each_failure_doubles_the_time_up_to_a_limit(times):
     book = ExperienceBook()
-    for _ in range(times):
-        book.failed(A, 100.0)
+    for index in range(times):
+        last_s = 100.0 + index * INCIDENT_S
+        book.failed(A, last_s)
     period_s = min(FAILED_S_MAX, FAILED_S * 2 ** (times - 1))
-    assert avoided(book, 100.0 + period_s - 0.1) == {A}
-    assert avoided(book, 100.0 + period_s) == frozenset()
+    assert avoided(book, last_s + period_s - 0.1) == {A}
+    assert avoided(book, last_s + period_s) == frozenset()
+
+
+def test_what_many_sessions_report_of_one_incident_counts_once():
+    book = ExperienceBook()
+    for index in range(8):
+        book.failed(A, 100.0 + index * 0.1)
+    assert avoided(book, 100.0 + FAILED_S) == frozenset()
 
 
 def test_who_works_again_is_forgiven():

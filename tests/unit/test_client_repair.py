@@ -48,7 +48,7 @@ class Servers:
         self.installed.append((now_s(), hops(state.chain)))
         refused = {one.peer: self.refusing[one.peer] for one in chain if one.peer in self.refusing}
         held = {(one.peer, one.span.start): 0 for one in chain if one.peer not in refused}
-        return Followed(held=held, refused=refused)
+        return Followed(held=held, ready=held, refused=refused)
 
     async def decode_s_per_block(self, who):
         return 0.0

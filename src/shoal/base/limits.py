@@ -22,6 +22,10 @@ PAYLOAD_BYTES_MAX: Final = 1 << 26
 ENTRIES_PER_FRAME_MAX: Final = 1024
 """Entries in one Rows frame: more sessions than one engine iteration can run."""
 
+STANDBYS_PER_BORDER_MAX: Final = 4
+"""Standbys that begin at one block. Each is one more receiver of the same rows: nobody shall
+make a server send them to many."""
+
 HOPS_MAX: Final = 128
 """Hops in one route: one block per server on the largest models (126 blocks)."""
 

@@ -16,7 +16,8 @@ from shoal.cli.answer_file import AnswerFile, keeping, name_of
 from shoal.cli.joining import SwarmChoice, Visitor, visit, wall_clock
 from shoal.cli.models import OpenModel
 from shoal.cli.waiting import with_hint
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.client.session import Move
 from shoal.client.tending import TendConfig
 from shoal.client.waiting import OnWaiting

@@ -12,7 +12,6 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
@@ -34,6 +33,7 @@ from shoal.base.limits import (
 from shoal.base.spans import Span
 from shoal.client import asking
 from shoal.client.chain_session import ChainSession
+from shoal.client.config import ClientConfig
 from shoal.client.experience import ExperienceBook
 from shoal.client.news import News
 from shoal.client.repair import Supervisor
@@ -46,8 +46,7 @@ from shoal.client.routing import (
 )
 from shoal.client.server_link import ServerLink
 from shoal.client.session import SessionState, Trouble
-from shoal.client.tending import TendConfig, lose_standby
-from shoal.client.waiting import OnWaiting
+from shoal.client.tending import lose_standby
 from shoal.client.watch import Watch
 from shoal.discovery.directory import Directory
 from shoal.link.outbound import Outbound
@@ -84,24 +83,11 @@ WINDOW_BYTES: Final = 64 << 20
 LOSSES_MAX: Final = 3
 """A session that servers lose more often than this without a row has a bad server."""
 
+LINK_CODES: Final = frozenset({"unreachable", "timeout"})
+"""Failures of a link rather than of what stands at its end."""
+
 TERMINAL_CODES: Final = frozenset({"too_long", "bad_input"})
 """Failures that no other server would change, unless another server is to blame."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientConfig:
-    """How a client behaves."""
-
-    model: str
-    """The model's hash, as the servers' records name it."""
-    num_blocks: int
-    hidden_size: int
-    patience_s: float = 60.0
-    """How long a session waits for a chain before it fails."""
-    tending: TendConfig = field(default_factory=TendConfig)
-    """Standbys, and moves before they are forced."""
-    on_waiting: OnWaiting | None = None
-    """Told what sessions wait for meanwhile."""
 
 
 class Client:
@@ -383,6 +369,9 @@ class Client:
         if stage is not None:
             detail = f"it can't be fed: {message.detail}"  # which says nothing bad of it
             lose_standby(self.experience, state, stage.peer, SessionLost(detail))
+            if message.code in LINK_CODES:
+                now_s = asyncio.get_running_loop().time()
+                self.experience.pair_failed(peer, stage.peer, now_s)
         for before, successor in pairwise(state.chain if stage is None else ()):
             if (before.peer, successor.peer) == (peer, message.peer):
                 self._report(state, Trouble(links={(peer, successor.peer)}))
@@ -395,6 +384,9 @@ class Client:
         error = error_from_code(message.code, message.detail, message.retry_after_s)
         before = state.predecessor(peer, message.start)
         if state.standby_at(peer, message.start) is not None:
+            is_fed_badly = message.blame not in (b"", peer)
+            if is_fed_badly:
+                error = SessionLost(f"it is fed bad rows: {error.detail}")
             lose_standby(self.experience, state, peer, error)
         elif message.code == BadInput.code and before is not None:
             self._blame(state, before, error)  # we only relayed those rows
@@ -435,8 +427,10 @@ class Client:
         until_s = asyncio.get_running_loop().time() + message.within_s
         for state in self._sessions.values():
             if peer in state.peers:
-                state.leaving[peer] = (Span(message.start, message.end), until_s)
-                state.tend()
+                span = Span(message.start, message.end)
+                if state.leaving.get(peer, (None, 0.0))[0] != span:
+                    state.tend()
+                state.leaving[peer] = (span, until_s)
 
     # --- rows out: PoolEvents ----------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -13,6 +14,9 @@ FAILED_S: Final = 30.0
 
 FAILED_S_MAX: Final = 600.0
 """Never longer than this: machines get repaired."""
+
+INCIDENT_S: Final = 5.0
+"""Failures of a peer that follow each other so soon are one."""
 
 PAIR_S: Final = 300.0
 """How long two servers count as unable to reach each other."""
@@ -33,6 +37,7 @@ class ExperienceBook:
         self._own_sessions = own_sessions
         self._avoid_until_s: dict[PeerId, float] = {}
         self._failures: dict[PeerId, int] = {}
+        self._failed_s: dict[PeerId, float] = {}
         self._pairs_until_s: dict[tuple[PeerId, PeerId], float] = {}
         self._rtt_s: dict[PeerId, float] = {}
         self._slowness: dict[PeerId, tuple[float, float]] = {}
@@ -40,7 +45,13 @@ class ExperienceBook:
         """When there should be room, and until when that counts."""
 
     def failed(self, peer: PeerId, now_s: float) -> None:
-        """The peer is broken or gone: avoid it, longer each time."""
+        """The peer is broken or gone: avoid it, longer each time.
+
+        What all its sessions report of one incident counts once.
+        """
+        if now_s - self._failed_s.get(peer, -math.inf) < INCIDENT_S:
+            return
+        self._failed_s[peer] = now_s
         count = self._failures[peer] = self._failures.get(peer, 0) + 1
         period_s = min(FAILED_S_MAX, FAILED_S * 2.0 ** (count - 1))
         self._avoid_until_s[peer] = now_s + period_s

@@ -56,7 +56,7 @@ PROBES_MAX: Final = 4
 """Other servers asked whether they answer, before the client blames its own link."""
 
 
-NOBODY: Final = Followed(held={}, refused={})
+NOBODY: Final = Followed(held={}, ready={}, refused={})
 """A chain that could not be chosen."""
 
 
@@ -195,7 +195,7 @@ class Supervisor:
         swarm.dismiss(state, gone(peers_before | state.queued_at, state))
         state.queued_at.clear()
         judge_numerics(state, swarm.view(), before, after)
-        if before and lost:
+        if before and lost and before != after:
             self._record(since_s, position, before, after)
 
     def _tell(self, waiting: Waiting | None) -> None:
@@ -335,7 +335,7 @@ class Supervisor:
 
     async def _install(self, chain: Sequence[Stage], standbys: Sequence[Standby]) -> Followed:
         followed = await self._swarm.install(self._state, self._facts, chain, standbys)
-        for hop, length in followed.held.items():
+        for hop, length in followed.ready.items():
             self._held[hop] = min(length, self._held.get(hop, length))
         if followed.refused and not self._state.length:
             # nobody holds anything yet: choose all hops anew rather than repair

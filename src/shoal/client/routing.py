@@ -91,6 +91,8 @@ class Followed:
 
     held: dict[tuple[PeerId, int], int]
     """Positions held, by (peer, start block)."""
+    ready: dict[tuple[PeerId, int], int]
+    """Those that went through the blocks; the others wait there."""
     refused: dict[PeerId, ShoalError]
 
 
@@ -112,10 +114,12 @@ async def send_route(
 
     answers = await asyncio.gather(*(send_to(link) for link in links))
     held: dict[tuple[PeerId, int], int] = {}
+    ready: dict[tuple[PeerId, int], int] = {}
     refused: dict[PeerId, ShoalError] = {}
     for link, answer in zip(links, answers, strict=True):
         if isinstance(answer, ShoalError):
             refused[link.peer] = answer
         else:
             held.update({(link.peer, item.start): item.length for item in answer.held})
-    return Followed(held=held, refused=refused)
+            ready.update({(link.peer, item.start): item.ready for item in answer.held})
+    return Followed(held=held, ready=ready, refused=refused)

@@ -111,6 +111,7 @@ class SessionState:
         """Full servers at which the session waits in line."""
         self.unfit: dict[PeerId, float] = {}
         """Peers that could not stand by, and the loop time at which they may be asked again."""
+        self.unfit_times: dict[PeerId, int] = {}
         self.leaving: dict[PeerId, tuple[Span, float]] = {}
         """Blocks that servers said they would leave, and until when that counts."""
         self.log = Log()

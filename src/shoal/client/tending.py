@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
@@ -21,6 +21,7 @@ from shoal.client.experience import ExperienceBook
 from shoal.client.routing import Followed, RouteFacts
 from shoal.client.session import Move, SessionState, Trouble
 from shoal.plan.moving import (
+    can_be_fed,
     choose_departure,
     choose_migration,
     choose_standbys,
@@ -53,7 +54,9 @@ PREPARE_S_MAX: Final = 120.0
 """A hop that is not ready by then will not be: the move is given up."""
 
 UNFIT_S: Final = 30.0
-"""A peer that could not stand by is asked again after this."""
+"""A peer that could not stand by is asked again after this; each further time doubles it."""
+
+UNFIT_S_MAX: Final = 600.0
 
 MIGRATE_ROWS_MIN: Final = 32
 """Shorter sessions are over sooner than a move pays."""
@@ -175,11 +178,14 @@ class Tender:
         if not self._config.is_moving or is_short or len(classes) > 1 or now_s < self._migrated_s:
             return None
         self._migrated_s = now_s + MIGRATE_PERIOD_S * (0.5 + swarm.rng.random())
-        await self._learn_pace(stages)
+        if not await self._unless_stirred(self._learn_pace(stages)):
+            return None
         target = self._faster(stages, *classes, is_hopeful=True)
         if target is None:
             return None
-        await self._learn_pace([stage for stage in target if stage not in stages])
+        new = [stage for stage in target if stage not in stages]
+        if not await self._unless_stirred(self._learn_pace(new)):
+            return None
         asked = {stage.peer for stage in (*stages, *target)}
         target = self._faster(stages, *classes, is_hopeful=False)
         return target if target and asked.issuperset(one.peer for one in target) else None
@@ -198,19 +204,23 @@ class Tender:
             view, stages, experience, numerics, self._swarm.rng, wanted=self._wanted
         )
 
-    async def _learn_pace(self, stages: Sequence[Stage]) -> None:
-        """Ask servers how long decode rows take now."""
+    async def _learn_pace(self, stages: Sequence[Stage]) -> bool:
+        """Ask servers, all at once, how long decode rows take now."""
+        said = {server.peer: server.decode_s_per_block for server in self._swarm.view().servers}
+        peers = sorted({stage.peer for stage in stages if said.get(stage.peer)})
+        await asyncio.gather(*(self._ask_pace(peer, said[peer]) for peer in peers))
+        return True
+
+    async def _ask_pace(self, peer: PeerId, said_s: float) -> None:
         swarm = self._swarm
-        said = {server.peer: server.decode_s_per_block for server in swarm.view().servers}
-        for peer in sorted({stage.peer for stage in stages if said.get(stage.peer)}):
-            try:
-                measured_s = await swarm.decode_s_per_block(peer)
-            except ShoalError as error:
-                logger.debug("pace unknown peer=%s reason=%s", short(peer), error)
-                continue
+        try:
+            measured_s = await swarm.decode_s_per_block(peer)
+        except ShoalError as error:
+            logger.debug("pace unknown peer=%s reason=%s", short(peer), error)
+            return
+        if measured_s:
             now_s = asyncio.get_running_loop().time()
-            if measured_s:
-                swarm.experience.slow(peer, measured_s / said[peer], now_s)
+            swarm.experience.slow(peer, measured_s / said_s, now_s)
 
     async def _move(
         self,
@@ -223,24 +233,30 @@ class Tender:
         started_s = asyncio.get_running_loop().time()
         new = [stage for stage in target if stage not in stages]
         logger.info("moving session=%s reason=%s hops=%d", short(state.id), reason, len(new))
-        others = [one for one in state.standbys if one.stage not in new]
+        others = [
+            one
+            for one in state.standbys
+            if one.stage not in new and one.stage.peer not in state.unfit
+        ]
         valid = keep_valid(stages, [*new, *(one.stage for one in others)])
         standbys = [Standby(stage=stage) for stage in valid if stage in new]
         standbys += [one for one in others if one.stage in valid]
-        if not await self._install(state.chain, standbys):
-            return
-        if not await self._become_ready(new):
-            return
+        experience = self._swarm.experience.snapshot(started_s)
+        if can_be_fed(target, new, experience):
+            if not await self._install(state.chain, standbys):
+                return
+            if not await self._become_ready(new):
+                return
         experience = self._swarm.experience.snapshot(asyncio.get_running_loop().time())
         chain = with_client_links(target, experience, self._swarm.me)
         left = [one for one in state.standbys if one.stage not in target]
         kept = keep_valid(target, [one.stage for one in left])
+        judge_numerics(state, self._swarm.view(), stages, target)
         if not await self._install(chain, [one for one in left if one.stage in kept]):
             return
         for stage in stages:
             if stage not in target:
                 state.leaving.pop(stage.peer, None)
-        judge_numerics(state, self._swarm.view(), stages, target)
         now_s = asyncio.get_running_loop().time()
         move = Move(
             position=state.received_length,
@@ -259,7 +275,7 @@ class Tender:
         state = self._state
         until_s = asyncio.get_running_loop().time() + PREPARE_S_MAX
         pause_s = POLL_S
-        while not await self._are_close(new):
+        while not await self._unless_stirred(self._are_close(new)):
             if asyncio.get_running_loop().time() > until_s:
                 logger.info("move given up session=%s", short(state.id))
                 until_s = asyncio.get_running_loop().time() + UNFIT_S
@@ -274,9 +290,21 @@ class Tender:
                 return False
         return not state.trouble and state.failure is None
 
+    async def _unless_stirred(self, question: Coroutine[None, None, bool]) -> bool:
+        """The answer, or False as soon as something else is to be looked at."""
+        asking = asyncio.ensure_future(question)
+        stirring = asyncio.ensure_future(self._state.stirred.wait())
+        try:
+            await asyncio.wait({asking, stirring}, return_when=asyncio.FIRST_COMPLETED)
+            return asking.done() and asking.result()
+        finally:
+            for task in (asking, stirring):
+                task.cancel()
+            await asyncio.gather(asking, stirring, return_exceptions=True)
+
     async def _are_close(self, new: Sequence[Stage]) -> bool:
         state = self._state
-        wanted = state.received_length - CLOSE_ROWS
+        wanted = max(0, state.length - CLOSE_ROWS)
         for peer in sorted({stage.peer for stage in new}):
             try:
                 answer = await self._swarm.held(state, peer)
@@ -294,7 +322,13 @@ class Tender:
         state, swarm = self._state, self._swarm
         now_s = asyncio.get_running_loop().time()
         experience = self._experience(now_s)
-        present = [one.stage for one in state.standbys if one.stage.peer not in state.unfit]
+        leaving = {peer for peer, (_, until_s) in state.leaving.items() if until_s > now_s}
+        experience = replace(experience, avoid=experience.avoid | leaving)
+        present = [
+            one.stage
+            for one in state.standbys
+            if one.stage.peer not in state.unfit and not self._is_left(one.stage, now_s)
+        ]
         chosen = choose_standbys(
             swarm.view(), stages, present, experience, state.classes,
             swarm.rng, wanted=self._wanted, count=self._config.standby,
@@ -316,7 +350,9 @@ class Tender:
         if not followed.refused:
             return state.failure is None
         logger.info("change refused session=%s peers=%d", short(state.id), len(followed.refused))
-        state.report(Trouble(lost=set(followed.refused)), asyncio.get_running_loop().time())
+        lost = {p for p, error in followed.refused.items() if not isinstance(error, PeerBusy)}
+        trouble = Trouble(lost=lost, is_out_of_step=True)
+        state.report(trouble, asyncio.get_running_loop().time())
         return False
 
     def _experience(self, now_s: float) -> Experience:
@@ -341,10 +377,10 @@ def lose_standby(
     if state.unfit.get(peer, now_s) > now_s:
         return  # known already
     logger.info("standby lost session=%s peer=%s reason=%s", short(state.id), short(peer), error)
-    period_s = UNFIT_S
+    times = state.unfit_times[peer] = state.unfit_times.get(peer, 0) + 1
+    period_s = min(UNFIT_S_MAX, UNFIT_S * 2.0 ** (times - 1))
     if isinstance(error, PeerBusy):
-        period_s = error.retry_after_s or UNFIT_S
-        experience.busy(peer, now_s, period_s)
+        experience.busy(peer, now_s, error.retry_after_s or UNFIT_S)
     elif not isinstance(error, SessionError):
         experience.failed(peer, now_s)
     state.lose_standby(peer, now_s + period_s)

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from shoal.base.errors import ConfigError
-from shoal.client.client import ClientConfig
+from shoal.client.config import ClientConfig
 from shoal.client.tending import TendConfig
 from shoal.hf.chain_row import Chains
 from shoal.hf.connection import Connection, Joining, Place, check_served, common_encoding

@@ -18,7 +18,8 @@ from typing import Final, Protocol
 
 from shoal.base.errors import ConfigError, NoRouteError, SessionClosed
 from shoal.base.spans import Span, missing_blocks
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.discovery.directory import Snapshot
 from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.hf.loop import BackgroundLoop

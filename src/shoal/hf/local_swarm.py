@@ -19,7 +19,8 @@ from shoal.base.backend import BackendFacts, BlockBackend
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.client.client import ClientConfig, open_client
+from shoal.client.client import open_client
+from shoal.client.config import ClientConfig
 from shoal.discovery.records import Record, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore

@@ -15,7 +15,8 @@ from typing import Final
 from shoal.base.backend import BackendFacts
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.discovery.records import Record, RecordState, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore

@@ -12,7 +12,8 @@ from functools import partial
 from shoal.base.backend import BackendFacts, Call
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.client.client import Client, ClientConfig, open_client
+from shoal.client.client import Client, open_client
+from shoal.client.config import ClientConfig
 from shoal.client.tending import TendConfig
 from shoal.discovery.records import Record, sign_record
 from shoal.discovery.static import StaticDirectory

@@ -10,10 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Final
 
 from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
+from shoal.base.limits import STANDBYS_PER_BORDER_MAX
 from shoal.base.spans import Span
 from shoal.plan.repair import choose_repair
 from shoal.plan.routing import (
@@ -77,7 +79,10 @@ def keep_valid(chain: Sequence[Stage], standbys: Sequence[Stage]) -> tuple[Stage
                 continue
             waiting.remove(standby)
             is_progressing = True
-            if not any(_collide(standby, other) for other in taken):
+            beside = sum(1 for one in kept if one.span.start == standby.span.start)
+            if beside < STANDBYS_PER_BORDER_MAX and not any(
+                _collide(standby, other) for other in taken
+            ):
                 kept.append(standby)
                 taken.append(standby)
                 borders.add(standby.span.end)
@@ -102,36 +107,40 @@ def choose_standbys(
     Stages that nobody can stand by for have none.
     """
     stages = [stage for stage in chain if len(stage.span)]
-    chosen = list(keep_valid(stages, present))
-    spare = list(chosen)
+    draining = {server.peer for server in view.servers if server.state == "draining"}
+    spare = list(keep_valid(stages, [one for one in present if one.peer not in draining]))
+    chosen: list[Stage] = []
     for _ in range(count):
-        for stage in stages:
+        for index, stage in enumerate(stages):
             mine = _tile(stage.span, spare)
             if mine is None:
-                mine = _stand_by(view, stage, stages, chosen, experience, classes, rng, wanted)
-                chosen += mine
+                taken = [*stages, *chosen, *spare]
+                feeder = stages[index - 1].peer if index else None
+                mine = _stand_by(view, stage, taken, experience, classes, rng, wanted, feeder)
             spare = [one for one in spare if one not in mine]
+            chosen += mine
     return keep_valid(stages, chosen)
 
 
 def _stand_by(
     view: SwarmView,
     stage: Stage,
-    stages: Sequence[Stage],
-    chosen: Sequence[Stage],
+    taken: Sequence[Stage],
     experience: Experience,
     classes: Mapping[PeerId, str],
     rng: random.Random,
     wanted: Wanted,
+    feeder: PeerId | None,
 ) -> list[Stage]:
-    """The stages that could stand by for `stage`; none if nobody can."""
-    used = {one.peer for one in (*stages, *chosen)}
-    taken = [*stages, *chosen]
+    """The stages that could stand by for `stage`, fed by `feeder`; none if nobody can."""
+    used = {one.peer for one in taken}
     legs: list[Leg] = []
     for server in view.servers:
         if not wanted.allows(server) or server.state == "draining":
             continue
         if server.peer == stage.peer or server.peer in experience.avoid:
+            continue
+        if (feeder, server.peer) in experience.unreachable_pairs:
             continue
         if server.numerics != classes.get(stage.peer, server.numerics):
             continue
@@ -212,6 +221,14 @@ def can_move(chain: Sequence[Stage], target: Sequence[Stage]) -> bool:
     """Whether all new stages of `target` can get ready beside `chain`."""
     new = [stage for stage in target if stage not in chain]
     return len(keep_valid(chain, new)) == len(new)
+
+
+def can_be_fed(target: Sequence[Stage], new: Sequence[Stage], experience: Experience) -> bool:
+    """Whether whoever comes before each new stage of `target` can reach it without a relay."""
+    return not any(
+        stage in new and (before.peer, stage.peer) in experience.unreachable_pairs
+        for before, stage in pairwise(target)
+    )
 
 
 def _collide(one: Stage, other: Stage) -> bool:

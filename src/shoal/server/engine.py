@@ -254,7 +254,8 @@ class Engine:
             if not hop.queue or hop.is_parked:
                 continue
             since = self._since[hop.sequence] = before.get(hop.sequence) or next(self._arrivals)
-            if hop.outbound.backlog_bytes > self._limits.run_ahead_bytes:
+            is_ahead = hop.outbound.backlog_bytes > self._limits.run_ahead_bytes
+            if is_ahead and not hop.plan.is_standby:  # which sends to nobody
                 continue
             by_key[hop.key] = hop
             ready.append(self._waiting(hop, since))

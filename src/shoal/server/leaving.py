@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from shoal.base.errors import PeerBusy
+from shoal.base.spans import Span
 from shoal.server.session import HopSession
+from shoal.wire.messages import Leaving
 
 ELSEWHERE_S: Final = 60.0
 """When to ask a draining server again: it will be gone."""
@@ -23,7 +25,14 @@ class Farewells:
     def __init__(self) -> None:
         self.is_draining = False
         """Whether nothing new is taken any more."""
+        self.leaving = Leaving(0, 1, 0.0)
+        """What owners are told who come while it drains."""
         self._asked: list[tuple[set[HopSession], asyncio.Event]] = []
+
+    def drain(self, span: Span, within_s: float) -> None:
+        """Take nothing new from now on."""
+        self.is_draining = True
+        self.leaving = Leaving(span.start, span.end, within_s)
 
     async def wait(self, hops: Iterable[HopSession], within_s: float) -> bool:
         """Return when all of them have gone (True) or the time is over."""

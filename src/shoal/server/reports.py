@@ -64,6 +64,12 @@ def broken(outbound: Outbound, error: ShoalError) -> Broken:
     return Broken(*link, outbound.receiver, error.code, detail)
 
 
+def no_standby(session: SessionId, start: int, epoch: int, error: ShoalError) -> Failed:
+    """We follow a route, but can't be the standby that begins at block `start`."""
+    detail = error.detail[:DETAIL_CHARS_MAX]
+    return Failed(session, start, epoch, error.code, detail, error.retry_after_s)
+
+
 def failed(hop: HopSession, error: ShoalError, blame: PeerId | None) -> Failed:
     """A session of ours can't go on here."""
     detail, plan = error.detail[:DETAIL_CHARS_MAX], hop.plan

@@ -6,20 +6,23 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
 
 from shoal.base.backend import BackendFacts
-from shoal.base.errors import BadInput, ModelUnknown, PeerRefused, ProtocolError
+from shoal.base.errors import (
+    BadInput,
+    ModelUnknown,
+    PeerRefused,
+    ProtocolError,
+    ShoalError,
+)
 from shoal.base.ids import PeerId, SessionId, session_id
+from shoal.base.limits import STANDBYS_PER_BORDER_MAX
 from shoal.base.spans import Span
 from shoal.net.identity import ROUTE, verify
 from shoal.server.session import Feed, HopPlan
 from shoal.wire.messages import Fork, Hop, Route, RouteBody, Standby, decode_route_body
 
 MODEL_NAME_SHOWN = 16
-
-STANDBYS_PER_BORDER_MAX: Final = 4
-"""Each is one more receiver of the same rows: nobody shall make us send them to many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,8 @@ class RoutePlan:
     epoch: int
     parent: Fork | None
     hops: tuple[HopPlan, ...]
+    refused: tuple[tuple[int, ShoalError], ...] = ()
+    """Standbys that we can't be, by start block, and why; the hops are followed all the same."""
 
 
 RunsHere = Callable[[SessionId, Span], bool]
@@ -71,14 +76,35 @@ def read_route(
         _hop_plan(body, index, session, served)
         for index, hop in enumerate(body.hops)
         if hop.peer == me
-    ) + tuple(
-        _standby_plan(body, standby, session, served)
-        for standby in body.standbys
-        if standby.peer == me
     )
-    if not hops:
+    standbys, refused = _standby_plans(body, me, session, served)
+    if refused and not hops + standbys:
+        raise refused[0][1]
+    if not hops + standbys:
         raise BadInput("this route has no hop for us")
-    return RoutePlan(session=session, epoch=body.epoch, parent=body.parent, hops=hops)
+    return RoutePlan(
+        session=session,
+        epoch=body.epoch,
+        parent=body.parent,
+        hops=hops + standbys,
+        refused=refused,
+    )
+
+
+def _standby_plans(
+    body: RouteBody, me: PeerId, session: SessionId, served: _Served
+) -> tuple[tuple[HopPlan, ...], tuple[tuple[int, ShoalError], ...]]:
+    """What we are to be beside the chain, and what of it we can't."""
+    plans: list[HopPlan] = []
+    refused: list[tuple[int, ShoalError]] = []
+    for standby in body.standbys:
+        if standby.peer != me:
+            continue
+        try:
+            plans.append(_standby_plan(body, standby, session, served))
+        except BadInput as error:
+            refused.append((standby.start, error))
+    return tuple(plans), tuple(refused)
 
 
 def _check_chain(hops: list[Hop], owner: PeerId) -> None:

@@ -78,10 +78,7 @@ logger = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves spans of one backend to the clients of one swarm.
-
-    Use `open_server`; the constructor only stores.
-    """
+    """Serves spans of one backend to the clients of one swarm. Use `open_server`."""
 
     def __init__(
         self,
@@ -147,13 +144,13 @@ class Server:
 
     async def drain(self, within_s: float) -> bool:
         """Take nothing new and ask everybody to go; returns whether all went in time."""
-        self._farewells.is_draining = True
+        self._farewells.drain(self._backend.facts.span, within_s)
         return await self.leave(Span(0, self._backend.facts.num_blocks), within_s)
 
     async def leave(self, span: Span, within_s: float, only: Collection[HopSession] = ()) -> bool:
         """Ask the owners of sessions (`only` these) over any of the blocks to move them elsewhere.
 
-        Returns whether all went in time; sessions whose owner is not connected don't count.
+        Returns whether all went in time; sessions of owners who are away don't count.
         """
         hops = [
             hop
@@ -167,10 +164,8 @@ class Server:
 
     def evict_all(self) -> None:
         """Take every session's cache away, as memory pressure would; they return by replay."""
-        for hop in self.sessions:
-            if not hop.is_parked and not hop.running:
-                self.sessions.park(hop)
-                self.on_held_changed(hop)
+        for hop in self.sessions.park_all():
+            self.on_held_changed(hop)
         self.engine.wake()
 
     async def serve_stream(self, stream: Stream) -> None:
@@ -200,6 +195,8 @@ class Server:
 
     async def _serve_control(self, channel: Channel) -> None:
         control = self._controls[channel.peer] = ControlLink(channel, self)
+        if self._farewells.is_draining and self.sessions.of_owner(channel.peer):
+            control.post(self._farewells.leaving)
         try:
             await control.run()
         finally:
@@ -234,8 +231,6 @@ class Server:
                 error = failure
         raise error
 
-    # --- control: ControlEvents ------------------------------------------------------
-
     async def route(self, sender: PeerId, message: Route) -> Routed:
         """Follow a route: open, change or confirm our hops of it."""
         plan = read_route(message, sender, self.peer, self._backend.facts, self.sessions.runs)
@@ -247,10 +242,19 @@ class Server:
         for old in self.sessions.of_session(plan.session):
             if old.plan.span.start not in starts and old.plan.epoch < plan.epoch:
                 self._forget(old)
+        refused = list(plan.refused)
         for hop_plan in plan.hops:
-            hop = await self._hop_for(hop_plan, plan.parent)
+            try:
+                hop = await self._hop_for(hop_plan, plan.parent)
+            except ShoalError as error:
+                if not hop_plan.is_standby or len(plan.hops) == 1:
+                    raise
+                refused.append((hop_plan.span.start, error))
+                continue
             held.append(reports.held(hop))
             epoch = max(epoch, hop.plan.epoch)
+        for start, why in refused:
+            self._tell(sender, reports.no_standby(plan.session, start, plan.epoch, why))
         return Routed(message.call, plan.session, epoch, held)
 
     def held(self, sender: PeerId, message: GetHeld) -> Routed:
@@ -269,8 +273,8 @@ class Server:
 
     async def _open_hop(self, plan: HopPlan, parent: Fork | None) -> HopSession:
         now_s = asyncio.get_running_loop().time()
-        self._farewells.check_taking()
         async with self.engine.exclusive():
+            self._farewells.check_taking()
             old = self.sessions.find((plan.session, plan.span.start))
             if old is not None and old.plan.epoch >= plan.epoch:
                 return old
@@ -278,10 +282,8 @@ class Server:
                 self._forget(old)
             hop = self.sessions.open(plan, parent, now_s)
         self._call_waiting()
-        logger.info(
-            "session opened session=%s span=%s epoch=%d held=%d",
-            short(plan.session), plan.span, plan.epoch, hop.inbound.have,
-        )  # fmt: skip
+        logger.info("session opened session=%s span=%s epoch=%d held=%d",
+                    short(plan.session), plan.span, plan.epoch, hop.inbound.have)  # fmt: skip
         return hop
 
     def _follow(self, hop: HopSession, epoch: int) -> None:
@@ -373,7 +375,7 @@ class Server:
         if hop is not None and outbound is not hop.outbound:
             self._senders.detach(outbound)
             error = SessionLost("the log no longer reaches back to where a standby begins")
-            self._tell_owner(hop, reports.broken(outbound, error))
+            self._tell(hop.plan.owner, reports.broken(outbound, error))
         elif hop is not None:
             logger.info("log too short session=%s from=%d", short(hop.key[0]), outbound.cursor)
             hop.lose_log(outbound.cursor)
@@ -387,9 +389,7 @@ class Server:
         for outbound in outbounds:
             hop = self._hop_of(outbound)
             if hop is not None:
-                self._tell_owner(hop, reports.broken(outbound, error))
-
-    # --- engine: EngineEvents --------------------------------------------------------
+                self._tell(hop.plan.owner, reports.broken(outbound, error))
 
     def on_output(self, hop: HopSession) -> None:
         """The log grew or was cut."""
@@ -420,7 +420,7 @@ class Server:
             error = PeerMisbehaved(f"{short(blame)} sent bad rows: {error.detail}")
         logger.warning("session failed session=%s span=%s reason=%s",
                        short(hop.plan.session), hop.plan.span, error)  # fmt: skip
-        self._tell_owner(hop, reports.failed(hop, error, blame))
+        self._tell(hop.plan.owner, reports.failed(hop, error, blame))
         self._forget(hop)
 
     def _forget(self, hop: HopSession) -> None:
@@ -437,13 +437,11 @@ class Server:
     def _call_waiting(self) -> None:
         """Tell the first in line that there is room; when it came, the next."""
         for owner, session in self.sessions.called(asyncio.get_running_loop().time()):
-            if owner in self._controls:
-                self._controls[owner].post(Room(session))
+            self._tell(owner, Room(session))
 
-    def _tell_owner(self, hop: HopSession, message: Broken | Failed) -> None:
-        control = self._controls.get(hop.plan.owner)
-        if control is not None:
-            control.post(message)
+    def _tell(self, owner: PeerId, message: Broken | Failed | Leaving | Room) -> None:
+        if owner in self._controls:
+            self._controls[owner].post(message)
 
     def _answer(self, hop: HopSession, answer: Answer) -> None:
         receiver = self._receivers.get(hop.plan.predecessor)

@@ -363,6 +363,13 @@ class SessionTable:
         self.ledger.release(hop.sequence)
         self.on_parked(hop)
 
+    def park_all(self) -> list[HopSession]:
+        """Take every cache away that the engine does not work on; returns whose."""
+        parked = [hop for hop in self._hops.values() if not hop.is_parked and not hop.running]
+        for hop in parked:
+            self.park(hop)
+        return parked
+
     def returning(self) -> list[HopSession]:
         """Parked hops that have work, oldest first."""
         waiting = [hop for hop in self._hops.values() if hop.is_parked and hop.wants_return]

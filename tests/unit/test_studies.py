@@ -119,3 +119,10 @@ def test_who_is_killed_costs_little_and_who_is_silent_costs_a_deadline():
 
 def test_throughput_is_near_what_nothing_can_beat():
     assert_holds(quick("helix"))
+
+
+def test_the_gain_outlives_the_assumptions():
+    report = quick("realism", seeds=3)
+    assert_holds(report)
+    waits = [row.value("proposed, wait s") for row in report.rows]
+    assert waits[2] > waits[0], "reserving for the longest answer has its price"

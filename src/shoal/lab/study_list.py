@@ -12,6 +12,7 @@ from shoal.lab import (
     study_exactness,
     study_failures,
     study_helix,
+    study_realism,
 )
 from shoal.lab.study import Study
 
@@ -99,6 +100,14 @@ STUDIES: Final[dict[str, Study]] = {
             source="Helix (Mei et al., ASPLOS'25, arXiv 2406.01566), single cluster",
             run=study_helix.helix,
             seeds=20,
+            quick_seeds=5,
+        ),
+        Study(
+            name="realism",
+            title="BPRR's gain with slower links, unknown lengths of answers, and bursts",
+            source=f"{_BPRR}, its testbeds; the changes are ours",
+            run=study_realism.realism,
+            seeds=30,
             quick_seeds=5,
         ),
     )

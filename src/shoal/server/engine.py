@@ -72,25 +72,32 @@ class EngineLimits:
     fair: FairLimits = field(default_factory=FairLimits)
 
 
+PACE_S: Final = 60.0
+"""How long decode times tell of the load: those of a server that fell idle say nothing."""
+
+
 class Pace:
     """How long iterations take, to tell a slow one from a stuck one."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=16)
         self._decodes: deque[float] = deque(maxlen=16)
+        self._decoded_s = 0.0
 
     def add(self, num_tokens: int, duration_s: float) -> None:
         """An iteration finished."""
         self._recent.append((num_tokens, duration_s))
 
-    def add_decode(self, duration_s: float, num_blocks: int) -> None:
+    def add_decode(self, duration_s: float, num_blocks: int, now_s: float) -> None:
         """It had nothing but decode rows, and ran so many blocks."""
         self._decodes.append(duration_s / num_blocks)
+        self._decoded_s = now_s
 
-    @property
-    def decode_s_per_block(self) -> float:
+    def decode_s_per_block(self, now_s: float) -> float:
         """The median of recent iterations with nothing but decode rows; 0: there were none."""
-        return median(self._decodes) if self._decodes else 0.0
+        if not self._decodes or now_s - self._decoded_s > PACE_S:
+            return 0.0
+        return median(self._decodes)
 
     def estimate_s(self, num_tokens: int) -> float:
         """The longest that an iteration of this size should take, judged by recent ones."""
@@ -193,7 +200,7 @@ class Engine:
             self.pace.add(num_tokens, duration_s)
             if all(one.is_decode for one in work):
                 longest = max(len(one.hop.plan.span) for one in work)
-                self.pace.add_decode(duration_s, longest)
+                self.pace.add_decode(duration_s, longest, now())
             self._account(work, now())
             self.iteration += 1
         done = iter(outcomes)

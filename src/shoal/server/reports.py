@@ -18,7 +18,12 @@ def alive(engine: Engine, call: int, now_s: float) -> Alive:
     running_s = now_s - engine.running_since_s if engine.running_tokens else 0.0
     eta_s = running_s + engine.pace.estimate_s(max(1, engine.queued_tokens))
     return Alive(
-        call, engine.iteration, eta_s, running_s, estimate_s, engine.pace.decode_s_per_block
+        call,
+        engine.iteration,
+        eta_s,
+        running_s,
+        estimate_s,
+        engine.pace.decode_s_per_block(now_s),
     )
 
 
@@ -33,7 +38,7 @@ def load(engine: Engine, sessions: SessionTable, call: int, now_s: float) -> Loa
         queued_tokens=engine.queued_tokens,
         iteration_estimate_s=engine.pace.estimate_s(1),
         iterations=engine.iteration,
-        decode_s_per_block=engine.pace.decode_s_per_block,
+        decode_s_per_block=engine.pace.decode_s_per_block(now_s),
         room_in_s=sessions.room_in_s(now_s),
     )
 

@@ -67,7 +67,7 @@ def helix(task: Task) -> Report:
     problem = machines()
     rates = rates_of(problem)
     bound = throughput_bound(problem, rates)
-    ours = plan_flow(problem, rates=rates, limit_s=5.0 if task.is_quick else 30.0).rows_per_s
+    ours = plan_flow(problem, rates=rates, limit_s=1.0 if task.is_quick else 30.0).rows_per_s
     joined, settled = [], []
     for seed in task.told("Petals, seed", range(task.seeds)):
         joins = place_petals_joins(problem, random.Random(seed))

@@ -59,7 +59,7 @@ STUDIES: Final[dict[str, Study]] = {
             title="Servers that come and go: Petals' rule against rules for response time",
             source="Borisov, block allocation for inference latency (master thesis, HSE 2024)",
             run=study_churn.churn,
-            seeds=10,
+            seeds=20,
             quick_seeds=3,
         ),
         Study(

@@ -5,7 +5,7 @@ import pytest
 from shoal.base.backend import SequenceId
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
-from shoal.server.fairness import ACTIVE_S, HOLD_MAX, FairLimits, Fairness, Ran
+from shoal.server.fairness import ACTIVE_S, HOLD_MAX, OUTLIER, FairLimits, Fairness, Ran
 
 READER, GREEDY = PeerId(b"r" * 32), PeerId(b"g" * 32)
 
@@ -110,3 +110,17 @@ def test_turns_are_kept_only_of_who_is_here():
 def test_limits_that_make_no_sense(options):
     with pytest.raises(ConfigError):
         FairLimits(**options)
+
+
+def test_a_server_that_stood_still_does_not_hold_chunks_back_for_as_long():
+    """Stopped for a minute in the middle of an iteration, as by SIGSTOP."""
+    fairness = Fairness(FairLimits())
+    now_s = 0.0
+    for _ in range(3):
+        now_s = decode(fairness, now_s, 2)
+        fairness.ran([CHUNK], now_s, now_s + 0.1)
+        now_s += 0.1
+    now_s = decode(fairness, now_s, 2)
+    fairness.ran([CHUNK], now_s, now_s + 60.0)
+    now_s = decode(fairness, now_s + 60.0, 1)
+    assert 0 < wait_s(fairness, GREEDY, now_s) <= HOLD_MAX * OUTLIER * 0.1

@@ -72,6 +72,9 @@ class EngineLimits:
     fair: FairLimits = field(default_factory=FairLimits)
 
 
+CHOICES_MAX: Final = 16
+"""How often the rows of an iteration are chosen anew because some find no room in the cache."""
+
 PACE_S: Final = 60.0
 """How long decode times tell of the load: those of a server that fell idle say nothing."""
 
@@ -269,16 +272,21 @@ class Engine:
         waiting = self._in_turn(ready, now_s)
         batch: dict[SessionKey, int] = {}
         left = waiting
-        while left and not batch:  # whoever finds no room must not hold up those who need none
-            chosen = self._chosen(left, now_s)
-            for key in chosen:
+        for _ in range(CHOICES_MAX):
+            misfits: set[SessionKey] = set()
+            for key in self._chosen(left, now_s) if left else ():
                 hop = by_key[key]
-                count = self._fitting(hop, batch, now_s)
+                count = batch.get(key) or self._fitting(hop, batch, now_s)
                 if count:
                     self._since.pop(hop.sequence, None)
                     hop.used_s = now_s
                     batch[key] = count
-            left = [item for item in left if item.key not in chosen]
+                else:
+                    misfits.add(key)
+            if not misfits:
+                break
+            # Whoever finds no room must not hold up those who need none: choose again.
+            left = [item for item in left if item.key not in misfits]
         decoding = {item.key for item in waiting if item.is_decode}
         is_passed_over = len(decoding) < len(waiting) and decoding.issuperset(batch)
         self._passed_over = self._passed_over + 1 if is_passed_over else 0

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Final, NamedTuple
 
 from shoal.base.backend import SequenceId
@@ -38,6 +39,12 @@ last chunk took, so that a prompt gets on even where hundreds decode."""
 
 HOPS_BELIEVED: Final = 16
 """Chains are seldom longer; what a route says beyond it would only hold up others."""
+
+OUTLIER: Final = 4.0
+"""An iteration that takes this many times as long as usual was interrupted."""
+
+_CHUNK_RUNS = 9
+"""So many of the last iterations with chunks tell what is usual."""
 
 _INTERVALS = 64
 """The quickest of a session's last tokens tells how long one takes undisturbed."""
@@ -98,6 +105,7 @@ class Fairness:
         """Since when each owner's chunks wait for others' answers."""
         self._chunk_s = 0.0
         """How long the last iteration with chunks took."""
+        self._chunk_runs_s: deque[float] = deque(maxlen=_CHUNK_RUNS)
         self._decode_runs_s: deque[float] = deque(maxlen=_DECODE_RUNS)
 
     def ran(self, items: Iterable[Ran], started_s: float, ended_s: float) -> None:
@@ -115,10 +123,19 @@ class Fairness:
         if not chunk_owners:
             self._decode_runs_s.append(duration_s)
             return
-        self._chunk_s = duration_s
+        duration_s = self._chunk_s = self._believed(duration_s)
         for answer in self._answers.values():
             if chunk_owners != {answer.owner}:
                 answer.tokens_due = self._tokens_due(answer, duration_s)
+
+    def _believed(self, chunk_s: float) -> float:
+        """A chunk's duration, without what the process stood still in it.
+
+        Else a server that was stopped for a while would hold back chunks for as long again.
+        """
+        usual_s = median(self._chunk_runs_s) if self._chunk_runs_s else chunk_s
+        self._chunk_runs_s.append(chunk_s)
+        return min(chunk_s, OUTLIER * usual_s)
 
     def _tokens_due(self, answer: _Answer, chunk_s: float) -> int:
         """Tokens over which a delay of `chunk_s` at each hop is bearable.

@@ -222,6 +222,7 @@ class Engine:
             ],
             self.running_since_s,
             now_s,
+            sum(call.count for one in work for call in one.calls),
         )
         for one, plan in plans:
             one.hop.is_rebuilding = one.hop.is_rebuilding and not one.is_decode

@@ -41,7 +41,7 @@ HOPS_BELIEVED: Final = 16
 """Chains are seldom longer; what a route says beyond it would only hold up others."""
 
 OUTLIER: Final = 4.0
-"""An iteration that takes this many times as long as usual was interrupted."""
+"""An iteration whose rows take this many times as long as usual was interrupted."""
 
 _CHUNK_RUNS = 9
 """So many of the last iterations with chunks tell what is usual."""
@@ -105,11 +105,14 @@ class Fairness:
         """Since when each owner's chunks wait for others' answers."""
         self._chunk_s = 0.0
         """How long the last iteration with chunks took."""
-        self._chunk_runs_s: deque[float] = deque(maxlen=_CHUNK_RUNS)
+        self._chunk_rows_s: deque[float] = deque(maxlen=_CHUNK_RUNS)
+        """How long a row took in each of the last iterations with chunks."""
         self._decode_runs_s: deque[float] = deque(maxlen=_DECODE_RUNS)
 
-    def ran(self, items: Iterable[Ran], started_s: float, ended_s: float) -> None:
-        """An iteration ran rows of these sessions."""
+    def ran(
+        self, items: Iterable[Ran], started_s: float, ended_s: float, num_tokens: int = 1
+    ) -> None:
+        """An iteration ran `num_tokens` rows of these sessions."""
         chunk_owners: set[PeerId] = set()
         for item in items:
             if item.is_decode:
@@ -123,19 +126,20 @@ class Fairness:
         if not chunk_owners:
             self._decode_runs_s.append(duration_s)
             return
-        duration_s = self._chunk_s = self._believed(duration_s)
+        duration_s = self._chunk_s = self._believed(duration_s, num_tokens)
         for answer in self._answers.values():
             if chunk_owners != {answer.owner}:
                 answer.tokens_due = self._tokens_due(answer, duration_s)
 
-    def _believed(self, chunk_s: float) -> float:
+    def _believed(self, chunk_s: float, num_tokens: int) -> float:
         """A chunk's duration, without what the process stood still in it.
 
         Else a server that was stopped for a while would hold back chunks for as long again.
         """
-        usual_s = median(self._chunk_runs_s) if self._chunk_runs_s else chunk_s
-        self._chunk_runs_s.append(chunk_s)
-        return min(chunk_s, OUTLIER * usual_s)
+        row_s = chunk_s / num_tokens
+        usual_s = median(self._chunk_rows_s) if self._chunk_rows_s else row_s
+        self._chunk_rows_s.append(row_s)
+        return min(chunk_s, OUTLIER * usual_s * num_tokens)
 
     def _tokens_due(self, answer: _Answer, chunk_s: float) -> int:
         """Tokens over which a delay of `chunk_s` at each hop is bearable.

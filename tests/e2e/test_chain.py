@@ -43,6 +43,7 @@ def test_greedy_answer_equals_transformers(model, swarm):
         "tokens_per_s",
         "chain",
         "recoveries",
+        "moves",
         "numerics",
     ]
     assert answer["prompt_tokens"] == len(PROMPT)
@@ -51,6 +52,7 @@ def test_greedy_answer_equals_transformers(model, swarm):
         for server, blocks in zip(swarm, SPANS, strict=True)
     ]
     assert answer["recoveries"] == []
+    assert answer["moves"] == []
     assert answer["tokens_per_s"] > 0
     assert answer["time_to_first_token_s"] > 0
 

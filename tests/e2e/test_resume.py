@@ -100,7 +100,7 @@ def test_an_answer_waits_for_a_server_that_is_missing(model, swarm, tmp_path):
     swarm[1].signal(signal.SIGSTOP)  # the other one is all there is
     started = [victim]
     try:
-        client = start(model, join, "--save", str(path), "--patience", "3")
+        client = start(model, join, "--save", str(path), "--patience", "12")
         started.append(client)
         wait_until(lambda: num_saved(path) > 10, "tokens in the file")
         victim.signal(signal.SIGKILL)

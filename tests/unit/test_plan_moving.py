@@ -111,14 +111,14 @@ def test_who_leaves_or_comes_does_not_stand_by(state):
 
 def test_a_leaving_server_is_replaced_and_nothing_else():
     view = swarm(6, server(1, 0, 2), server(2, 2, 4), server(3, 4, 6), server(4, 1, 5))
-    found = choose_departure(view, CHAIN, {peer(2)}, NOTHING, "a", rng())
+    found = choose_departure(view, CHAIN, {CHAIN[1]}, NOTHING, "a", rng())
     assert found is not None
     assert hops(found) == [(1, 0, 2), (4, 2, 4), (3, 4, 6)]
 
 
 def test_a_neighbour_extends_when_a_server_leaves():
     view = swarm(6, server(1, 0, 4), server(2, 2, 4), server(3, 4, 6))
-    found = choose_departure(view, CHAIN, {peer(2)}, NOTHING, "a", rng())
+    found = choose_departure(view, CHAIN, {CHAIN[1]}, NOTHING, "a", rng())
     assert found is not None
     assert hops(found) == [(1, 0, 2), (1, 2, 4), (3, 4, 6)]
 
@@ -129,7 +129,7 @@ def test_a_neighbour_extends_when_a_server_leaves():
 def test_nowhere_to_go(others):
     view = swarm(6, server(1, 0, 2), server(2, 2, 4), server(3, 4, 6), *others)
     experience = Experience(avoid=frozenset({peer(4)}))
-    assert choose_departure(view, CHAIN, {peer(2)}, experience, "a", rng()) is None
+    assert choose_departure(view, CHAIN, {CHAIN[1]}, experience, "a", rng()) is None
 
 
 @pytest.mark.parametrize(
@@ -167,3 +167,12 @@ def test_standbys_always_fit_and_take_over(data: st.DataObject) -> None:
     after = promote(chain, lost, found)
     check_chain(after, Span(0, 5), kept=after)
     assert all(stage in chain or stage in found for stage in after)
+
+
+def test_what_a_leaving_server_runs_of_other_blocks_stays():
+    """It went to the blocks in front, and the session has followed it there already."""
+    view = swarm(4, server(1, 0, 3), server(2, 2, 4))
+    chain = stages((1, 0, 2), (1, 2, 4))
+    found = choose_departure(view, chain, {chain[1]}, NOTHING, "a", rng())
+    assert found is not None
+    assert hops(found) == [(1, 0, 2), (2, 2, 4)]

@@ -50,7 +50,10 @@ ASK_ROUNDS_MAX: Final = 4
 """How often the best chain is chosen anew when its servers said that they are full."""
 
 ASK_S: Final = 1.0
-"""Who does not say within this how full it is counts as free; the route will tell."""
+"""Who does not say within this how full it is is passed over where others will do."""
+
+SILENT_S: Final = 10.0
+"""How long it is passed over; whoever is gone is known to be by then."""
 
 PROBES_MAX: Final = 4
 """Other servers asked whether they answer, before the client blames its own link."""
@@ -176,7 +179,8 @@ class Supervisor:
                 await self._ask_around(lost)
                 chain, standbys = self._choose(lost)
                 followed = await self._install(chain, standbys)
-                if not followed.refused and not state.trouble:
+                if not followed.refused and not self._concerns_chain(state.trouble):
+                    state.take_trouble()
                     break
                 lost |= self._learn(followed)
                 error = next(iter(followed.refused.values()), NoRouteError("servers keep failing"))
@@ -186,9 +190,9 @@ class Supervisor:
                 error, before, lost, followed.refused, chain,
                 patience_s=swarm.patience_s, deadline_s=deadline_s,
             )  # fmt: skip
+            self._tell(waiting)
             if loop.time() + state.backoff_s > deadline_s:
                 raise gave_up(error, waiting, loop.time()) from error
-            self._tell(waiting)
             await self._back_off()
         after = [stage for stage in chain if len(stage.span)]
         state.distrusted.clear()
@@ -197,6 +201,11 @@ class Supervisor:
         judge_numerics(state, swarm.view(), before, after)
         if before and lost and before != after:
             self._record(since_s, position, before, after)
+
+    def _concerns_chain(self, trouble: Trouble) -> bool:
+        """Whether anything of it is about the chain that is followed now."""
+        is_lost = bool(trouble.lost & self._state.servers)
+        return bool(is_lost or trouble.bad or trouble.links or trouble.is_out_of_step)
 
     def _tell(self, waiting: Waiting | None) -> None:
         """Say what we wait for, and that it is over."""
@@ -298,7 +307,9 @@ class Supervisor:
             async with asyncio.timeout(ASK_S):
                 await self._swarm.decode_s_per_block(peer)
         except (ShoalError, TimeoutError) as error:
-            logger.debug("load unknown peer=%s reason=%r", short(peer), error)
+            logger.info("does not say how full it is peer=%s reason=%r", short(peer), error)
+            now_s = asyncio.get_running_loop().time()
+            self._swarm.experience.busy(peer, now_s, SILENT_S)
 
     def _choose(self, lost: set[PeerId]) -> tuple[list[Stage], list[Standby]]:
         """The chain to go on with, standbys in place of the lost, and the standbys left."""

@@ -158,13 +158,12 @@ class Tender:
         now_s = asyncio.get_running_loop().time()
         view, experience = swarm.view(), self._experience(now_s)
         draining = {server.peer for server in view.servers if server.state == "draining"}
-        leaving = {
-            stage.peer for stage in stages if stage.peer in draining or self._is_left(stage, now_s)
-        }
-        first = next((stage for stage in stages if stage.peer in leaving), None)
-        if first is None:
+        leaving = [
+            stage for stage in stages if stage.peer in draining or self._is_left(stage, now_s)
+        ]
+        if not leaving:
             return None
-        numerics = state.classes.get(first.peer, "")
+        numerics = state.classes.get(leaving[0].peer, "")
         return choose_departure(
             view, stages, leaving, experience, numerics, swarm.rng, wanted=self._wanted
         )

@@ -161,25 +161,29 @@ def _stand_by(
 def choose_departure(
     view: SwarmView,
     chain: Sequence[Stage],
-    leaving: Collection[PeerId],
+    leaving: Collection[Stage],
     experience: Experience,
     numerics: str,
     rng: random.Random,
     *,
     wanted: Wanted = ANY_SERVER,
 ) -> tuple[Stage, ...] | None:
-    """The chain to move to so that no stage of a `leaving` peer is used; None: there is none."""
+    """The chain to move to so that no `leaving` stage is used; None: there is none.
+
+    What else their peers run for the session stays; nothing new is asked of them.
+    """
     stages = [stage for stage in chain if len(stage.span)]
-    lost = frozenset(i for i, stage in enumerate(stages) if stage.peer in leaving)
+    lost = frozenset(i for i, stage in enumerate(stages) if stage in leaving)
     if not lost:
         return None
-    experience = replace(experience, avoid=experience.avoid | frozenset(leaving))
+    peers = {stage.peer for stage in leaving}
+    experience = replace(experience, avoid=experience.avoid | peers)
     try:
         target = choose_repair(view, stages, lost, experience, numerics, rng, wanted=wanted)
     except NoRouteError:
         return None
     new = [stage for stage in target if stage not in stages]
-    if any(stage.peer in leaving for stage in target) or any(
+    if any(stage in leaving for stage in target) or any(
         stage.peer in experience.avoid for stage in new
     ):
         return None

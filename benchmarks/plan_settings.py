@@ -11,8 +11,9 @@ import random
 from dataclasses import dataclass, replace
 from typing import Final
 
+from shoal.lab import study_bloom
 from shoal.plan.distance import Position, fibre_rtt_s
-from shoal.plan.memory import CacheShape, mha, quantised_bytes
+from shoal.plan.memory import CacheShape, mha
 from shoal.plan.place.cgbp import choose_sessions
 from shoal.plan.spec import (
     DecodeTimes,
@@ -23,27 +24,8 @@ from shoal.plan.spec import (
     uniform_model,
 )
 
-BLOCK_BYTES: Final = quantised_bytes(2_466_437_120, 4.25, 1.01)
-
-FAST: Final = ServerSpec(
-    name="a100",
-    memory_bytes=86_130_000_000,
-    decode=DecodeTimes(points=((1, 0.0032197),)),
-    prefill_s_per_block=0.03299,
-    prefill_s_per_block_token=0.0000743,
-    forward_rows_per_s=20829.4,
-    network_rows_per_s=3020.4,
-)
-SLOW: Final = ServerSpec(
-    name="mig",
-    memory_bytes=9_100_000_000,
-    decode=DecodeTimes(points=((1, 0.0162488),)),
-    prefill_s_per_block=0.2063547,
-    prefill_s_per_block_token=0.0001041,
-    forward_rows_per_s=2757.7,
-    network_rows_per_s=3138.1,
-    num_blocks_max=4,
-)
+FAST: Final = replace(study_bloom.FAST, memory_bytes=86_130_000_000)
+SLOW: Final = replace(study_bloom.SLOW, memory_bytes=9_100_000_000)
 
 REGIONS: Final = {
     "us and europe": [
@@ -108,7 +90,7 @@ def drawn(setting: Setting, seed: int) -> Problem:
     servers = [FAST] * setting.fast + [SLOW] * setting.slow
     rng.shuffle(servers)
     problem = Problem(
-        model=uniform_model(70, BLOCK_BYTES, mha(112, 128), hidden_size=14336),
+        model=uniform_model(70, study_bloom.BLOCK_BYTES, mha(112, 128), hidden_size=14336),
         servers=tuple(servers),
         links=Links(
             client_rtt_s=(tuple(fibre_rtt_s(client, spot) for spot in spots),),

@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from shoal.base.spans import Span
+from shoal.lab import study_bloom
 from shoal.plan.compose import needs_on
 from shoal.plan.cost import Chain, Hop, Prices, chain_s, prices
 from shoal.plan.memory import CacheShape, mha, quantised_bytes
@@ -82,25 +83,8 @@ def bloom(
     fast: int, slow: int, raw_rtt_s: list[float], *, rate: float, tokens_out: int, sessions: int = 1
 ) -> Problem:
     """The testbed of BPRR: BLOOM-176B on A100s and their sevenths; their constants."""
-    large = ServerSpec(
-        name="a100",
-        memory_bytes=86_130_000_000,
-        decode=DecodeTimes(points=((1, 0.0032197),)),
-        prefill_s_per_block=0.03299,
-        prefill_s_per_block_token=0.0000743,
-        forward_rows_per_s=20829.4,
-        network_rows_per_s=3020.4,
-    )
-    small = ServerSpec(
-        name="mig",
-        memory_bytes=9_100_000_000,
-        decode=DecodeTimes(points=((1, 0.0162488),)),
-        prefill_s_per_block=0.2063547,
-        prefill_s_per_block_token=0.0001041,
-        forward_rows_per_s=2757.7,
-        network_rows_per_s=3138.1,
-        num_blocks_max=4,
-    )
+    large = replace(study_bloom.FAST, memory_bytes=86_130_000_000)
+    small = replace(study_bloom.SLOW, memory_bytes=9_100_000_000)
     return Problem(
         model=uniform_model(70, BLOOM_BLOCK_BYTES, mha(112, 128), hidden_size=14336),
         servers=(large,) * fast + (small,) * slow,

@@ -24,7 +24,11 @@ class News:
         changed = self._directory.changed(self._directory.snapshot().version)
         waiting = [asyncio.ensure_future(changed), asyncio.ensure_future(self._called.wait())]
         try:
-            await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()  # a directory that failed must not look like news
         finally:
             for task in waiting:
                 task.cancel()

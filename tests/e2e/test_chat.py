@@ -168,7 +168,15 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def interrupt(self):
+        # A signal between the prompt and the wait for keys is seen with the next key only.
+        wait_until(self.is_asleep, "a process that waits")
         self.process.send_signal(signal.SIGINT)
+
+    def is_asleep(self):
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(self.process.pid)], capture_output=True, text=True
+        )
+        return state.stdout.startswith(("S", "I"))
 
     def end(self):
         self.process.kill()

@@ -179,3 +179,18 @@ async def test_two_hops_that_do_not_fit_beside_each_other_become_one(it):
     await reader.prefill(40)
     await reader.decode(5)
     assert reader.chain == ["late-a"]
+
+
+@scene(PAIR)
+async def test_who_is_not_ready_in_time_is_moved_to_all_the_same(it):
+    """The leaver said when it goes: the rest is replayed by the hop before it, no repair."""
+    reader = await it.read(400)
+    it["spare-b"].slowness = 200.0
+    assert await it["b"].server.drain(5.0)
+    await it["b"].crash()
+    it["spare-b"].slowness = 1.0
+    await reader.decode(5)
+    assert reader.chain == ["a", "spare-b"]
+    (move,) = reader.session.moves
+    assert move.prepared_s <= 5.0
+    assert reader.session.recoveries == ()

@@ -3,6 +3,7 @@
 from shoal.client.tending import STANDBY_LAG_ROWS, TendConfig
 from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
+from shoal.wire.messages import Broken
 from tests.simulation.scene import scene, until
 
 ONE = TendConfig(standby=1)
@@ -108,3 +109,16 @@ async def test_who_wants_no_standby_any_more_has_none_left(it):
     reader.state.standbys = ()
     await reader.decode(30, pause_s=0.5)
     assert len(standbys(reader)) == 1
+
+
+@scene("a 0:2, b 2:4, spare-a 0:2, spare-b 2:4", tending=ONE)
+async def test_only_who_feeds_a_standby_can_say_that_it_is_unfit(it):
+    reader = await it.read(20)
+    await stand_by(it, reader, 2)
+    state = reader.state
+    (fed,) = [one.stage for one in state.standbys if it.name(one.stage.peer) == "spare-b"]
+    told = Broken(state.id, 2, state.epoch, fed.peer, "unreachable")
+    it.client.on_broken(it["b"].peer, told)
+    assert fed.peer not in state.unfit
+    it.client.on_broken(it["a"].peer, told)
+    assert fed.peer in state.unfit

@@ -366,6 +366,8 @@ class Client:
         if state is None or message.epoch != state.epoch:
             return
         stage = state.standby_at(PeerId(message.peer), message.border)
+        if stage is not None and not state.ends_at(peer, message.border):
+            return  # none of its business
         if stage is not None:
             detail = f"it can't be fed: {message.detail}"  # which says nothing bad of it
             lose_standby(self.experience, state, stage.peer, SessionLost(detail))

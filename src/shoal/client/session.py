@@ -321,6 +321,13 @@ class SessionState:
                 return standby.stage
         return None
 
+    def ends_at(self, peer: PeerId, border: int) -> bool:
+        """Whether a hop or standby of `peer` ends there: only such a one feeds a standby."""
+        everybody = [*self.chain, *(standby.stage for standby in self.standbys)]
+        return any(
+            one.peer == peer and one.span.end == border for one in everybody if len(one.span)
+        )
+
     def predecessor(self, peer: PeerId, start: int) -> PeerId | None:
         """The server before the hop of `peer` that begins at block `start`, if there is one.
 

@@ -244,7 +244,7 @@ class Tender:
         if can_be_fed(target, new, experience):
             if not await self._install(state.chain, standbys):
                 return
-            if not await self._become_ready(new):
+            if not await self._become_ready(new, self._time_left_s(stages, target)):
                 return
         experience = self._swarm.experience.snapshot(asyncio.get_running_loop().time())
         chain = with_client_links(target, experience, self._swarm.me)
@@ -269,12 +269,29 @@ class Tender:
         logger.info("session moved session=%s epoch=%d position=%d prepared_s=%.3f",
                     short(state.id), state.epoch, move.position, move.prepared_s)  # fmt: skip
 
-    async def _become_ready(self, new: Sequence[Stage]) -> bool:
-        """Wait until all new stages are close; False when something else is more urgent."""
+    def _time_left_s(self, stages: Sequence[Stage], target: Sequence[Stage]) -> float:
+        """How long the new hops may get ready: the servers to be left will soon be gone.
+
+        A tenth of the time that those gave is for the change itself.
+        """
+        now_s = asyncio.get_running_loop().time()
+        left = {stage.peer for stage in stages if stage not in target}
+        ends = [until for peer, (_, until) in self._state.leaving.items() if peer in left]
+        return min((0.9 * (until_s - now_s) for until_s in ends), default=PREPARE_S_MAX)
+
+    async def _become_ready(self, new: Sequence[Stage], within_s: float) -> bool:
+        """Wait until all new stages are close; False when something else is more urgent.
+
+        After `within_s` it is too late to wait: what the new stages hold by then is used by
+        moving at once, since the rest is replayed to them either way.
+        """
         state = self._state
-        until_s = asyncio.get_running_loop().time() + PREPARE_S_MAX
+        now_s = asyncio.get_running_loop().time()
+        late_s, until_s = now_s + within_s, now_s + PREPARE_S_MAX
         pause_s = POLL_S
         while not await self._unless_stirred(self._are_close(new)):
+            if asyncio.get_running_loop().time() > late_s:
+                break
             if asyncio.get_running_loop().time() > until_s:
                 logger.info("move given up session=%s", short(state.id))
                 until_s = asyncio.get_running_loop().time() + UNFIT_S

@@ -75,6 +75,7 @@ def test_who_may_try_again() -> None:
         "misbehaved",
         "lost",
         "bad_output",
+        "adapter_missing",
         "weights_missing",
     }
 

@@ -24,6 +24,9 @@ ShoalError
 |  +- ModelCorrupt        weights are truncated, altered or do not match their hash
 |  +- ModelUnsupported    an architecture or a format that cannot be served, and why
 |  +- WeightsMissing      no peer gives the weights that are needed; names them
++- AdapterError           something about a LoRA adapter
+|  +- AdapterMissing      the server doesn't hold it: send it, or go elsewhere
+|  +- AdapterBad          it can't be: options, shapes, values, or it doesn't fit the model
 +- InternalError          our bug
 ```
 
@@ -216,6 +219,27 @@ class WeightsMissing(ModelError):
     code = "weights_missing"
     retryable = True
     http_status = 503
+
+
+class AdapterError(ShoalError):
+    """Something about a LoRA adapter."""
+
+    code = "adapter"
+    http_status = 400
+
+
+class AdapterMissing(AdapterError):
+    """A server doesn't hold the adapter: whoever has it sends it and tries again."""
+
+    code = "adapter_missing"
+    retryable = True
+    http_status = 503
+
+
+class AdapterBad(AdapterError):
+    """An adapter that can't be used: options, shapes or values, or it doesn't fit the model."""
+
+    code = "adapter_bad"
 
 
 class InternalError(ShoalError):

@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the tiny model only, 1 round")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--rounds", type=int, default=7, help="that count, of every way")
+    parser.add_argument("--rounds", type=int, default=4, help="that count, of every way")
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = environment()
@@ -191,7 +191,7 @@ def main() -> None:
                 save_tiny(Path(model))
             with fleet(Path(folder), model) as servers:
                 setting = load_setting(open_model(model), "float32", STAGES)
-                tokens = 300 if name == "tiny" else 100
+                tokens = 300 if name == "tiny" else 64
                 wanted = 1 if options.quick else options.rounds
                 taken, ping = asyncio.run(measured(servers, setting, tokens, wanted))
         table += rows(name, setting, taken, ping)

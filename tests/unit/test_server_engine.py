@@ -364,3 +364,18 @@ def test_the_pace_judges_by_the_slowest_of_late():
         pace.add(10, 0.1)
     assert pace.estimate_s(1) == 0.1
     assert abs(pace.estimate_s(100) - 1.0) < 1e-9
+
+
+def test_busy_time_is_that_of_iterations_and_rows_are_counted():
+    async def scenario():
+        async with Bench() as bench:
+            hop = await bench.open(1)
+            bench.feed(hop, 3)
+            await bench.settle()
+            now_s = asyncio.get_running_loop().time()
+            assert bench.engine.rows == 3
+            assert abs(bench.engine.busy_s(now_s) - 0.01 * bench.engine.iteration) < 1e-9
+            await bench.settle(5.0)
+            assert bench.engine.busy_s(now_s + 5) == bench.engine.busy_s(now_s)
+
+    run_virtual(scenario())

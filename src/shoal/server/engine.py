@@ -123,7 +123,10 @@ class Engine:
         self.iteration = 0
         self.running_tokens = 0
         self.running_since_s = 0.0
+        self.rows = 0
+        """Run so far."""
         self.pace = Pace()
+        self._busy_s = 0.0
         self._backend = backend
         self._sessions = sessions
         self._events = events
@@ -151,6 +154,11 @@ class Engine:
             self._settle()
             yield
         self._wake.set()
+
+    def busy_s(self, now_s: float) -> float:
+        """Seconds that iterations took so far, the running one included."""
+        running_s = now_s - self.running_since_s if self.running_tokens else 0.0
+        return self._busy_s + running_s
 
     @property
     def queued_tokens(self) -> int:
@@ -200,6 +208,8 @@ class Engine:
             finally:
                 self.running_tokens = 0
             duration_s = now() - self.running_since_s
+            self.rows += num_tokens
+            self._busy_s += duration_s
             self.pace.add(num_tokens, duration_s)
             if all(one.is_decode for one in work):
                 longest = max(len(one.hop.plan.span) for one in work)

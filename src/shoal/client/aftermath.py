@@ -22,15 +22,17 @@ def judge_numerics(
     old = dict(state.classes)
     for stage in after:
         server = servers.get(stage.peer)
-        if server is None:
+        numerics = old.get(stage.peer) if server is None else server.numerics
+        if numerics is None:
             continue
-        state.classes[stage.peer] = server.numerics
-        if not server.is_exact and state.numerics == "exact":
+        state.classes[stage.peer] = numerics
+        is_exact = server is not None and server.is_exact
+        if not is_exact and state.numerics == "exact":
             state.numerics = "same-class"
         lost_classes = {
             old.get(stage_before.peer, "")
             for stage_before in before
             if stage_before.span.overlap(stage.span) and stage_before.peer != stage.peer
         }
-        if lost_classes - {server.numerics}:
+        if lost_classes - {numerics}:
             state.numerics = "crossed"

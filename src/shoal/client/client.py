@@ -228,7 +228,10 @@ class Client:
         epoch = state.epoch + 1
         for outbound in state.follow(chain, epoch, self.me, standbys):
             self._senders.detach(outbound)
-        records = {s.peer: s.record for s in self.view().servers}
+        known = {s.peer: s for s in self.view().servers if s.peer in state.peers}
+        records = {peer: server.record for peer, server in known.items()}
+        for peer, server in known.items():  # a standby's record may be gone when it takes over
+            state.classes.setdefault(peer, server.numerics)
         servers = sorted(state.servers)
         route = sign_route(
             self._identity, facts, epoch, chain,

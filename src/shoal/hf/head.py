@@ -115,14 +115,53 @@ class Head:
     @torch.no_grad()
     def normalized(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) hidden states that left the last block, after the final norm."""
-        hidden = hidden.to(device=self.device, dtype=self.dtype)
-        normalized: torch.Tensor = hidden if self._norm is None else self._norm(hidden)
-        return normalized
+        return self.leave_blocks(hidden)
 
     @torch.no_grad()
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., V) float32 scores on the CPU for (..., D) rows that left the last block."""
-        scores: torch.Tensor = self._head(self.normalized(hidden))
+        return self.score_states(self.leave_blocks(hidden))
+
+    # --- with gradients, for training; the weights here are frozen ------------------------
+
+    def look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) embeddings of (B, S) tokens as they are stored: for `enter_blocks`.
+
+        Raises:
+            BadInput: no tokens, or one outside the vocabulary.
+        """
+        if not token_ids.numel() or int(token_ids.min()) < 0:
+            raise BadInput("no tokens to embed, or one below 0")
+        if int(token_ids.max()) >= self.vocab_size:
+            raise BadInput(
+                f"token {int(token_ids.max())} is outside the vocabulary of {self.vocab_size}"
+            )
+        found: torch.Tensor = self._embedding(token_ids.to(self.device))
+        return found
+
+    def enter_blocks(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) rows for block 0 of (B, S, D) embeddings from position 0 on, as
+        `embed_given` makes them. Differentiable.
+
+        Raises:
+            BadInput: a position beyond the learned ones.
+        """
+        rows = embeddings.to(device=self.device, dtype=self.dtype)
+        if self._embedding_factor is not None:
+            rows = rows * self._embedding_factor
+        if self._positions is not None:
+            rows = rows + self._learned_positions(0, rows.shape[1])
+        return rows if self._embedding_norm is None else self._embedding_norm(rows)
+
+    def leave_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) hidden states that left the last block, after the final norm. Differentiable."""
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        normalized: torch.Tensor = hidden if self._norm is None else self._norm(hidden)
+        return normalized
+
+    def score_states(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., V) float32 scores on the CPU of `leave_blocks`' states. Differentiable."""
+        scores: torch.Tensor = self._head(states.to(device=self.device, dtype=self.dtype))
         if self._factor is not None:
             scores = scores * self._factor
         if self._divisor is not None:

@@ -13,6 +13,7 @@ from shoal.lab import (
     study_failures,
     study_helix,
     study_realism,
+    study_wan,
 )
 from shoal.lab.study import Study
 
@@ -93,6 +94,14 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_failures.failures,
             seeds=6,
             quick_seeds=2,
+        ),
+        Study(
+            name="wan",
+            title="Near and far networks: the client carries between servers, or they push",
+            source="Petals (Borzunov et al. 2023, arXiv 2312.08361), its table of networks",
+            run=study_wan.wan,
+            seeds=1,
+            quick_seeds=1,
         ),
         Study(
             name="helix",

@@ -17,6 +17,8 @@ from typing import Final
 
 import torch
 
+from shoal.model.training_linear import frozen_product
+
 _KEPT: Final = ("kv_b_proj",)
 """Layers whose weights are taken apart elsewhere: see `latent_attention.py`."""
 
@@ -35,6 +37,7 @@ class OneDnnLinear(torch.nn.Module):
         self.item_bytes = linear.weight.element_size()
         self.bias = linear.bias
         self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self._transposed: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,10 +46,36 @@ class OneDnnLinear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(..., outputs) of (..., inputs)."""
+        if torch.is_grad_enabled():
+            return frozen_product(self, rows)
+        return self.product(rows)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same without gradients."""
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self._weight, self.bias, "none", [], ""
         )
         return result
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) from the gradient (..., outputs) of the result."""
+        if self._transposed is None:
+            return gradient @ self._weight.to_dense()
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            gradient, self._transposed, None, "none", [], ""
+        )
+        return result
+
+    def keep_transposed(self) -> int:
+        """Hold the weights a second time, for `input_gradient`; returns the bytes that it takes.
+
+        Measured, float32, 512 rows of the 135M shape: 5.3 ms instead of 13.4 ms per product.
+        """
+        if self._transposed is not None:
+            return 0
+        weight = self._weight.to_dense()
+        self._transposed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
+        return self.in_features * self.out_features * self.item_bytes
 
 
 @torch.inference_mode()

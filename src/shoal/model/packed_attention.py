@@ -53,7 +53,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Extras:
+class Extras:
     """What an architecture adds to plain attention."""
 
     scale: float
@@ -128,7 +128,7 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         finally:
             _current.step = None
 
-    def attend(self, query: torch.Tensor, value_size: int, extras: _Extras) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, value_size: int, extras: Extras) -> torch.Tensor:
         """(1, T, N, H) attention of (1, N, T, H) queries; zeros for padding rows."""
         _, heads, total, _ = query.shape
         output = query.new_zeros((1, total, heads, value_size))
@@ -147,7 +147,7 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         return output
 
     def _attend_one(
-        self, piece: Piece, offset: int, query: torch.Tensor, extras: _Extras
+        self, piece: Piece, offset: int, query: torch.Tensor, extras: Extras
     ) -> torch.Tensor:
         """(N, H): one row sees its own past, so there is no mask."""
         position = piece.start + offset
@@ -159,15 +159,15 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
         heads, kv_heads = query.shape[1], keys.shape[1]
         # The query heads that share a KV head become rows: keys are read once for all.
         grouped = query.reshape(1, kv_heads, heads // kv_heads, query.shape[3])
-        if _is_plain(extras):
+        if is_plain(extras):
             result = functional.scaled_dot_product_attention(
                 grouped, keys, values, scale=extras.scale
             )
         else:
-            result = _attend_by_hand(grouped, keys, values, None, extras)
+            result = attend_by_hand(grouped, keys, values, None, extras)
         return result.reshape(heads, values.shape[3])
 
-    def _attend_chunk(self, index: int, query: torch.Tensor, extras: _Extras) -> torch.Tensor:
+    def _attend_chunk(self, index: int, query: torch.Tensor, extras: Extras) -> torch.Tensor:
         """(1, N, S, H): all rows of a piece at once."""
         piece = self._pieces[index]
         window = self._windows[self._block]
@@ -177,13 +177,13 @@ class PackedStep(Cache):  # type: ignore[misc]  # transformers is untyped
             keys, values = extras.latent.expanded(keys, values)
         groups = query.shape[1] // keys.shape[1]
         is_lower_left = piece.start == 0 and (window is None or window >= piece.count)
-        mask = None if is_lower_left and _is_plain(extras) else self._mask(index, window, query)
-        if not _is_plain(extras):
-            keys, values = _repeated(keys, groups), _repeated(values, groups)
-            return _attend_by_hand(query, keys, values, mask, extras)
+        mask = None if is_lower_left and is_plain(extras) else self._mask(index, window, query)
+        if not is_plain(extras):
+            keys, values = repeated(keys, groups), repeated(values, groups)
+            return attend_by_hand(query, keys, values, mask, extras)
         if query.is_cuda and mask is not None:
             # The fast kernels of CUDA take grouped heads only without a mask.
-            keys, values = _repeated(keys, groups), _repeated(values, groups)
+            keys, values = repeated(keys, groups), repeated(values, groups)
             groups = 1
         return functional.scaled_dot_product_attention(
             query,
@@ -231,7 +231,7 @@ def _attention(
     if step is None:
         raise InternalError("packed attention outside a packed pass")
     scale = options.get("scaling")
-    extras = _Extras(
+    extras = Extras(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
@@ -244,21 +244,22 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def _is_plain(extras: _Extras) -> bool:
+def is_plain(extras: Extras) -> bool:
+    """Whether torch's kernels know it."""
     return extras.softcap is None and extras.sinks is None
 
 
-def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
+def repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
     """(1, N, L, H) from (1, K, L, H)."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def _attend_by_hand(
+def attend_by_hand(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    extras: _Extras,
+    extras: Extras,
 ) -> torch.Tensor:
     """Attention step by step, for what torch's kernels don't know; softmax in float32."""
     scores = (torch.matmul(query, keys.transpose(2, 3)) * extras.scale).float()

@@ -12,10 +12,12 @@ from torch.nn import functional
 
 from shoal.base.spans import Span
 from shoal.model.latent_attention import latent_of, use_latent_attention
+from shoal.model.lora_pass import LoraRun, lora_running
 from shoal.model.onednn_linear import OneDnnLinear, use_onednn
 from shoal.model.packed_attention import PackedStep, Piece, use_packed_attention
 from shoal.model.span_model import SpanModel
 from shoal.model.tiled_experts import TiledExperts
+from shoal.model.training_attention import TrainingStep
 
 
 class PackedModel:
@@ -36,12 +38,18 @@ class PackedModel:
         """Mixtures of experts, if there are any: exact mode computes them in tiles."""
 
     def run(
-        self, pieces: Sequence[Piece], hidden: torch.Tensor, span: Span, num_rows: int = 0
+        self,
+        pieces: Sequence[Piece],
+        hidden: torch.Tensor,
+        span: Span,
+        num_rows: int = 0,
+        lora: Sequence[LoraRun] = (),
     ) -> torch.Tensor:
         """(T, D) hidden states of the pieces, one after the other, behind the blocks of `span`.
 
         The pass has at least `num_rows` rows: zeros are added, their results dropped. Keys
-        and values are written to the pieces' caches, nothing is committed.
+        and values are written to the pieces' caches, nothing is committed. `lora` says which
+        rows have adapters.
         """
         count = hidden.shape[0]
         padding = max(num_rows - count, 0)
@@ -52,7 +60,7 @@ class PackedModel:
         ] + [0] * padding
         step = PackedStep(self.windows, pieces)
         self.experts.num_rows = count
-        with step.running():
+        with step.running(), lora_running(lora, count + padding):
             output = self._model.forward_at(
                 functional.pad(hidden, (0, 0, 0, padding)) if padding else hidden,
                 torch.tensor(positions, device=hidden.device),
@@ -60,6 +68,19 @@ class PackedModel:
                 span,
             )
         return output[:count]
+
+    def run_whole(self, hidden: torch.Tensor, lengths: Sequence[int], span: Span) -> torch.Tensor:
+        """(T, D) of whole sequences behind the blocks of `span`; differentiable, without caches."""
+        positions = torch.cat([torch.arange(length, device=hidden.device) for length in lengths])
+        self.experts.num_rows = hidden.shape[0]
+        step = TrainingStep(self.windows, lengths)
+        with step.running():
+            return self._model.forward_at(hidden, positions, step, span)
+
+    @property
+    def spans(self) -> SpanModel:
+        """The span model that was taken over."""
+        return self._model
 
     @property
     def kernels(self) -> str:
@@ -74,6 +95,10 @@ class PackedModel:
 
     def modules(self, block: int) -> list[torch.nn.Module]:
         """The modules of one block that the rows of a pass go through together."""
-        modules = list(self._model.block(block).modules())
-        by_row = [latent.product for module in modules if (latent := latent_of(module))]
-        return [module for module in modules if module not in by_row]
+        return list(self.named_modules(block).values())
+
+    def named_modules(self, block: int) -> dict[str, torch.nn.Module]:
+        """The same by their paths inside the block."""
+        modules = dict(self._model.block(block).named_modules())
+        by_row = [latent.product for module in modules.values() if (latent := latent_of(module))]
+        return {name: module for name, module in modules.items() if module not in by_row}

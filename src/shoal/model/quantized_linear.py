@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from shoal.base.errors import ModelUnsupported
+from shoal.model.training_linear import frozen_product
 
 INT8_PACKED_ROWS_MAX: Final = 32
 """Most rows for the packed int8 kernel. Measured on one AVX-512 thread, 2048 -> 5632: 16
@@ -63,6 +64,12 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(..., O) in the rows' dtype."""
+        if torch.is_grad_enabled():
+            return frozen_product(self, rows)
+        return self.product(rows)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same without gradients."""
         return _in_bfloat16(rows, self._product, self.bias)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -76,6 +83,15 @@ class Int8Linear(torch.nn.Module):
             for values in torch.split(self.values, _TILE_COLUMNS)
         ]
         return torch.cat(tiles, dim=1).mul_(self.scales)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """(..., I) from the gradient (..., O) of the result; sums of tiles in float32."""
+        flat = gradient.reshape(-1, self.out_features).to(torch.bfloat16) * self.scales
+        result = gradient.new_zeros((flat.shape[0], self.in_features), dtype=torch.float32)
+        parts = torch.split(flat, _TILE_COLUMNS, dim=1)
+        for part, values in zip(parts, torch.split(self.values, _TILE_COLUMNS), strict=True):
+            result += part @ values.to(torch.bfloat16)
+        return result.to(gradient.dtype).reshape(*gradient.shape[:-1], self.in_features)
 
     def dequantized(self) -> torch.Tensor:
         """(O, I) float32: the weights that it computes with."""
@@ -103,6 +119,12 @@ class Int4Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(..., O) in the rows' dtype."""
+        if torch.is_grad_enabled():
+            return frozen_product(self, rows)
+        return self.product(rows)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same without gradients."""
         return _in_bfloat16(rows, self._product, self.bias)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -120,6 +142,19 @@ class Int4Linear(torch.nn.Module):
                     at = start + number * width
                     product[:, at : at + width] = rows @ block
         return product[:, : self.out_features]
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """(..., I) from the gradient (..., O) of the result; sums of tiles in float32."""
+        columns, width = self.packed.shape[0], self._layout.width
+        flat = gradient.reshape(-1, self.out_features).to(torch.bfloat16)
+        flat = functional.pad(flat, (0, columns - self.out_features))
+        result = gradient.new_zeros((flat.shape[0], self.in_features), dtype=torch.float32)
+        for start in range(0, columns, _TILE_COLUMNS):
+            tile = self._unfolded(start, min(start + _TILE_COLUMNS, columns))
+            for number, block in enumerate(tile):
+                at = start + number * width
+                result += flat[:, at : at + width] @ block.t()
+        return result.to(gradient.dtype).reshape(*gradient.shape[:-1], self.in_features)
 
     def _unfolded(self, start: int, end: int) -> torch.Tensor:
         """(blocks, I, W) bfloat16: the weights of outputs [start, end)."""

@@ -121,6 +121,13 @@ class SpanModel:
         rows: torch.Tensor = output.last_hidden_state[0]
         return rows
 
+    def forward_whole(self, hidden: torch.Tensor, span: Span) -> torch.Tensor:
+        """(B, S, D) of whole sequences behind the blocks of `span`; differentiable, no cache."""
+        setattr(self.base, self._blocks_attribute, self._stack(span))
+        output = self.base(inputs_embeds=hidden, use_cache=False)
+        rows: torch.Tensor = output.last_hidden_state
+        return rows
+
     def block_kinds(self) -> list[int]:
         """The first block of each kind: equal shapes and windows are one kind."""
         kinds: dict[object, int] = {}

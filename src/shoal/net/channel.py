@@ -45,8 +45,18 @@ PURPOSE_WEIGHTS: Final = "weights"
 PURPOSE_GOSSIP: Final = "gossip"
 """Neighbours that keep each other's directory in step."""
 
+PURPOSE_RING: Final = "ring"
+"""A machine offers itself to a ring's starter, or asks how the ring does."""
+
 PURPOSES: Final = frozenset(
-    {PURPOSE_CONTROL, PURPOSE_ROWS_OUT, PURPOSE_ROWS_IN, PURPOSE_WEIGHTS, PURPOSE_GOSSIP}
+    {
+        PURPOSE_CONTROL,
+        PURPOSE_ROWS_OUT,
+        PURPOSE_ROWS_IN,
+        PURPOSE_WEIGHTS,
+        PURPOSE_GOSSIP,
+        PURPOSE_RING,
+    }
 )
 
 AGENT: Final = "shoal"

@@ -49,6 +49,16 @@ from shoal.wire.gossip import (
     Taken,
     WantRecords,
 )
+from shoal.wire.ring import (
+    GetRing,
+    JoinRing,
+    Measured,
+    RingModel,
+    RingOver,
+    RingReport,
+    RingState,
+    RingTask,
+)
 from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 
 Want = Literal[0, 1, 2]
@@ -435,6 +445,14 @@ Message = (
     | Holdings
     | GetPiece
     | Piece
+    | JoinRing
+    | RingModel
+    | Measured
+    | RingTask
+    | RingReport
+    | RingOver
+    | GetRing
+    | RingState
 )
 
 _encoder = msgspec.msgpack.Encoder()

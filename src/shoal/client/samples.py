@@ -1,0 +1,93 @@
+"""Many samples round one chain: admitted as there is room, decoded in slots, freed when over.
+
+The sessions, their repair and the servers are those of any client. What is a sample's own (how
+its prompt becomes rows, which token follows a row) is behind `Sample`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.base.errors import ConfigError
+from shoal.client.chain_session import ChainSession
+from shoal.client.session import Payload
+from shoal.client.turnstile import Turnstile
+
+
+class Sample(Protocol):
+    """One sequence to continue."""
+
+    def begin(self, session: ChainSession) -> tuple[Payload, int]:
+        """The prompt's rows and how many; the session is open and empty."""
+
+    async def take(self, row: bytes, session: ChainSession) -> Payload | None:
+        """The next row, given the last one's answer; None: the sample is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLimits:
+    """How much of a ring samples may take."""
+
+    at_once: int
+    """Samples that hold cache."""
+    prompts_at_once: int
+    """Samples whose prompts are computed; each has at most one chunk in a pass of a stage."""
+    chunk_rows: int | None = None
+    """Rows per chunk of a prompt; None: as for sessions alone."""
+
+    def __post_init__(self) -> None:
+        if self.at_once < 1 or self.prompts_at_once < 1:
+            raise ConfigError("samples need room for at least 1 at once")
+
+
+async def run_samples(
+    open_session: Callable[[], Awaitable[ChainSession]],
+    samples: Sequence[Sample],
+    turnstile: Turnstile,
+    limits: SampleLimits,
+) -> None:
+    """Run all samples to their ends, in order of admission; the next one enters as one ends.
+
+    Cancelling closes every session. The first sample that fails ends the others.
+
+    Raises:
+        NoRouteError, PeerError, SessionError, BadInput: as `ChainSession.step`.
+    """
+    room = asyncio.Semaphore(limits.at_once)
+    prompts = asyncio.Semaphore(limits.prompts_at_once)
+
+    async def run(number: int) -> None:
+        async with room:
+            try:
+                async with await open_session() as session:
+                    await _run_one(samples[number], number, session, turnstile, prompts, limits)
+            finally:
+                turnstile.leave(number)
+
+    works = [asyncio.ensure_future(run(number)) for number in range(len(samples))]
+    try:
+        await asyncio.gather(*works)
+    finally:
+        for work in works:
+            work.cancel()
+        await asyncio.gather(*works, return_exceptions=True)
+        turnstile.close()
+
+
+async def _run_one(
+    sample: Sample,
+    number: int,
+    session: ChainSession,
+    turnstile: Turnstile,
+    prompts: asyncio.Semaphore,
+    limits: SampleLimits,
+) -> None:
+    payload, count = sample.begin(session)
+    async with prompts:
+        row = await session.step(payload, count, chunk_tokens=limits.chunk_rows)
+    while (following := await sample.take(row, session)) is not None:
+        await turnstile.enter(number)
+        row = await session.step(following, 1)

@@ -1,0 +1,222 @@
+"""Samples round a ring, as text: prompts in, tokens out, the head once for all of a slot.
+
+Sessions, slots and admission are `shoal.client.samples`, the decision how many slots is
+`shoal.plan.slots`; here they meet head and sampler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from shoal.base.errors import BadInput, ConfigError
+from shoal.client.samples import SampleLimits, run_samples
+from shoal.client.turnstile import Turnstile
+from shoal.hf.generation import (
+    Answer,
+    RowScores,
+    Token,
+    TokenHead,
+    TokenLog,
+    TokenSampler,
+    summarize,
+)
+from shoal.hf.ring_times import RingPace, measure_ring
+from shoal.model.block_rows import PAGE_TOKENS
+from shoal.plan.slots import Slots, choose_chunk_rows, samples_at_once
+
+if TYPE_CHECKING:
+    from shoal.client.chain_session import ChainSession
+    from shoal.client.client import Client
+    from shoal.client.session import Payload
+    from shoal.plan.view import ServerView
+
+PROMPTS_PER_STAGE: Final = 1
+"""Prompts that are computed at the same time, for each stage: one chunk each keeps all busy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingSample:
+    """One prompt to continue."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampler: TokenSampler
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise BadInput("a prompt has no tokens; give at least one character of text")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"can't generate {self.max_new_tokens} tokens; ask for one or more")
+
+    @property
+    def tokens(self) -> int:
+        """The longest that its session becomes."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingModel:
+    """What of the model is computed here."""
+
+    head: TokenHead
+    batch: RowScores
+    encoding: str
+    eos_ids: Collection[int] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingChoice:
+    """What a person may fix; None: chosen by measurement."""
+
+    slots: int | None = None
+    at_once: int | None = None
+    chunk_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingReader:
+    """Who is told what comes of the samples, by number. Called on the event loop."""
+
+    token: Callable[[int, Token], None] = lambda number, token: None
+    answer: Callable[[int, Answer], None] = lambda number, answer: None
+
+
+class _TextSample:
+    """One sample under way; see `shoal.client.samples.Sample`."""
+
+    def __init__(
+        self, number: int, sample: RingSample, model: RingModel, reader: RingReader
+    ) -> None:
+        self._number = number
+        self._sample = sample
+        self._model = model
+        self._reader = reader
+        self._tokens: list[Token] = []
+        self._clock = asyncio.get_running_loop().time
+        self._started_s = 0.0
+        self._log: TokenLog | None = None
+
+    def begin(self, session: ChainSession) -> tuple[Payload, int]:
+        """The prompt."""
+        self._started_s = self._clock()
+        self._log = TokenLog(self._model.head, session.encoding, session.length)
+        self._log.append(self._sample.prompt_ids)
+        return self._log.rows, len(self._sample.prompt_ids)
+
+    async def take(self, row: bytes, session: ChainSession) -> Payload | None:
+        """The token behind the row; None at an end token or the last one asked for."""
+        scores = await self._model.batch.logits(row, session.encoding)
+        token_id = self._sample.sampler.choose(scores, session.length)
+        is_last = (
+            len(self._tokens) + 1 >= self._sample.max_new_tokens or token_id in self._model.eos_ids
+        )
+        token = Token(id=token_id, at_s=self._clock(), is_last=is_last)
+        self._tokens.append(token)
+        self._reader.token(self._number, token)
+        if is_last or self._log is None:
+            prompt_tokens = len(self._sample.prompt_ids)
+            answer = summarize(
+                session, self._tokens, prompt_tokens=prompt_tokens, started_s=self._started_s
+            )
+            self._reader.answer(self._number, answer)
+            return None
+        self._log.append([token_id])
+        return self._log.rows
+
+
+class Ring:
+    """A chain of servers that samples go round. Made by `open_ring`."""
+
+    def __init__(
+        self, client: Client, model: RingModel, pace: RingPace, choice: RingChoice
+    ) -> None:
+        self.pace = pace
+        """What is known of the ring's speed; `observe` it, then `choose_again`."""
+        self._client = client
+        self._model = model
+        self._choice = choice
+        self._turnstile = Turnstile(self._slots)
+
+    @property
+    def slots(self) -> Slots:
+        """How samples go round now."""
+        return self._turnstile.slots
+
+    @property
+    def decoding(self) -> int:
+        """Samples that decode now."""
+        return self._turnstile.samples
+
+    def choose_again(self) -> None:
+        """Stages became slower or faster."""
+        self._turnstile.choose_again()
+
+    def limits(self, samples: Sequence[RingSample]) -> SampleLimits:
+        """How many of these may hold cache at once, and how their prompts travel.
+
+        Raises:
+            ConfigError: a cache that can't hold even the longest of them.
+        """
+        servers = self._servers()
+        longest = max(sample.tokens for sample in samples)
+        room = samples_at_once([server.cache_tokens for server in servers], longest, PAGE_TOKENS)
+        if not room:
+            least = min(server.cache_tokens for server in servers)
+            raise ConfigError(
+                f"a sample of {longest} tokens (prompt and answer) does not fit: the smallest "
+                f"cache of the ring holds {least}. Ask for fewer tokens, or give the nodes more"
+            )
+        at_once = min(self._choice.at_once or room, room, len(samples))
+        prefill_s = max(
+            server.prefill_s_per_block_token * blocks
+            for server, blocks in zip(servers, self.pace.spans, strict=True)
+        )
+        pass_s = self.pace.times.longest_s(self._slots(at_once).rows(at_once))
+        rows = choose_chunk_rows(prefill_s, pass_s)
+        return SampleLimits(
+            at_once=at_once,
+            prompts_at_once=min(at_once, PROMPTS_PER_STAGE * len(servers)),
+            chunk_rows=self._choice.chunk_rows or rows,
+        )
+
+    async def run(self, samples: Sequence[RingSample], reader: RingReader) -> None:
+        """Continue all samples; `reader` is told of each token and each end.
+
+        Raises:
+            ConfigError: a sample that does not fit.
+            NoRouteError, PeerError, SessionError: the ring could not do it.
+        """
+        works = [
+            _TextSample(number, sample, self._model, reader)
+            for number, sample in enumerate(samples)
+        ]
+        self._turnstile = Turnstile(self._slots)
+        await run_samples(
+            lambda: self._client.open_session(self._model.encoding),
+            works,
+            self._turnstile,
+            self.limits(samples),
+        )
+
+    def _slots(self, samples: int) -> Slots:
+        return self.pace.slots(samples, self._choice.slots)
+
+    def _servers(self) -> list[ServerView]:
+        known = {server.peer: server for server in self._client.view().servers}
+        return [known[peer] for peer in self.pace.peers if peer in known]
+
+
+async def open_ring(
+    client: Client, model: RingModel, choice: RingChoice, samples: Sequence[RingSample]
+) -> Ring:
+    """The ring that the client's servers make, measured for these samples. Takes some seconds.
+
+    Raises:
+        ConfigError: no samples.
+        NoRouteError, PeerError, SessionError: the ring could not do it.
+    """
+    pace = await measure_ring(client, model.head, model.batch, model.encoding, len(samples))
+    return Ring(client, model, pace, choice)

@@ -6,11 +6,12 @@ import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.lab.study import Report, Task, between, falling, mean, within
-from shoal.lab.study_churn import churned, scattered_swarm
+from shoal.lab.study_churn import churned
 from shoal.lab.study_exactness import bad_example
 from shoal.lab.study_failures import EVENT_KINDS
 from shoal.lab.study_list import STUDIES
 from shoal.lab.study_maps import load_map
+from shoal.lab.study_swarms import scattered_swarm
 
 
 def assert_holds(report: Report) -> None:

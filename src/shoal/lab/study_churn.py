@@ -2,52 +2,28 @@
 
 Source: Borisov, block allocation for inference latency (master thesis, HSE 2024): up to 1.8
 times faster than Petals' rule in a simulator. Its text was not at hand; the swarms are drawn
-by a generator of ours: 80 blocks, servers and clients scattered over 150 ms x 150 ms, servers
-send to each other. Planned for 4 clients, judged by 12 others.
+by a generator of ours (`study_swarms`).
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shoal.base.errors import NoRouteError
 from shoal.lab.sim_result import Result
 from shoal.lab.sim_scenario import Event, Moves, Reload, Scenario
 from shoal.lab.sim_slots import simulate_slots
 from shoal.lab.study import Chart, Check, Figure, Report, Row, Task, between, mean
-from shoal.plan.compose import mean_s, scorer
-from shoal.plan.memory import CacheShape
+from shoal.lab.study_once import ONCE_NOTES, placed_once
+from shoal.lab.study_swarms import Swarm, scattered_swarm
+from shoal.plan.compose import mean_s
 from shoal.plan.petals import block_throughputs
-from shoal.plan.place.anneal import place_anneal
-from shoal.plan.place.latency import Goal, choose_join, settle
-from shoal.plan.place.petals import hosting, place_petals_joins
+from shoal.plan.place.petals import hosting
 from shoal.plan.placement import Placement, uncovered
-from shoal.plan.spec import (
-    DecodeTimes,
-    Links,
-    Problem,
-    ServerSpec,
-    Workload,
-    uniform_model,
-)
+from shoal.plan.spec import Problem
 
-NUM_BLOCKS: Final = 80
-KINDS: Final = ((5, 12.0), (10, 7.0), (20, 4.0), (40, 2.0))
-"""Blocks of a server and its milliseconds per block; the smaller the more frequent."""
-
-WEIGHTS: Final = (4, 3, 2, 1)
-SIDE_MS: Final = 150.0
-LAST_MILE_MS: Final = (2.0, 15.0)
-CLIENT_MILE_MS: Final = 5.0
-HANDLING_S: Final = 0.018
-PLANNING, JUDGING = 4, 12
-"""Clients that a swarm is planned for, and others that judge it."""
-
-BLOCK_BYTES: Final = 10**9
 EVENT_EVERY_S: Final = 300.0
 """A server comes or goes so often; in between, one server checks whether to move."""
 
@@ -57,58 +33,6 @@ SAMPLE_EVERY: Final = 3
 """The judges look after every third event."""
 
 LOAD: Final = Reload(bytes_per_s=200e6)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swarm:
-    """The same servers, as planned for and as judged."""
-
-    planned: Problem
-    judged: Problem
-
-
-def scattered_swarm(count: int, seed: int) -> Swarm:
-    """Servers and clients at random places."""
-    rng = random.Random(f"swarm {seed}")
-    servers, spots, miles = [], [], []
-    for number in range(count):
-        size, block_ms = rng.choices(KINDS, weights=WEIGHTS)[0]
-        servers.append(_server(f"s{number}", size, block_ms * rng.uniform(0.8, 1.3) / 1e3))
-        spots.append((rng.uniform(0, SIDE_MS), rng.uniform(0, SIDE_MS)))
-        miles.append(rng.uniform(*LAST_MILE_MS))
-    homes = [(rng.uniform(0, SIDE_MS), rng.uniform(0, SIDE_MS)) for _ in range(PLANNING + JUDGING)]
-
-    def rtts(spot: tuple[float, float], mile: float) -> tuple[float, ...]:
-        pairs = zip(spots, miles, strict=True)
-        return tuple((math.dist(spot, other) + mile + end) / 1e3 for other, end in pairs)
-
-    between_s = tuple(rtts(spot, mile) for spot, mile in zip(spots, miles, strict=True))
-    near = [rtts(home, CLIENT_MILE_MS) for home in homes]
-
-    def problem(rows: Sequence[tuple[float, ...]]) -> Problem:
-        # One token in and one out: a request is one decode step, the unit of this study.
-        return Problem(
-            model=uniform_model(NUM_BLOCKS, BLOCK_BYTES, CacheShape(values_per_token=0)),
-            servers=tuple(servers),
-            links=Links(
-                client_rtt_s=tuple(rows), server_rtt_s=between_s, flow="push",
-                handling_s=HANDLING_S, prefill_handling_s=HANDLING_S,
-            ),
-            workload=Workload(tokens_in=1, tokens_out=1, sessions=len(rows)),
-        )  # fmt: skip
-
-    return Swarm(planned=problem(near[:PLANNING]), judged=problem(near[PLANNING:]))
-
-
-def _server(name: str, size: int, block_s: float) -> ServerSpec:
-    return ServerSpec(
-        name=name,
-        memory_bytes=10**15,
-        decode=DecodeTimes(points=((1, block_s),)),
-        prefill_s_per_block=block_s,
-        forward_rows_per_s=1 / block_s,
-        num_blocks_max=size,
-    )
 
 
 def story(swarm: Swarm, at_start: int, rule: str, seed: int) -> Scenario:
@@ -195,9 +119,14 @@ def worst_block_rows(problem: Problem, placement: Placement) -> float:
 def churn(task: Task) -> Report:
     """With churn, and placed once."""
     rows = [_churn_row(task, count) for count in ((20,) if task.is_quick else (20, 30, 50))]
-    rows += [_static_row(task, count) for count in ((12,) if task.is_quick else (12, 16, 20))]
+    once, checks = placed_once(task)
     chart = Chart(table="with churn", figures=("speed-up", "speed-up, best seed"), label="times")
-    return Report(rows=tuple(rows), checks=_checks(rows), charts=(chart,), notes=NOTES)
+    return Report(
+        rows=(*rows, *once),
+        checks=(*_checks(rows), *checks),
+        charts=(chart,),
+        notes=(*NOTES, *ONCE_NOTES),
+    )
 
 
 NOTES: Final = (
@@ -247,62 +176,13 @@ def _churn_row(task: Task, count: int) -> Row:
     return Row(table="with churn", keys=(("servers", str(count)),), figures=tuple(figures))
 
 
-STATIC_MOVES: Final = 2500
-DANGER_S: Final = 0.005
-ROOM_MIN: Final = 1.3
-"""Servers placed once must hold so many times the model together; other draws are left out."""
-
-
-def _static_row(task: Task, count: int) -> Row:
-    joined, annealed = [], []
-    for seed in task.told(f"{count} servers placed once, seed", range(task.seeds)):
-        swarm = scattered_swarm(count, seed)
-        if sum(one.num_blocks_max or 0 for one in swarm.planned.servers) < ROOM_MIN * NUM_BLOCKS:
-            continue
-        try:
-            petals = place_petals_joins(swarm.planned, random.Random(seed))
-        except NoRouteError:
-            continue  # Too few servers in this draw.
-        petals_s = mean_s(swarm.judged, replace(petals, cache_bytes=None))
-        greedy = _greedy(swarm.planned, seed)
-        if uncovered(swarm.planned, greedy.spans):
-            greedy = replace(petals, cache_bytes=None)
-        best = place_anneal(
-            swarm.planned, random.Random(seed), start=greedy,
-            moves=STATIC_MOVES // (5 if task.is_quick else 1),
-        )  # fmt: skip
-        joined.append(petals_s / mean_s(swarm.judged, greedy))
-        annealed.append(petals_s / mean_s(swarm.judged, best))
-    figures = [Figure(name="cases", value=len(joined))]
-    for name, gains in (("latency", joined), ("anneal", annealed)):
-        figures += [
-            Figure(name=f"{name}, speed-up", value=mean(gains)),
-            Figure(name=f"{name}, best seed", value=max(gains)),
-            Figure(name=f"{name}, worst seed", value=min(gains)),
-        ]
-    return Row(table="placed once", keys=(("servers", str(count)),), figures=tuple(figures))
-
-
-def _greedy(problem: Problem, seed: int) -> Placement:
-    """Servers join in the order in which they joined for Petals, then settle."""
-    count = len(problem.servers)
-    goal = Goal(score=scorer(problem), danger_s=DANGER_S)
-    order = random.Random(seed).sample(range(count), count)
-    placement = Placement(spans=(None,) * count)
-    for server in order:
-        size = problem.servers[server].num_blocks_max or problem.num_blocks
-        placement = placement.moved(server, choose_join(goal, placement, server, size))
-    return settle(goal, placement, order)
-
-
-def _checks(rows: Sequence[Row]) -> tuple[Check, ...]:
-    checks = []
-    for row in rows:
-        name = f"{row.table}, {dict(row.keys)['servers']} servers"
-        if row.table == "with churn":
-            gain = row.value("speed-up")
-            checks.append(between(f"{name}: latency is quicker by 1.1 to 1.2", gain, 0.99, 1.32))
-        else:
-            gain = row.value("anneal, speed-up")
-            checks.append(between(f"{name}: annealing by 1.15 to 1.25", gain, 1.03, 1.38))
-    return tuple(checks)
+def _checks(rows: Sequence[Row]) -> list[Check]:
+    return [
+        between(
+            f"with churn, {dict(row.keys)['servers']} servers: latency is quicker by 1.1 to 1.2",
+            row.value("speed-up"),
+            0.99,
+            1.32,
+        )
+        for row in rows
+    ]

@@ -26,6 +26,7 @@ COMMANDS: Final = (
     "serve",
     "generate",
     "chat",
+    "finetune",
     "gateway",
     "dashboard",
     "status",

@@ -38,8 +38,6 @@ class Pass:
 
     lengths: tuple[int, ...]
     """Positions of each row, prompts included; what is behind them is padding."""
-    numbers: tuple[int, ...]
-    """Which sequences of the step the rows are: dropout depends on it."""
     deep: torch.Tensor | None = None
     """(L, P, D): added to the first P positions where they enter each block."""
     lora: LoraPass | None = None

@@ -70,8 +70,6 @@ class Batch:
     lengths: tuple[int, ...]
     labels: torch.Tensor
     """(B, S) int64: the token itself where it counts, else -100. For classes: (B,)."""
-    numbers: tuple[int, ...]
-    """Which examples of the step these are, counted from 0: dropout depends on it."""
 
     @property
     def num_tokens(self) -> int:
@@ -175,14 +173,10 @@ def batches(
     """The chosen examples in passes of up to `batch_size` rows."""
     for start in range(0, len(chosen), batch_size):
         part = chosen[start : start + batch_size]
-        yield make_batch(
-            [examples[at] for at in part],
-            tuple(range(start, start + len(part))),
-            is_classes=is_classes,
-        )
+        yield make_batch([examples[at] for at in part], is_classes=is_classes)
 
 
-def make_batch(examples: Sequence[Example], numbers: tuple[int, ...], *, is_classes: bool) -> Batch:
+def make_batch(examples: Sequence[Example], *, is_classes: bool) -> Batch:
     """Pad examples at their ends."""
     lengths = tuple(len(one.ids) for one in examples)
     ids = torch.full((len(examples), max(lengths)), PAD_ID, dtype=torch.long)
@@ -193,7 +187,7 @@ def make_batch(examples: Sequence[Example], numbers: tuple[int, ...], *, is_clas
         labels[row, : lengths[row]][learned] = ids[row, : lengths[row]][learned]
     if is_classes:
         labels = torch.tensor([one.label for one in examples])
-    return Batch(ids=ids, lengths=lengths, labels=labels, numbers=numbers)
+    return Batch(ids=ids, lengths=lengths, labels=labels)
 
 
 def _order(count: int, seed: int, epoch: int) -> list[int]:
@@ -269,7 +263,7 @@ def _written(tokenizer: Any, line: Line, messages: Sequence[Message], *, is_aski
         text: str = tokenizer.apply_chat_template(
             given, tokenize=False, add_generation_prompt=is_asking
         )
-    except Exception as error:  # templates are programs: they raise what they like
+    except Exception as error:
         raise ConfigError(f"line {line.number}: the chat template refuses it: {error}") from error
     return text
 

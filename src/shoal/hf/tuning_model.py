@@ -70,13 +70,12 @@ class TunedModel(torch.nn.Module):
         ids: torch.Tensor,
         lengths: tuple[int, ...],
         *,
-        numbers: tuple[int, ...] | None = None,
         dropout: DropoutKey | None = None,
     ) -> torch.Tensor:
         """(B, P + S, D) hidden states behind the final norm, those of the prompt first.
 
-        `numbers` say which sequences of a step the rows are; dropout is drawn from them and
-        `dropout`, which is only used in training mode.
+        `dropout` is what LoRA's dropout is drawn from, of use in training mode only: another
+        one for every pass.
 
         Raises:
             BadInput: lengths that are none, a token outside the vocabulary.
@@ -98,7 +97,6 @@ class TunedModel(torch.nn.Module):
             )
         given = Pass(
             lengths=tuple(length + self.num_prompt_tokens for length in lengths),
-            numbers=tuple(range(rows)) if numbers is None else numbers,
             deep=self.prompt.deep() if isinstance(self.prompt, DeepPromptTuning) else None,
             lora=lora,
         )
@@ -108,12 +106,13 @@ class TunedModel(torch.nn.Module):
         """(B, S, V) float32 scores of next tokens, or (B, C) of classes."""
         states = self.states(ids, lengths)
         if self.classes is not None:
-            return self.classes(_last(states, lengths, self.num_prompt_tokens))
+            found: torch.Tensor = self.classes(_last(states, lengths, self.num_prompt_tokens))
+            return found
         return self.base.scores(states[:, self.num_prompt_tokens :])
 
     def forward(self, batch: Batch, dropout: DropoutKey | None = None) -> Loss:
         """The loss of a batch."""
-        states = self.states(batch.ids, batch.lengths, numbers=batch.numbers, dropout=dropout)
+        states = self.states(batch.ids, batch.lengths, dropout=dropout)
         if self.classes is None:
             return self._text_loss(states, batch)
         scores = self.classes(_last(states, batch.lengths, self.num_prompt_tokens))

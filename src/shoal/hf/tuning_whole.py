@@ -130,5 +130,5 @@ def _dropout(given: Pass, block: int, columns: int) -> LoraDropout | None:
     if lora is None or lora.dropout is None or not lora.config.dropout:
         return None
     # Padding has rows here that servers never see; what it draws changes nothing.
-    runs = tuple(RowRun(number, 0, columns) for number in given.numbers)
+    runs = tuple(RowRun(number, 0, columns) for number in range(len(given.lengths)))
     return LoraDropout(probability=lora.config.dropout, key=lora.dropout, block=block, runs=runs)

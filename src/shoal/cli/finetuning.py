@@ -1,0 +1,264 @@
+"""What `shoal finetune` does: open, read, train, save; go on from a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.base.errors import ConfigError, ShoalError
+from shoal.cli.finetune_curve import draw_curve, smoothed, text_curve
+from shoal.cli.finetune_progress import Stopping, TrainingLine
+from shoal.cli.finetune_spec import Asked, Examples, RunSpec, read_examples
+from shoal.cli.joining import SwarmChoice
+from shoal.cli.models import OpenModel, open_model
+from shoal.cli.options import DEFAULT_SWARM
+from shoal.discovery.lan import find_on_lan, none_found
+from shoal.hf.auto import AutoDistributedModelForCausalLM
+from shoal.hf.connection import Joining
+from shoal.hf.saved_session import write_file
+from shoal.hf.tuning_base import TuningBase
+from shoal.hf.tuning_build import build
+from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_checkpoint
+from shoal.hf.tuning_files import write_result
+from shoal.hf.tuning_loop import TuningRun
+from shoal.hf.tuning_settings import steps_of
+from shoal.hf.tuning_whole import load_whole
+
+RECORD: Final = "training.json"
+CURVE: Final = "loss.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the blocks are."""
+
+    swarm: SwarmChoice | None
+    """None: here, the whole model."""
+    patience_s: float
+
+
+class Finetuning:
+    """A run with all it needs. A context manager; made by `begin` and `go_on`."""
+
+    def __init__(
+        self, spec: RunSpec, out: Path, examples: Examples, run: TuningRun, config: Any
+    ) -> None:
+        self.spec = spec
+        self.run = run
+        self.stack = ExitStack()
+        self._out = out
+        self._examples = examples
+        self._config = config
+
+    def __enter__(self) -> Finetuning:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.close()
+
+    def train(self) -> dict[str, Any]:
+        """Do the steps that are left, and write what was learned; for `--json`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the run was saved.
+            ShoalError: it can't go on; the run was saved.
+        """
+        self._tell_beginning()
+        self._save()
+        try:
+            with Stopping().noticing() as stopping:
+                self._advance(stopping)
+        except (ShoalError, KeyboardInterrupt) as error:
+            self._save()
+            self._tell_how_to_go_on(error)
+            raise
+        return self._finish()
+
+    def _advance(self, stopping: Stopping) -> None:
+        history, every = self.run.history, self.spec.settings.save_every
+        line = TrainingLine(self.spec.settings.num_steps, len(history.steps))
+        with line.shown():
+            for event in self.run.advance():
+                if isinstance(event, StepDone):
+                    line.stepped(event)
+                    if event.step % every == 0:
+                        self._save()
+                else:
+                    line.evaluated(event)
+                if stopping.is_asked and self.run.steps_left:
+                    raise KeyboardInterrupt
+
+    def _save(self) -> None:
+        self.run.save(self._out / CHECKPOINT, self.spec.as_dict())
+
+    def _finish(self) -> dict[str, Any]:
+        """Save the end, the result and the curve."""
+        self._save()
+        model = self.run.model
+        write_result(
+            self._out, model, config=self._config, given=self.spec.given,
+            label_names=self._examples.label_names,
+        )  # fmt: skip
+        history = self.run.history
+        losses = [one.loss for one in history.steps]
+        print(text_curve(losses), file=sys.stderr)
+        title = f"{self.spec.given}, {self.spec.method.name}"
+        if not draw_curve(history, self._out / CURVE, title):
+            print(f"no {CURVE}: pip install 'shoal[draw]'", file=sys.stderr)
+        report = self._report()
+        record = {"report": report, "run": self.spec.as_dict(), "history": history.as_dict()}
+        write_file(self._out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        self._tell_end(report)
+        return report
+
+    def _report(self) -> dict[str, Any]:
+        steps, found = self.run.history.steps, self.run.history.evaluations
+        last = smoothed([one.loss for one in steps])[-1]
+        return {
+            "out": str(self._out),
+            "steps": len(steps),
+            "loss_first": steps[0].loss,
+            "loss_last": last,
+            "eval_loss": found[-1].loss if found else None,
+            "eval_accuracy": found[-1].accuracy if found else None,
+            "parameters": self.run.num_parameters,
+            "tokens_per_s": sum(one.num_tokens for one in steps)
+            / max(1e-9, sum(one.duration_s for one in steps)),
+        }
+
+    def _tell_beginning(self) -> None:
+        learned, back = self._examples.learned, self._examples.kept_back
+        done = len(self.run.history.steps)
+        parts = [
+            f"{len(learned.examples)} examples",
+            f"{0 if back is None else len(back.examples)} to evaluate with",
+            f"{self.run.num_parameters:,} values to learn",
+        ]
+        if learned.num_cut:
+            parts.append(f"{learned.num_cut} examples cut to {self.spec.data.length_max} tokens")
+        if learned.num_left_out:
+            parts.append(f"{learned.num_left_out} left out: nothing to learn was left of them")
+        if done:
+            parts.append(f"going on after step {done}")
+        print(", ".join(parts), file=sys.stderr)
+
+    def _tell_how_to_go_on(self, error: BaseException) -> None:
+        why = "stopped" if isinstance(error, KeyboardInterrupt) else "could not go on"
+        print(
+            f"{why} after step {len(self.run.history.steps)}; go on with: "
+            f"shoal finetune --resume {self._out} --join ADDR",
+            file=sys.stderr,
+        )
+
+    def _tell_end(self, report: dict[str, Any]) -> None:
+        texts = [f"loss {report['loss_first']:.4f} -> {report['loss_last']:.4f}"]
+        if report["eval_loss"] is not None:
+            texts.append(f"evaluation {report['eval_loss']:.4f}")
+        if report["eval_accuracy"] is not None:
+            texts.append(f"{report['eval_accuracy']:.1%} right")
+        texts.append(f"{report['tokens_per_s']:.0f} tokens/s")
+        print(", ".join(texts), file=sys.stderr)
+
+
+def begin(place: Place, asked: Asked) -> Finetuning:
+    """A new run at its first step.
+
+    Raises:
+        ConfigError: data that can't be used, a folder that holds a run already, an option.
+        ModelError: unknown, broken or unsupported.
+        NoRouteError, PeerError: no swarm.
+    """
+    if (asked.out / CHECKPOINT).exists():
+        raise ConfigError(
+            f"{asked.out} holds a run already: go on with --resume {asked.out}, or give another "
+            "--out"
+        )
+    model = open_model(asked.given)
+    examples = read_examples(asked.data, asked.method, model.source.tokenizer())
+    settings = asked.settings
+    if asked.epochs is not None:
+        count = steps_of(len(examples.learned.examples), asked.epochs, settings.per_step)
+        settings = replace(settings, num_steps=count)
+    spec = RunSpec(
+        model=model.name, given=asked.given, data=asked.data, method=asked.method,
+        settings=settings, fingerprint=examples.fingerprint(),
+    )  # fmt: skip
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {asked.out}: {error.strerror}") from error
+    return _opened(place, spec, asked.out, examples, model, None)
+
+
+def go_on(place: Place, folder: Path, given: str | None) -> Finetuning:
+    """The run in a folder, where its checkpoint left it.
+
+    Raises:
+        ConfigError: no run, another model, or examples that have changed since.
+        ModelError, NoRouteError, PeerError: as `begin`.
+    """
+    checkpoint = read_checkpoint(folder / CHECKPOINT)
+    spec = RunSpec.from_dict(checkpoint.run, folder / CHECKPOINT)
+    model = open_model(given or spec.given)
+    if model.name != spec.model:
+        raise ConfigError(
+            f"the run in {folder} trains model {spec.model} ({spec.given}), not {model.name}"
+        )
+    examples = read_examples(spec.data, spec.method, model.source.tokenizer())
+    if examples.fingerprint() != spec.fingerprint:
+        raise ConfigError(
+            f"{spec.data.path} has changed since the run in {folder} began: put it back, or begin "
+            "anew"
+        )
+    return _opened(place, spec, folder, examples, model, checkpoint)
+
+
+def _opened(
+    place: Place,
+    spec: RunSpec,
+    out: Path,
+    examples: Examples,
+    model: OpenModel,
+    checkpoint: Checkpoint | None,
+) -> Finetuning:
+    with ExitStack() as stack:
+        base = _base(place, model, stack)
+        tuned = build(
+            base, spec.method, num_classes=len(examples.label_names), seed=spec.settings.seed
+        )
+        run = TuningRun(
+            tuned, spec.settings, examples.learned, examples.kept_back, time.perf_counter
+        )
+        if checkpoint is not None:
+            run.go_on_from(checkpoint)
+        work = Finetuning(spec, out, examples, run, model.source.config)
+        work.stack = stack.pop_all()
+    return work
+
+
+def _base(place: Place, model: OpenModel, stack: ExitStack) -> TuningBase:
+    if place.swarm is None:
+        return load_whole(model.source, model.name)
+    from shoal.hf.tuning_swarm import SwarmBase
+
+    choice = place.swarm
+    joins = choice.joins
+    if choice.is_lan:
+        swarm = choice.name or DEFAULT_SWARM
+        joins = (*joins, *asyncio.run(find_on_lan(swarm)))
+        if not joins:
+            raise none_found(swarm)
+    opened = stack.enter_context(
+        AutoDistributedModelForCausalLM.from_pretrained(
+            model.source,
+            join=Joining(joins=joins, swarm=choice.name, invite=choice.invite),
+            patience_s=place.patience_s,
+        )
+    )
+    return SwarmBase(opened)

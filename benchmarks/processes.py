@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
+from shoal.base.adapters import AdapterId
+from shoal.base.backend import BackendFacts, Call, NoAdapters, Outcome, SequenceId
 from shoal.base.spans import Span, parse_span
 from shoal.discovery.static import StaticDirectory
 from shoal.net.address import parse_listen
@@ -30,7 +31,7 @@ PASS = SwarmPass.open("benchmark")
 WALL_MS = time.time_ns() // 1_000_000
 
 
-class Wire:
+class Wire(NoAdapters):
     """A backend whose blocks hand rows through: what is left is everything else."""
 
     def __init__(self, span: Span, hidden_size: int) -> None:
@@ -40,7 +41,7 @@ class Wire:
             page_tokens=32, session_tokens_max=1 << 16,
         )  # fmt: skip
 
-    def open(self, sequence: SequenceId, span: Span) -> None:
+    def open(self, sequence: SequenceId, span: Span, adapter: AdapterId | None = None) -> None:
         """Nothing is kept."""
 
     def close(self, sequence: SequenceId) -> None:

@@ -23,6 +23,9 @@ from shoal.base.spans import Span
 AdapterName = NewType("AdapterName", bytes)
 """16 bytes: BLAKE2b-128 of an adapter's manifest. Shown as 32 hex characters."""
 
+AdapterId = NewType("AdapterId", int)
+"""An adapter's tensors inside one backend; chosen by the server, never reused."""
+
 AdapterEncoding = Literal["float32", "bfloat16"]
 """How tensors are stored and travel: little-endian values, row by row."""
 
@@ -177,6 +180,14 @@ class AdapterManifest:
     def num_bytes(self, span: Span) -> int:
         """Bytes of the tensors within `span`."""
         return sum(self.block_bytes(block) for block in self.within(span))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPart:
+    """What a backend is given of an adapter: the checked bytes of the blocks that it has."""
+
+    manifest: AdapterManifest
+    blocks: Mapping[int, bytes | bytearray | memoryview]
 
 
 def block_hash(data: bytes | bytearray | memoryview) -> str:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
-from shoal.base.errors import ShoalError
+from shoal.base.adapters import AdapterId, AdapterManifest, AdapterPart
+from shoal.base.errors import AdapterBad, ShoalError
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
 
 SequenceId = NewType("SequenceId", int)
 """A sequence's cache inside one backend; chosen by the server, never reused."""
@@ -81,8 +83,11 @@ class BlockBackend(Protocol):
     def facts(self) -> BackendFacts:
         """What this backend is."""
 
-    def open(self, sequence: SequenceId, span: Span) -> None:
-        """Start an empty sequence over `span`, a part of `facts.span`."""
+    def open(self, sequence: SequenceId, span: Span, adapter: AdapterId | None = None) -> None:
+        """Start an empty sequence over `span`, a part of `facts.span`.
+
+        Its rows, and those of its forks, go through a loaded adapter as well.
+        """
 
     def close(self, sequence: SequenceId) -> None:
         """Free the sequence's cache. Unknown sequences are ignored."""
@@ -111,5 +116,40 @@ class BlockBackend(Protocol):
         is known about any of the calls: the server truncates and runs them one by one.
         """
 
+    def check_adapter(self, manifest: AdapterManifest) -> None:
+        """See that an adapter fits our blocks. May be called during a `run`.
+
+        Raises:
+            AdapterBad: its layers are not ours, by name or by shape.
+        """
+
+    async def load_adapter(self, adapter: AdapterId, part: AdapterPart) -> None:
+        """Hold an adapter's tensors in our blocks, until `drop_adapter`. Runs may go on.
+
+        Raises:
+            AdapterBad: as `check_adapter`, or values that are not finite; nothing is held.
+        """
+
+    async def drop_adapter(self, adapter: AdapterId) -> None:
+        """Free it; no open sequence uses it. Unknown ones are ignored. Runs may go on."""
+
+    def trainer(self) -> BlockTrainer | None:
+        """What runs training passes here; None: nothing does."""
+
     async def aclose(self) -> None:
         """Stop threads, free memory."""
+
+
+class NoAdapters:
+    """The adapter half of a backend that takes none."""
+
+    def check_adapter(self, manifest: AdapterManifest) -> None:
+        """Raise AdapterBad."""
+        raise AdapterBad("this server takes no adapters")
+
+    async def load_adapter(self, adapter: AdapterId, part: AdapterPart) -> None:
+        """Raise AdapterBad."""
+        self.check_adapter(part.manifest)
+
+    async def drop_adapter(self, adapter: AdapterId) -> None:
+        """There are none."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
+from shoal.base.adapters import AdapterId
+from shoal.base.backend import BackendFacts, Call, NoAdapters, Outcome, SequenceId
 from shoal.base.errors import BadInput, ConfigError, InternalError, ShoalError
 from shoal.base.spans import Span
 from shoal.plan.spec import ServerSpec
@@ -157,7 +158,7 @@ def pass_s(server: ServerSpec, calls: Iterable[Call]) -> float:
     return seconds
 
 
-class CostBackend:
+class CostBackend(NoAdapters):
     """Takes time and holds lengths; see BlockBackend."""
 
     def __init__(self, config: CostConfig) -> None:
@@ -192,7 +193,7 @@ class CostBackend:
         """Positions held by all sequences together."""
         return sum(len(state.inputs) for state in self._sequences.values())
 
-    def open(self, sequence: SequenceId, span: Span) -> None:
+    def open(self, sequence: SequenceId, span: Span, adapter: AdapterId | None = None) -> None:
         """Start an empty sequence; see BlockBackend.open."""
         self._check_idle()
         if sequence in self._sequences or not self._config.span.covers(span):

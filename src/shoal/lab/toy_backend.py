@@ -12,12 +12,21 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from shoal.base.adapters import AdapterId, AdapterManifest, AdapterPart
 from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
-from shoal.base.errors import BadInput, BadOutput, ConfigError, InternalError, ShoalError
+from shoal.base.errors import (
+    AdapterBad,
+    BadInput,
+    BadOutput,
+    ConfigError,
+    InternalError,
+    ShoalError,
+)
 from shoal.base.spans import Span
 from shoal.lab.toy_blocks import (
     ENCODINGS,
     HIDDEN_SIZE,
+    TOY_LAYER,
     ToySequence,
     decode_rows,
     encode_rows,
@@ -80,6 +89,7 @@ class ToyBackend:
         self._config = config
         self._sequences: dict[SequenceId, ToySequence] = {}
         self._used: set[SequenceId] = set()
+        self._adapters: dict[AdapterId, dict[int, bytes]] = {}
         self._is_running = False
         self._facts = BackendFacts(
             model=MODEL,
@@ -105,12 +115,15 @@ class ToyBackend:
         """Positions held by every open sequence, for invariants."""
         return {sequence: state.length for sequence, state in self._sequences.items()}
 
-    def open(self, sequence: SequenceId, span: Span) -> None:
+    def open(self, sequence: SequenceId, span: Span, adapter: AdapterId | None = None) -> None:
         """Start an empty sequence; see BlockBackend.open."""
         self._check_new(sequence)
+        if adapter is not None and adapter not in self._adapters:
+            raise InternalError(f"adapter {adapter} is not loaded in this backend")
+        contents = {} if adapter is None else self._adapters[adapter]
         if not self._config.span.covers(span):
             raise InternalError(f"a sequence over {span} in a backend of {self._config.span}")
-        self._sequences[sequence] = ToySequence(span, self._config.hidden_size)
+        self._sequences[sequence] = ToySequence(span, self._config.hidden_size, contents)
 
     def close(self, sequence: SequenceId) -> None:
         """Free the sequence; see BlockBackend.close."""
@@ -157,6 +170,29 @@ class ToyBackend:
         self._check_budget()
         self.runs += 1
         return outcomes
+
+    def check_adapter(self, manifest: AdapterManifest) -> None:
+        """Toy blocks have one layer; see BlockBackend.check_adapter."""
+        size = self._config.hidden_size
+        for block in manifest.within(self._config.span):
+            for shape in block.shapes:
+                if (shape.target, shape.inputs, shape.outputs) != (TOY_LAYER, size, size):
+                    raise AdapterBad(f"toy blocks have {TOY_LAYER} ({size} x {size}), not {shape}")
+
+    async def load_adapter(self, adapter: AdapterId, part: AdapterPart) -> None:
+        """Its contents go into every row; see BlockBackend.load_adapter."""
+        if adapter in self._adapters:
+            raise InternalError(f"adapter {adapter} is loaded already")
+        self.check_adapter(part.manifest)
+        blocks = part.manifest.within(self._config.span)
+        for block in blocks:
+            if not is_finite(decode_rows(bytes(part.blocks[block.index]), part.manifest.encoding)):
+                raise AdapterBad(f"block {block.index} holds values that are not finite")
+        self._adapters[adapter] = {block.index: bytes.fromhex(block.content) for block in blocks}
+
+    async def drop_adapter(self, adapter: AdapterId) -> None:
+        """See BlockBackend.drop_adapter."""
+        self._adapters.pop(adapter, None)
 
     async def aclose(self) -> None:
         """Forget everything."""

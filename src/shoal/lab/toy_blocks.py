@@ -9,7 +9,8 @@ finite float32 values, so that nothing else notices they are hashes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from shoal.base.errors import BadInput
@@ -22,8 +23,13 @@ ENCODINGS: Final = ("float32", "bfloat16")
 HIDDEN_SIZE: Final = 16
 """Values per row unless said otherwise: a row is one 64-byte hash."""
 
+_NO_ADAPTER: Final[Mapping[int, bytes]] = MappingProxyType({})
+
 _SMALL: Final = bytes(byte & 0xBF for byte in range(256))
 """Clears the upper exponent bit of a float's highest byte: its size is below 2, so finite."""
+
+TOY_LAYER: Final = "toy"
+"""What adapters may target in a toy block: a layer from hidden size to hidden size."""
 
 _CHAIN_BYTES: Final = 16
 
@@ -31,8 +37,15 @@ _CHAIN_BYTES: Final = 16
 class ToySequence:
     """One sequence's state in the blocks of a span."""
 
-    def __init__(self, span: Span, hidden_size: int = HIDDEN_SIZE) -> None:
+    def __init__(
+        self,
+        span: Span,
+        hidden_size: int = HIDDEN_SIZE,
+        adapter: Mapping[int, bytes] = _NO_ADAPTER,
+    ) -> None:
+        """`adapter` gives the hash of its tensors for each block that it changes."""
         self.span = span
+        self._adapter = adapter
         self._row_bytes = row_bytes("float32", hidden_size)
         self._chains: list[list[bytes]] = [[b""] for _ in range(len(span))]
         self._length = 0
@@ -53,7 +66,11 @@ class ToySequence:
         for block, chain in zip(range(self.span.start, self.span.end), self._chains, strict=True):
             person = block.to_bytes(8, "little")
             digest = hashlib.blake2b(
-                chain[-1] + row, digest_size=_CHAIN_BYTES, person=person, salt=salt
+                chain[-1] + row,
+                digest_size=_CHAIN_BYTES,
+                person=person,
+                salt=salt,
+                key=self._adapter.get(block, b""),
             ).digest()
             chain.append(digest)
             row = _finite_row(digest, self._row_bytes)
@@ -68,7 +85,7 @@ class ToySequence:
 
     def copy(self, length: int) -> ToySequence:
         """A second sequence with the first `length` positions of this one."""
-        child = ToySequence(self.span)
+        child = ToySequence(self.span, adapter=self._adapter)
         child._row_bytes = self._row_bytes
         child._chains = [chain[: length + 1] for chain in self._chains]
         child._length = min(self._length, length)
@@ -76,10 +93,14 @@ class ToySequence:
 
 
 def expected_output(
-    span: Span, inputs: Iterable[bytes], *, hidden_size: int = HIDDEN_SIZE
+    span: Span,
+    inputs: Iterable[bytes],
+    *,
+    hidden_size: int = HIDDEN_SIZE,
+    adapter: Mapping[int, bytes] = _NO_ADAPTER,
 ) -> list[bytes]:
     """The float32 rows that blocks of `span` give for the float32 rows `inputs`."""
-    sequence = ToySequence(span, hidden_size)
+    sequence = ToySequence(span, hidden_size, adapter)
     return [sequence.push(row) for row in inputs]
 
 
@@ -95,9 +116,15 @@ def toy_next_token(row: bytes, *, vocabulary: int = 50_000) -> int:
     return int.from_bytes(digest, "little") % vocabulary
 
 
-def expected_tokens(num_blocks: int, prompt: Sequence[int], count: int) -> list[int]:
+def expected_tokens(
+    num_blocks: int,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    adapter: Mapping[int, bytes] = _NO_ADAPTER,
+) -> list[int]:
     """The `count` tokens that follow `prompt` when all blocks run in one place."""
-    sequence = ToySequence(Span(0, num_blocks))
+    sequence = ToySequence(Span(0, num_blocks), adapter=adapter)
     tokens: list[int] = []
     row = b""
     for token in prompt:

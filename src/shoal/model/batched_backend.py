@@ -15,21 +15,26 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Final
 
 import torch
 
+from shoal.base.adapters import AdapterId
 from shoal.base.backend import BackendFacts, Call, Outcome, SequenceId
 from shoal.base.errors import BadInput, InternalError, ShoalError
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
+from shoal.model.adapter_sequences import AdaptedSequences
 from shoal.model.calls import answer_to, check_call, rows_of
 from shoal.model.device_thread import DeviceThread
 from shoal.model.exact import RowTiles
+from shoal.model.lora_pass import LoraRun
+from shoal.model.lora_rows import LoraLayers
 from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
-from shoal.model.sequences import Sequences
+from shoal.model.training import TorchTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ class _Part:
     piece: Piece
     rows: torch.Tensor
     """(T, D), padding included."""
+    adapter: AdapterId | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,7 @@ class _Pass:
     """Whether each block gets a stable number of rows."""
 
 
-class BatchedBackend(Sequences[PackedCache]):
+class BatchedBackend(AdaptedSequences[PackedCache]):
     """`shoal.base.backend.BlockBackend` over packed rows. Made by `load_backend`."""
 
     def __init__(
@@ -77,12 +83,18 @@ class BatchedBackend(Sequences[PackedCache]):
         device: str,
         thread: DeviceThread,
     ) -> None:
-        super().__init__(facts.span, partial(PackedCache, model.windows), PackedCache.forked)
+        layers = LoraLayers(facts.span, model.named_modules, device, is_exact=tiles is not None)
+        super().__init__(
+            facts.span, partial(PackedCache, model.windows), PackedCache.forked, layers, thread
+        )
         self._model = model
         self._facts = facts
         self._tiles = tiles
         self._device = device
         self._thread = thread
+        self._trainer = TorchTrainer(
+            model.spans, lambda: self._facts, device, thread, runner=model, is_packed=True
+        )
 
     @property
     def facts(self) -> BackendFacts:
@@ -102,11 +114,15 @@ class BatchedBackend(Sequences[PackedCache]):
             raise InternalError(f"more than {limit} calls of one sequence in one run")
         return await self._thread.run(lambda: self._run(calls))
 
+    def trainer(self) -> BlockTrainer:
+        """Runs training passes on the same thread."""
+        return self._trainer
+
     async def aclose(self) -> None:
         """Stop the device thread and free the memory."""
         await self._thread.aclose()
         self._sequences.clear()
-        del self._model
+        del self._model, self._trainer
 
     def _run(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes: list[Outcome] = [InternalError("not run")] * len(calls)
@@ -144,11 +160,12 @@ class BatchedBackend(Sequences[PackedCache]):
         piece = Piece(
             cache=cache, start=call.position, count=rows.shape[0], by_position=by_position
         )
-        return _Part(index=index, call=call, piece=piece, rows=rows)
+        adapter = self._adapters.get(call.sequence)
+        return _Part(index=index, call=call, piece=piece, rows=rows, adapter=adapter)
 
     def _passes(self, parts: Sequence[_Part]) -> list[_Pass]:
         if self._tiles is None:
-            return [_Pass(parts=tuple(parts), is_tiled=False)] if parts else []
+            return [_Pass(parts=_by_adapter(parts), is_tiled=False)] if parts else []
         passes: list[_Pass] = []
         tile: list[_Part] = []
         num_rows, limit = 0, self._tiles.rows_max
@@ -157,7 +174,7 @@ class BatchedBackend(Sequences[PackedCache]):
             # A chunk comes after its own sequence's rows that wait in the tile.
             is_due = is_chunk and any(part.piece.cache is other.piece.cache for other in tile)
             if is_due or num_rows + part.piece.count * part.piece.by_position > limit:
-                passes.append(_Pass(parts=tuple(tile), is_tiled=True))
+                passes.append(_Pass(parts=_by_adapter(tile), is_tiled=True))
                 tile, num_rows = [], 0
             if is_chunk:
                 passes.append(_Pass(parts=(part,), is_tiled=False))
@@ -165,7 +182,7 @@ class BatchedBackend(Sequences[PackedCache]):
                 tile.append(part)
                 num_rows += part.piece.count
         if tile:
-            passes.append(_Pass(parts=tuple(tile), is_tiled=True))
+            passes.append(_Pass(parts=_by_adapter(tile), is_tiled=True))
         return passes
 
     def _outcomes(self, one_pass: _Pass) -> list[Outcome]:
@@ -198,11 +215,13 @@ class BatchedBackend(Sequences[PackedCache]):
             num_rows = 0
             if one_pass.is_tiled and self._tiles is not None:
                 num_rows = self._tiles.padded(sum(sizes))
+            parts = [one_pass.parts[index] for index in chosen]
             output = self._model.run(
-                [one_pass.parts[index].piece for index in chosen],
+                [part.piece for part in parts],
                 torch.cat([hidden[index] for index in chosen]),
                 segment,
                 num_rows,
+                _lora_runs(parts, is_tiled=one_pass.is_tiled),
             )
             for index, rows in zip(chosen, torch.split(output, sizes), strict=True):
                 hidden[index] = rows
@@ -223,6 +242,23 @@ class BatchedBackend(Sequences[PackedCache]):
 
 def _after_failure(call: Call) -> BadInput:
     return BadInput(f"the rows before position {call.position} failed in the same run")
+
+
+def _by_adapter(parts: Iterable[_Part]) -> tuple[_Part, ...]:
+    """The rows of one adapter beside each other; those of a sequence stay in order."""
+    return tuple(sorted(parts, key=lambda part: part.adapter or 0))
+
+
+def _lora_runs(parts: Sequence[_Part], *, is_tiled: bool) -> list[LoraRun]:
+    """Which rows of a pass go through which adapter."""
+    runs: list[LoraRun] = []
+    at = 0
+    for adapter, group in groupby(parts, key=lambda part: part.adapter):
+        end = at + sum(part.rows.shape[0] for part in group)
+        if adapter is not None:
+            runs.append(LoraRun(adapter, at, end, is_tiled))
+        at = end
+    return runs
 
 
 def _segments(spans: Iterable[Span]) -> list[Span]:

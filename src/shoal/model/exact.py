@@ -42,7 +42,14 @@ from shoal.model.row_tiles import (
 from shoal.model.rows import tensor_bytes
 from shoal.model.tiled_experts import TiledExperts
 
-__all__ = ["RowTiles", "choose_class", "find_tiles", "linear_counts", "tile_experts"]
+__all__ = [
+    "RowTiles",
+    "choose_class",
+    "find_tiles",
+    "linear_counts",
+    "product_counts",
+    "tile_experts",
+]
 
 _OUTPUTS_MAX: Final = 512
 """Outputs of a cancelling layer that differ; the others repeat them, to save drawing."""
@@ -117,6 +124,12 @@ def linear_counts(linear: torch.nn.Module) -> set[int]:
     widths = _widths(linear)
     counts = best_counts(_cancelling_linear(linear).run)
     return {count for count in counts if fills_vectors(count, widths)}
+
+
+def product_counts(weight: torch.Tensor) -> set[int]:
+    """The row counts among which a row of `rows @ weight.T`, (outputs, inputs), keeps its bits."""
+    values, rows = _cancelling_values(weight)
+    return best_counts(_Cancelling(lambda tile: functional.linear(tile, values), rows).run)
 
 
 def _kinds(modules: Sequence[Any], names: Sequence[str]) -> list[Any]:

@@ -89,7 +89,12 @@ def target_layer(block: torch.nn.Module, target: str) -> torch.nn.Module:
 
 def targets_of(block: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of all linear layers of a block, by path."""
-    found = {name: _features(module) for name, module in block.named_modules()}
+    return sizes_of(dict(block.named_modules()))
+
+
+def sizes_of(modules: Mapping[str, torch.nn.Module]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of those that are linear layers."""
+    found = {name: _features(module) for name, module in modules.items()}
     return {name: size for name, size in found.items() if size is not None}
 
 

@@ -7,6 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from shoal.base.adapters import AdapterId
 from shoal.base.backend import SequenceId
 from shoal.base.errors import BadInput, InternalError
 from shoal.base.spans import Span
@@ -36,17 +37,22 @@ class Sequences(Generic[C]):
         self._new_cache = new_cache
         self._fork = fork
         self._sequences: dict[SequenceId, C] = {}
+        self._adapters: dict[SequenceId, AdapterId] = {}
+        """Of those sequences that have one."""
 
-    def open(self, sequence: SequenceId, span: Span) -> None:
-        """Start an empty sequence over `span`."""
+    def open(self, sequence: SequenceId, span: Span, adapter: AdapterId | None = None) -> None:
+        """Start an empty sequence over `span`, with an adapter or none."""
         self._check_new(sequence)
         if not len(span) or not self._served.covers(span):
             raise BadInput(f"blocks {span} are not a part of {self._served}")
         self._sequences[sequence] = self._new_cache(span)
+        if adapter is not None:
+            self._adapters[sequence] = adapter
 
     def close(self, sequence: SequenceId) -> None:
         """Free the sequence's cache."""
         self._sequences.pop(sequence, None)
+        self._adapters.pop(sequence, None)
 
     def truncate(self, sequence: SequenceId, length: int) -> int:
         """Forget positions >= `length`; returns the length that is left.
@@ -61,6 +67,8 @@ class Sequences(Generic[C]):
         with torch.inference_mode():
             copy = self._fork(self._cache(parent), length)
         self._sequences[child] = copy
+        if parent in self._adapters:
+            self._adapters[child] = self._adapters[parent]
         return copy.length
 
     def _check_new(self, sequence: SequenceId) -> None:

@@ -19,6 +19,8 @@ import torch
 from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome
 from shoal.base.errors import ConfigError, InternalError, ShoalError
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
+from shoal.model.adapter_sequences import AdaptedSequences
 from shoal.model.batched_backend import CALLS_PER_SEQUENCE_MAX, BatchedBackend
 from shoal.model.calls import answer_to, check_call, rows_of
 from shoal.model.device_thread import DeviceThread
@@ -27,14 +29,16 @@ from shoal.model.exact_alone import probe_alone
 from shoal.model.families import family_of, session_tokens_max
 from shoal.model.known import Progress
 from shoal.model.kv_cache import PAGE_TOKENS, SequenceCache
+from shoal.model.lora_pass import LoraRun, lora_running
+from shoal.model.lora_rows import LoraLayers
 from shoal.model.numerics import numerics_class
 from shoal.model.packed_model import PackedModel
 from shoal.model.quantize import Quantization, check_quantize
 from shoal.model.rows import DTYPES, encodings_for
-from shoal.model.sequences import Sequences
 from shoal.model.source import ModelSource
 from shoal.model.span_model import SpanModel, load_span, num_blocks
 from shoal.model.tiled_experts import TiledExperts
+from shoal.model.training import AloneRunner, TorchTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -202,18 +206,28 @@ def _choices(kind: Any) -> str:
     return ", ".join(get_args(kind))
 
 
-class TorchBackend(Sequences[SequenceCache]):
+class TorchBackend(AdaptedSequences[SequenceCache]):
     """`shoal.base.backend.BlockBackend` over transformers' own cache. Made by `load_backend`."""
 
     def __init__(
         self, model: SpanModel, facts: BackendFacts, device: str, thread: DeviceThread
     ) -> None:
         new_cache = partial(SequenceCache, model.windows, recurrent=model.recurrent)
-        super().__init__(model.span, new_cache, SequenceCache.forked)
+        layers = LoraLayers(
+            model.span,
+            lambda block: dict(model.block(block).named_modules()),
+            device,
+            is_exact=False,  # each call has its own pass, of a shape that is repeated
+        )
+        super().__init__(model.span, new_cache, SequenceCache.forked, layers, thread)
         self._model = model
         self._device = device
         self._thread = thread
         self._facts = facts
+        runner = AloneRunner(model)
+        self._trainer = TorchTrainer(
+            model, lambda: self._facts, device, thread, runner=runner, is_packed=False
+        )
 
     @property
     def facts(self) -> BackendFacts:
@@ -227,11 +241,15 @@ class TorchBackend(Sequences[SequenceCache]):
             raise InternalError("two calls of one sequence in one run")
         return await self._thread.run(lambda: [self._outcome(call) for call in calls])
 
+    def trainer(self) -> BlockTrainer:
+        """Runs training passes on the same thread."""
+        return self._trainer
+
     async def aclose(self) -> None:
         """Stop the device thread and free the memory."""
         await self._thread.aclose()
         self._sequences.clear()
-        del self._model
+        del self._model, self._trainer
 
     def _outcome(self, call: Call) -> Outcome:
         """Run one call; only a success commits its rows to the cache."""
@@ -247,10 +265,15 @@ class TorchBackend(Sequences[SequenceCache]):
         cache = self._cache(call.sequence)
         check_call(call, cache.span, cache.length, self._facts)
         rows = rows_of(call, self._facts, self._device, self._model.dtype)
-        if self._facts.is_exact and call.count < call.call_count:
-            output = self._model.forward_cut(rows, call.call_count, call.position, cache, call.span)
-        else:
-            output = self._model.forward(rows, call.position, cache, call.span)
+        adapter = self._adapters.get(call.sequence)
+        runs = [] if adapter is None else [LoraRun(adapter, 0, None, is_tiled=False)]
+        with lora_running(runs):
+            if self._facts.is_exact and call.count < call.call_count:
+                output = self._model.forward_cut(
+                    rows, call.call_count, call.position, cache, call.span
+                )
+            else:
+                output = self._model.forward(rows, call.position, cache, call.span)
         result = answer_to(call, output, self._facts)
         cache.commit(call.count)
         return result

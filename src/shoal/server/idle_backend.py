@@ -9,6 +9,7 @@ from shoal.base.adapters import AdapterId
 from shoal.base.backend import BackendFacts, Call, NoAdapters, Outcome, SequenceId
 from shoal.base.errors import InternalError, PeerBusy
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
 
 
 class IdleBackend(NoAdapters):
@@ -44,6 +45,10 @@ class IdleBackend(NoAdapters):
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """No calls, no outcomes."""
         return [InternalError("a backend without blocks") for _ in calls]
+
+    def trainer(self) -> BlockTrainer | None:
+        """None."""
+        return None
 
     async def aclose(self) -> None:
         """Nothing to free."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from shoal.base.adapters import AdapterId, AdapterManifest, AdapterPart
 from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import BadInput, ConfigError, InternalError
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
 
 
 class SwitchingBackend:
@@ -67,8 +69,10 @@ class SwitchingBackend:
             old, self._old = self._old, None
             await old.aclose()
 
-    def open(self, sequence: SequenceId, span: Span) -> None:
+    def open(self, sequence: SequenceId, span: Span, adapter: AdapterId | None = None) -> None:
         """Start an empty sequence over `span` at the newest that has it.
+
+        Adapters don't move: one that was loaded before the newest came is not there.
 
         Raises:
             BadInput: none has it (any more).
@@ -77,7 +81,7 @@ class SwitchingBackend:
         home = next((one for one in self._backends() if one.facts.span.covers(span)), None)
         if home is None:
             raise BadInput(f"blocks {span} are not served here (we have {self.facts.span})")
-        home.open(sequence, span)
+        home.open(sequence, span, adapter)
         self._at[sequence] = home
 
     def close(self, sequence: SequenceId) -> None:
@@ -113,6 +117,23 @@ class SwitchingBackend:
             for index, outcome in zip(mine, done, strict=True):
                 outcomes[index] = outcome
         return outcomes
+
+    def check_adapter(self, manifest: AdapterManifest) -> None:
+        """See that an adapter fits the newest's blocks."""
+        self._newest.check_adapter(manifest)
+
+    async def load_adapter(self, adapter: AdapterId, part: AdapterPart) -> None:
+        """Hold an adapter's tensors in the newest's blocks."""
+        await self._newest.load_adapter(adapter, part)
+
+    async def drop_adapter(self, adapter: AdapterId) -> None:
+        """Free it, wherever it was loaded."""
+        for backend in self._backends():
+            await backend.drop_adapter(adapter)
+
+    def trainer(self) -> BlockTrainer | None:
+        """The newest's: passes over blocks that we leave go elsewhere."""
+        return self._newest.trainer()
 
     async def aclose(self) -> None:
         """Close both."""

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 from shoal.base.spans import Span
 from shoal.lab.clock import run_virtual
@@ -52,11 +53,13 @@ class Scene:
     """A swarm, its network, and a first client."""
 
     def __init__(
-        self, servers, *, link=None, config=None, seed=0, patience_s=120.0, tending=None, **spec
-    ):
+        self, servers, *, link=None, config=None, seed=0, patience_s=120.0, tending=None,
+        heads=None, **spec,
+    ):  # fmt: skip
         self.rng = random.Random(seed)
         self.network = SimulatedNetwork(self.rng, default=link or LinkConditions(delay_s=DELAY_S))
         specs = [make_spec(text, spec) for text in servers.split(",")]
+        specs = [replace(one, head=(heads or {}).get(one.name, "")) for one in specs]
         self.swarm = SimulatedSwarm(
             specs,
             self.network,

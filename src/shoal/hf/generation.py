@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from shoal.base.errors import BadInput, ConfigError
+from shoal.client.token_log import TokenLog as TokenLog
 from shoal.plan.view import Stage
 from shoal.wire.messages import WANT_NONE
 
@@ -82,25 +83,6 @@ class Answer:
     numerics: str
     """`exact`, `same-class` or `crossed`."""
     moves: tuple[Move, ...] = ()
-
-
-class TokenLog:
-    """Token ids of one session by position; makes their rows when they are sent."""
-
-    def __init__(self, head: TokenHead, encoding: str, first_position: int) -> None:
-        self._head = head
-        self._encoding = encoding
-        self._first_position = first_position
-        self._ids: list[int] = []
-
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Tokens for the positions after the last one."""
-        self._ids.extend(token_ids)
-
-    def rows(self, position: int, count: int) -> bytes:
-        """The rows of positions [position, position + count)."""
-        start = position - self._first_position
-        return self._head.embed(self._ids[start : start + count], self._encoding, position)
 
 
 async def generate(

@@ -52,7 +52,7 @@ class HeadBatch:
 
     def _answer(self) -> None:
         waiting, self._waiting = self._waiting, []
-        step = 1 if self._tiles is None else self._tiles.rows_max
+        step = self._rows_max
         for start in range(0, len(waiting), step):
             part = waiting[start : start + step]
             try:
@@ -65,6 +65,16 @@ class HeadBatch:
             for (_, future), row in zip(part, scores, strict=True):
                 if not future.done():
                     future.set_result(row)
+
+    def scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(S, V) float32 scores of S rows, (1, D) each, in as many calls as keep their bits."""
+        step = self._rows_max
+        parts = [self._scores(rows[at : at + step]) for at in range(0, len(rows), step)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def _rows_max(self) -> int:
+        return 1 if self._tiles is None else self._tiles.rows_max
 
     def _scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         self.num_calls += 1

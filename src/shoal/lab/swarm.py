@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,14 +14,18 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import Client, open_client
 from shoal.client.config import ClientConfig
+from shoal.client.head_service import HeadLimits, HeadService
 from shoal.client.tending import TendConfig
+from shoal.client.thin import ThinClient, ThinConfig, open_thin_client
 from shoal.discovery.records import Record, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
 from shoal.lab.network import SimulatedNetwork
 from shoal.lab.toy_backend import MODEL, FaultChoice, ToyBackend, ToyConfig, ToyFault
 from shoal.lab.toy_blocks import HIDDEN_SIZE
+from shoal.lab.toy_head import VOCABULARY, ToyHead
 from shoal.net.address import ListenAddress
+from shoal.net.channel import PURPOSE_HEAD
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import SCHEME, MemoryNetwork
@@ -52,6 +56,8 @@ class ServerSpec:
     coarse_truncate: int = 1
     is_late: bool = False
     """Does not start with the swarm; `SimulatedServer.start` starts it."""
+    head: str = ""
+    """Numerics class of the toy head that it runs for thin clients; empty: none."""
 
 
 class Fuse:
@@ -77,6 +83,10 @@ class SimulatedServer:
         self.fault: FaultChoice | None = None
         self.server: Server | None = None
         self.backend: ToyBackend | None = None
+        self.heads: HeadService | None = None
+        self._head_peer: PeerId | None = None
+        self.head_limits: HeadLimits | None = None
+        """Of the next start."""
         self._swarm = swarm
         self._boots = 0
         self._address = ""
@@ -104,13 +114,16 @@ class SimulatedServer:
         self._switching = SwitchingBackend(self.backend)
         transport = self._swarm.memory.transport(self.peer)
         self._stack.push_async_callback(transport.close)
+        config = self._swarm.server_config
+        if self.spec.head:
+            config = await self._with_head(config)
         self.server = await self._stack.enter_async_context(
             open_server(
                 self._switching,
                 transport,
                 self._swarm.swarm_pass,
                 StoreBook(RecordStore(SWARM)),
-                self._swarm.server_config,
+                config,
                 make=self._maker(self.backend.facts),
             )
         )
@@ -118,6 +131,13 @@ class SimulatedServer:
         listener = await transport.listen(where, self.server.serve_stream)
         self._address = str(listener.address)
         self._swarm.publish(self, self._address, self._boots)
+
+    async def _with_head(self, config: ServerConfig) -> ServerConfig:
+        """With a service for thin clients, which is a client of the swarm."""
+        client = await self._stack.enter_async_context(self._swarm.new_client())
+        self._head_peer = client.me
+        self.heads = HeadService(ToyHead(self.spec.head), client.open_session, self.head_limits)
+        return replace(config, services={**config.services, PURPOSE_HEAD: self.heads.serve})
 
     async def move(
         self, span: Span, *, load_s: float = 1.0, leave_s: float = LEAVE_S,
@@ -173,7 +193,8 @@ class SimulatedServer:
         self.server, self.backend = None, None
         if self._fuse is not None:
             self._fuse.is_blown = True
-        self._swarm.memory.crash(self.peer, detect_after_s=detect_after_s)
+        for peer in filter(None, (self.peer, self._head_peer)):
+            self._swarm.memory.crash(peer, detect_after_s=detect_after_s)
         await self._stack.aclose()
 
     async def stop(self) -> None:
@@ -245,9 +266,18 @@ class SimulatedSwarm:
         self, *, patience_s: float = 120.0, tending: TendConfig | None = None
     ) -> Client:
         """A client with an identity of its own; closed with the swarm."""
+        opening = self.new_client(patience_s=patience_s, tending=tending)
+        client = await self._stack.enter_async_context(opening)
+        self.clients.append(client)
+        return client
+
+    @asynccontextmanager
+    async def new_client(
+        self, *, patience_s: float = 120.0, tending: TendConfig | None = None
+    ) -> AsyncIterator[Client]:
+        """A client with an identity of its own, inside the context."""
         identity = Identity.from_seed(self._rng.randbytes(32))
         transport = self.memory.transport(identity.peer)
-        self._stack.push_async_callback(transport.close)
         config = ClientConfig(
             model=MODEL,
             num_blocks=self.num_blocks,
@@ -255,8 +285,8 @@ class SimulatedSwarm:
             patience_s=patience_s,
             tending=tending or TendConfig(),
         )
-        client = await self._stack.enter_async_context(
-            open_client(
+        try:
+            async with open_client(
                 identity,
                 transport,
                 self.swarm_pass,
@@ -264,10 +294,22 @@ class SimulatedSwarm:
                 config,
                 rng=random.Random(self._rng.random()),
                 wall_clock=asyncio.get_running_loop().time,
-            )
-        )
-        self.clients.append(client)
-        return client
+            ) as client:
+                yield client
+        finally:
+            await transport.close()
+
+    async def open_thin_client(self, *, patience_s: float = 60.0) -> ThinClient:
+        """A thin client with an identity of its own; closed with the swarm."""
+        transport = self.memory.transport(Identity.from_seed(self._rng.randbytes(32)).peer)
+        self._stack.push_async_callback(transport.close)
+        config = ThinConfig(
+            model=MODEL, num_blocks=self.num_blocks, hidden_size=HIDDEN_SIZE,
+            vocab_size=VOCABULARY, patience_s=patience_s,
+        )  # fmt: skip
+        rng = random.Random(self._rng.random())
+        opening = open_thin_client(transport, self.swarm_pass, self.directory, config, rng)
+        return await self._stack.enter_async_context(opening)
 
     def publish(self, server: SimulatedServer, address: str, boot: int) -> None:
         """Make a server's record known to everybody, as a perfect directory would."""
@@ -293,6 +335,7 @@ class SimulatedSwarm:
             encodings=list(facts.encodings),
             cache_tokens=facts.cache_tokens,
             decode_s_per_block=(spec.iteration_s + spec.token_s) / len(spec.span),
+            head=spec.head,
         )
         now_s = asyncio.get_running_loop().time()
         self.directory.store.accept(sign_record(server.identity, record), now_s)

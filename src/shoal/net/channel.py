@@ -42,6 +42,12 @@ PURPOSE_ROWS_IN: Final = "rows-in"
 PURPOSE_WEIGHTS: Final = "weights"
 """The dialler asks for tensors, files and manifests; the dialled peer hands them out."""
 
+PURPOSE_HEAD: Final = "head"
+"""The dialler sends tokens and gets tokens; the dialled peer has the model's head."""
+
+PURPOSE_TRAINING: Final = "training"
+"""The dialler sends micro-batches through blocks, forward and back."""
+
 PURPOSE_GOSSIP: Final = "gossip"
 """Neighbours that keep each other's directory in step."""
 
@@ -56,6 +62,8 @@ PURPOSES: Final = frozenset(
         PURPOSE_WEIGHTS,
         PURPOSE_GOSSIP,
         PURPOSE_RING,
+        PURPOSE_HEAD,
+        PURPOSE_TRAINING,
     }
 )
 

@@ -84,16 +84,43 @@ class RingReader:
     answer: Callable[[int, Answer], None] = lambda number, answer: None
 
 
+class Prompts:
+    """Whether prompts are being computed: passes with chunks say nothing of decode times."""
+
+    def __init__(self) -> None:
+        self._computed = 0
+        self._total = 0
+
+    def began(self) -> None:
+        """A prompt was sent."""
+        self._computed += 1
+        self._total += 1
+
+    def ended(self) -> None:
+        """Its first token came."""
+        self._computed -= 1
+
+    def mark(self) -> int | None:
+        """Changes with each prompt; None while one is computed."""
+        return None if self._computed else self._total
+
+
 class _TextSample:
     """One sample under way; see `shoal.client.samples.Sample`."""
 
     def __init__(
-        self, number: int, sample: RingSample, model: RingModel, reader: RingReader
+        self,
+        number: int,
+        sample: RingSample,
+        model: RingModel,
+        reader: RingReader,
+        prompts: Prompts,
     ) -> None:
         self._number = number
         self._sample = sample
         self._model = model
         self._reader = reader
+        self._prompts = prompts
         self._tokens: list[Token] = []
         self._clock = asyncio.get_running_loop().time
         self._started_s = 0.0
@@ -102,6 +129,7 @@ class _TextSample:
     def begin(self, session: ChainSession) -> tuple[Payload, int]:
         """The prompt."""
         self._started_s = self._clock()
+        self._prompts.began()
         self._log = TokenLog(self._model.head, session.encoding, session.length)
         self._log.append(self._sample.prompt_ids)
         return self._log.rows, len(self._sample.prompt_ids)
@@ -114,6 +142,8 @@ class _TextSample:
             len(self._tokens) + 1 >= self._sample.max_new_tokens or token_id in self._model.eos_ids
         )
         token = Token(id=token_id, at_s=self._clock(), is_last=is_last)
+        if not self._tokens:
+            self._prompts.ended()
         self._tokens.append(token)
         self._reader.token(self._number, token)
         if is_last or self._log is None:
@@ -135,6 +165,7 @@ class Ring:
     ) -> None:
         self.pace = pace
         """What is known of the ring's speed; `observe` it, then `choose_again`."""
+        self.prompts = Prompts()
         self._client = client
         self._model = model
         self._choice = choice
@@ -189,8 +220,9 @@ class Ring:
             ConfigError: a sample that does not fit.
             NoRouteError, PeerError, SessionError: the ring could not do it.
         """
+        self.prompts = Prompts()
         works = [
-            _TextSample(number, sample, self._model, reader)
+            _TextSample(number, sample, self._model, reader, self.prompts)
             for number, sample in enumerate(samples)
         ]
         self._turnstile = Turnstile(self._slots)

@@ -122,7 +122,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ConfigError: there is none, or it is cut off, altered or of another kind.
     """
-    data = read_file(path, CHECKPOINT_BYTES_MAX)
+    data = read_whole(path, CHECKPOINT_BYTES_MAX)
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])["__metadata__"]
@@ -133,6 +133,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(run=run, history=history, tensors=load(data))
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise ConfigError(f"{path} is no checkpoint of ours: {error}") from error
+
+
+def read_whole(path: Path, bytes_max: int) -> bytes:
+    """A file that may be large.
+
+    Raises:
+        ConfigError: it can't be read, or is larger than `bytes_max`.
+    """
+    # Asked first: reading with a limit would take the limit's memory.
+    if path.is_file() and path.stat().st_size > bytes_max:
+        raise ConfigError(f"{path} has more than {bytes_max} bytes: it can't be a file of ours")
+    return read_file(path)
 
 
 def restore(

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 
 from shoal.base.errors import ConfigError
 from shoal.hf.saved_session import read_file, write_file
+from shoal.hf.tuning_checkpoint import read_whole
 from shoal.hf.tuning_methods import PROMPT_TOKENS_MAX, ClassHead, DeepPromptTuning, PromptTuning
 from shoal.hf.tuning_model import TunedModel
 from shoal.model.adapter_files import write_peft
@@ -114,7 +115,7 @@ def read_learned(folder: Path) -> Learned:
     if kind not in _KINDS:
         raise ConfigError(f"{folder} holds a {kind} adapter, not prompts or a head for classes")
     try:
-        tensors = load(read_file(folder / TENSORS, TENSOR_BYTES_MAX))
+        tensors = load(read_whole(folder / TENSORS, TENSOR_BYTES_MAX))
         note = {}
         if (folder / NOTE).exists():
             note = json.loads(read_file(folder / NOTE, TEXT_BYTES_MAX))

@@ -33,6 +33,7 @@ COMMANDS: Final = (
     "plan",
     "doctor",
     "bench",
+    "ring",
     "swarm",
     "simulate",
     "study",

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import msgspec
 
-from shoal.base.errors import ProtocolError, ShoalError, error_from_code
+from shoal.base.errors import (
+    PeerTimeout,
+    PeerUnreachable,
+    ProtocolError,
+    ShoalError,
+    error_from_code,
+)
 from shoal.base.limits import CALL_TIMEOUT_S, DETAIL_CHARS_MAX
 from shoal.base.spans import Span
 from shoal.net.channel import Channel
@@ -23,6 +30,9 @@ from shoal.wire.ring import JoinRing, Measured, RingModel, RingOver, RingReport,
 logger = logging.getLogger(__name__)
 
 REPORT_S: Final = 1.0
+
+REJOIN_S: Final = 15.0
+"""How long a node that serves blocks looks for a starter that it lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,52 +74,74 @@ class NodeWork(Protocol):
         """How it does."""
 
 
-class RingMember:
-    """One stream's worth of membership."""
+DialStarter = Callable[[], Awaitable[Channel]]
+"""A new ring stream to the starter."""
 
-    def __init__(self, channel: Channel, work: NodeWork, name: str) -> None:
-        self._channel = channel
+
+class RingMember:
+    """One machine's membership, over as many streams as it takes."""
+
+    def __init__(self, work: NodeWork, name: str, *, rejoin_s: float = REJOIN_S) -> None:
         self._work = work
         self._name = name
-        self._task = 0
-        self._is_loading = False
+        self._rejoin_s = rejoin_s
+        self._measured: Measured | None = None
+        self._stream = 0
+        """Counts streams: a task of an older one is not this one's."""
+        self._done = 0
+        """The last task of this stream that was finished or failed."""
+        self._loading: Span | None = None
         self._failure = ""
-        self._wanted: asyncio.Queue[RingTask] = asyncio.Queue()
-        self._sending = asyncio.Lock()
+        self._wanted: asyncio.Queue[tuple[int, RingTask]] = asyncio.Queue()
+        self._news = asyncio.Event()
 
-    async def run(self, measured: Measured | None = None) -> str:
+    async def run(self, dial: DialStarter) -> str:
         """Follow the starter until it ends the ring; returns its reason.
 
-        `measured`: what was found before, when a stream broke and this is another one.
-
         Raises:
-            ShoalError: the stream broke, we were refused, or can't do anything.
+            ShoalError: it can't be reached (any more), it refused us, or we can't do anything.
         """
-        span = self._work.span
-        await self._send(JoinRing(self._name, span.start, span.end))
-        model = await self._model()
-        if measured is None:
-            measured = await self._work.measure(model)
-        await self._send(measured)
+        worker = asyncio.create_task(self._work_off(), name="ring tasks")
+        try:
+            channel = await dial()
+            while True:
+                try:
+                    return await self._stay(channel)
+                except (PeerUnreachable, PeerTimeout) as error:
+                    logger.warning("starter lost reason=%s", error)
+                finally:
+                    channel.close()
+                channel = await self._dial_again(dial)
+        finally:
+            worker.cancel()
+            await asyncio.gather(worker, return_exceptions=True)
+
+    async def _dial_again(self, dial: DialStarter) -> Channel:
+        deadline_s = asyncio.get_running_loop().time() + self._rejoin_s
+        while True:
+            try:
+                return await dial()
+            except (PeerUnreachable, PeerTimeout):
+                if asyncio.get_running_loop().time() >= deadline_s:
+                    raise
+                await asyncio.sleep(REPORT_S)
+
+    async def _stay(self, channel: Channel) -> str:
+        self._stream += 1
+        self._done = 0
+        span = self._loading or self._work.span
+        await channel.send(JoinRing(self._name, span.start, span.end))
+        model = await _model(channel)
         over: list[str] = []
-        await first_failure(self._follow(over), self._report_often(), self._work_off())
+        await first_failure(self._follow(channel, over), self._report(channel, model))
         return over[0]
 
-    async def _model(self) -> RingModel:
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            message, _ = await self._channel.receive()
-        if isinstance(message, Error):
-            raise error_from_code(message.code, message.detail, message.retry_after_s)
-        if not isinstance(message, RingModel):
-            raise ProtocolError(f"{type(message).__name__} in answer to JoinRing")
-        return message
-
-    async def _follow(self, over: list[str]) -> None:
+    async def _follow(self, channel: Channel, over: list[str]) -> None:
         while True:
-            message, _ = await self._channel.receive()
+            message, _ = await channel.receive()
             match message:
                 case RingTask():
-                    self._wanted.put_nowait(message)
+                    self._wanted.put_nowait((self._stream, message))
                 case RingOver():
                     over.append(message.detail)
                     return
@@ -118,38 +150,83 @@ class RingMember:
 
     async def _work_off(self) -> None:
         while True:
-            task = await self._wanted.get()
+            stream, task = await self._wanted.get()
             while not self._wanted.empty():
-                task = self._wanted.get_nowait()  # only the last counts
-            self._is_loading, self._failure = True, ""
-            await self.report()
+                stream, task = self._wanted.get_nowait()  # only the last counts
+            self._loading, self._failure = Span(task.start, task.end), ""
+            self._news.set()
             try:
-                await self._work.take(Span(task.start, task.end), is_beside=task.is_beside)
+                await self._work.take(self._loading, is_beside=task.is_beside)
             except ShoalError as error:
-                logger.warning("task failed blocks=[%d,%d) reason=%s", task.start, task.end, error)
+                logger.warning("task failed blocks=%s reason=%s", self._loading, error)
                 self._failure = error.detail or type(error).__name__
-            self._is_loading, self._task = False, task.task
-            await self.report()
+            except Exception as error:  # whatever it was, the starter must hear that it failed
+                logger.exception("task failed blocks=%s", self._loading)
+                self._failure = repr(error)
+            self._loading = None
+            if stream == self._stream:
+                self._done = task.task
+            self._news.set()
 
-    async def _report_often(self) -> None:
-        while True:
-            await self.report()
-            await asyncio.sleep(REPORT_S)
+    async def _report(self, channel: Channel, model: RingModel) -> None:
+        """Say each second how we do, and at once when that changes; what we can do, first."""
+        measuring: asyncio.Task[Measured] | None = None
+        is_told = False
+        try:
+            while True:
+                if self._measured is None and measuring is None:
+                    measuring = asyncio.create_task(self._work.measure(model), name="measure")
+                    measuring.add_done_callback(lambda _: self._news.set())
+                if measuring is not None and measuring.done():
+                    self._measured, measuring = await self._result(channel, measuring), None
+                if self._measured is not None and not is_told:
+                    await channel.send(self._measured)
+                    is_told = True
+                self._news.clear()
+                await channel.send(self._said())
+                try:
+                    async with asyncio.timeout(REPORT_S):
+                        await self._news.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            if measuring is not None:
+                measuring.cancel()
+                await asyncio.gather(measuring, return_exceptions=True)
 
-    async def report(self) -> None:
-        """Say how we do."""
+    async def _result(self, channel: Channel, measuring: asyncio.Task[Measured]) -> Measured:
+        """What was measured; that it failed is told to the starter as well."""
+        try:
+            return measuring.result()
+        except ShoalError as error:
+            detail = (error.detail or type(error).__name__)[:DETAIL_CHARS_MAX]
+            await channel.send(RingReport(self._done, "failed", detail=detail))
+            raise
+
+    def _said(self) -> RingReport:
         span, figures = self._work.span, self._work.figures()
-        if self._failure:
-            report = RingReport(self._task, "failed", detail=self._failure[:DETAIL_CHARS_MAX])
-        elif self._is_loading:
-            report = RingReport(self._task, "loading")
+        if self._measured is None:
+            report = RingReport(self._done, "measuring")
+        elif self._failure:
+            report = RingReport(self._done, "failed", detail=self._failure[:DETAIL_CHARS_MAX])
+        elif self._loading is not None:
+            report = RingReport(self._done, "loading")
         else:
-            report = RingReport(self._task, "online" if len(span) else "standby")
-        await self._send(_filled(report, span, figures))
+            report = RingReport(self._done, "online" if len(span) else "standby")
+        return _filled(report, span, figures)
 
-    async def _send(self, message: JoinRing | Measured | RingReport) -> None:
-        async with self._sending:
-            await self._channel.send(message)
+
+async def _model(channel: Channel) -> RingModel:
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            message, _ = await channel.receive()
+    except TimeoutError as error:
+        raise PeerTimeout("the starter does not say what the ring runs") from error
+    if isinstance(message, Error):
+        raise error_from_code(message.code, message.detail, message.retry_after_s)
+    if not isinstance(message, RingModel):
+        raise ProtocolError(f"{type(message).__name__} in answer to JoinRing")
+    return message
 
 
 def _filled(report: RingReport, span: Span, figures: NodeFigures) -> RingReport:

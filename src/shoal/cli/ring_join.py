@@ -1,0 +1,179 @@
+"""What `shoal ring join` does: offer this machine to a starter, and do as it says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.base.errors import ConfigError, PeerBusy, PeerTimeout, PeerUnreachable
+from shoal.base.ids import peer_text
+from shoal.base.spans import Span
+from shoal.cli.joining import SwarmChoice
+from shoal.cli.models import OpenModel, quiet_transformers
+from shoal.cli.peer_weights import Swarm, open_from
+from shoal.cli.ring_footing import listen_near, stand
+from shoal.cli.ring_host import Footing, HostSettings, RingHost
+from shoal.client.weight_sources import Place
+from shoal.discovery.directory import Snapshot
+from shoal.net.address import Address
+from shoal.net.channel import PURPOSE_RING, Channel, open_channel
+from shoal.net.identity import Identity
+from shoal.net.membership import SwarmPass
+from shoal.net.tcp import TcpTransport
+from shoal.server.ring_node import RingMember
+from shoal.wire.ring import RingModel
+
+logger = logging.getLogger(__name__)
+
+LOOK_S: Final = 1.0
+"""Between two tries to reach a starter."""
+
+WEIGHTS_BYTES_PER_S: Final = 32 << 20
+"""At which a node hands on what it fetched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinSettings:
+    """What `shoal ring join` was asked to do."""
+
+    swarm: SwarmChoice
+    """Its joins are the starter's addresses."""
+    name: str | None
+    listen: str | None
+    announce: str | None
+    host: HostSettings
+    cache_limit_bytes: int
+    patience_s: float
+    """How long to look for a starter at the beginning."""
+    is_once: bool
+    """Leave when the ring ends, instead of waiting for the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingSwarm(Swarm):
+    """The peers of a ring: whoever has blocks, and the starter, which has all."""
+
+    starter: Place
+
+    def places(self, model: str, span: Span | None = None) -> list[Place]:
+        """Nodes first, those with blocks of `span` before others; the starter last."""
+        others = [one for one in Swarm.places(self, model, span) if one.peer != self.starter.peer]
+        return [*others, self.starter]
+
+
+async def join_until_over(settings: JoinSettings) -> None:
+    """Join, and join again when a ring is over, until stopped (or once).
+
+    Raises:
+        ShoalError: no starter answers in time, it refuses us, or this machine can't help.
+    """
+    patience_s: float | None = settings.patience_s
+    while True:
+        starter = await _find_starter(settings, patience_s)
+        try:
+            reason = await _one_ring(settings, starter)
+        except (PeerUnreachable, PeerTimeout) as error:
+            if settings.is_once:
+                raise
+            reason = error.detail
+        print(f"the ring is over: {reason}", file=sys.stderr, flush=True)
+        if settings.is_once:
+            return
+        patience_s = None
+        print("waiting for the next ring; Ctrl-C leaves", file=sys.stderr, flush=True)
+
+
+async def _find_starter(settings: JoinSettings, patience_s: float | None) -> tuple[Address, ...]:
+    """Where a starter answers now."""
+    loop = asyncio.get_running_loop()
+    since_s, is_told = loop.time(), False
+    while True:
+        identity = Identity.generate()
+        transport = TcpTransport(identity)
+        try:
+            return await _answering(settings, transport, settings.swarm.pass_for(identity))
+        except (PeerUnreachable, PeerTimeout, PeerBusy) as error:
+            if patience_s is not None and loop.time() - since_s >= patience_s:
+                raise
+            if not is_told:
+                print(f"waiting for the starter: {error.detail}", file=sys.stderr, flush=True)
+            is_told = True
+            await asyncio.sleep(LOOK_S)
+        finally:
+            await transport.close()
+
+
+async def _answering(
+    settings: JoinSettings, transport: TcpTransport, swarm_pass: SwarmPass
+) -> tuple[Address, ...]:
+    addresses = settings.swarm.joins
+    if settings.swarm.is_lan:
+        from shoal.discovery.lan import find_on_lan
+
+        addresses = (*addresses, *await find_on_lan(swarm_pass.name))
+        if not addresses:
+            raise PeerUnreachable(
+                f"no starter of {swarm_pass.name!r} answers in the local network: start one "
+                "with shoal ring up --lan, allow UDP port 5353, or name it by --starter"
+            )
+    (await _dial(addresses, transport, swarm_pass)).close()
+    return addresses
+
+
+async def _dial(
+    addresses: Sequence[Address], transport: TcpTransport, swarm_pass: SwarmPass
+) -> Channel:
+    """A ring stream at the first address that answers."""
+    error: Exception = ConfigError("no starter named: give --starter ADDR, or --lan")
+    for address in addresses:
+        try:
+            return await open_channel(transport, address, PURPOSE_RING, swarm_pass)
+        except (PeerUnreachable, PeerTimeout) as failure:
+            error = failure
+    raise error
+
+
+async def _one_ring(settings: JoinSettings, addresses: tuple[Address, ...]) -> str:
+    """Take part in one ring until it ends; why it ended."""
+    identity = Identity.generate()
+    swarm_pass = settings.swarm.pass_for(identity)
+    async with AsyncExitStack() as stack:
+        transport = TcpTransport(identity)
+        stack.push_async_callback(transport.close)
+        base = await stack.enter_async_context(AsyncExitStack())  # outlives the host
+        starter = Place(addresses[0].peer, addresses)
+
+        def peers(footing: Footing) -> Swarm:
+            return RingSwarm(transport, swarm_pass, footing.directory.snapshot, starter)
+
+        async def get_model(ring: RingModel) -> tuple[OpenModel, Footing]:
+            quiet_transformers()
+            nobody = Swarm(transport, swarm_pass, _nobody)
+            model = await open_from(ring.model.hex(), nobody, [starter], settings.cache_limit_bytes)
+            footing = await stand(
+                base, identity, swarm_pass, transport,
+                model=model,
+                ring=ring,
+                listen=listen_near(settings.listen, addresses[0].host),
+                announce=settings.announce,
+                joins=addresses,
+                weights_bytes_per_s=WEIGHTS_BYTES_PER_S,
+            )  # fmt: skip
+            return model, footing
+
+        host = await stack.enter_async_context(RingHost(settings.host, get_model, peers))
+        name = settings.name or platform.node()
+        member = RingMember(host, name)
+        print(f"joined peer={peer_text(identity.peer)} name={name}", flush=True)
+        return await member.run(lambda: _dial(addresses, transport, swarm_pass))
+
+
+def _nobody() -> Snapshot:
+    """Of the directory, before there is one."""
+    raise ConfigError("the ring's model is asked of its starter only")

@@ -5,11 +5,16 @@ With 100 peers in `scripts/check`, with 1,000 in `scripts/test`.
 
 from __future__ import annotations
 
+import math
 import random
+from itertools import combinations
+from statistics import median
 
 import pytest
 
+from shoal.base.ids import PeerId
 from shoal.lab.gossip import GossipPeer, GossipSwarm, bytes_per_s
+from shoal.plan.coordinates import NOWHERE, distance_s
 
 KNOWN_WITHIN_S = 15.0
 """A crash is known everywhere."""
@@ -68,6 +73,36 @@ def test_a_split_swarm_heals_by_itself(count: int, few: int) -> None:
     assert missed <= 0.1 * few, "of the other side only servers without a neighbour here remain"
     swarm.heal()
     assert swarm.run(60.0, lambda: all_know(swarm)) < 60.0
+
+
+@pytest.mark.parametrize(
+    ("count", "minutes", "wrong"),
+    [(30, 4, 0.25), pytest.param(60, 10, 0.15, marks=pytest.mark.slow)],
+)
+def test_round_trips_that_nobody_measured_are_estimated(
+    count: int, minutes: int, wrong: float
+) -> None:
+    """Hosts in a few regions, each with a last mile of its own, as PlanetLab's are."""
+    rng = random.Random(count)
+    regions = [(rng.uniform(0, 0.15), rng.uniform(0, 0.15)) for _ in range(5)]
+    spots: dict[PeerId, tuple[float, float, float]] = {}
+
+    def rtt_s(one: PeerId, other: PeerId) -> float:
+        (a, b, mile), (c, d, other_mile) = spots[one], spots[other]
+        return math.hypot(a - c, b - d) + mile + other_mile
+
+    swarm = GossipSwarm(rng, lambda one, other: rtt_s(one, other) / 2)
+    swarm.grow(count)
+    for peer in swarm.peers:
+        x, y = rng.choice(regions)
+        spots[peer] = (x + rng.gauss(0, 0.008), y + rng.gauss(0, 0.008), rng.uniform(0.001, 0.02))
+    swarm.run(60.0 * minutes)
+    places = {peer: one.gossiper.coordinate or NOWHERE for peer, one in swarm.peers.items()}
+    off = [
+        abs(distance_s(places[one], places[other]) - rtt_s(one, other)) / rtt_s(one, other)
+        for one, other in combinations(spots, 2)
+    ]
+    assert median(off) < wrong
 
 
 def churn(swarm: GossipSwarm, rng: random.Random, seconds: float) -> None:

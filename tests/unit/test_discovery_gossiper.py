@@ -32,6 +32,7 @@ from shoal.discovery.neighbourhood import (
     name_of,
 )
 from shoal.discovery.neighbours import SERVER_DIALS
+from shoal.discovery.positioning import ASK_PERIOD_S, ASK_SOON_S, SOON_COUNT
 from shoal.discovery.spreading import (
     BAD_MAX,
     DIGEST_PERIOD_S,
@@ -39,6 +40,8 @@ from shoal.discovery.spreading import (
     WANT_TIMEOUT_S,
 )
 from shoal.discovery.store import RESTORE_AFTER_S, SUSPECT_S, RecordStore
+from shoal.plan import coordinates as plan
+from shoal.wire.fields import Coordinate
 from shoal.wire.gossip import Beat, Digest, Offer, Part, RecordName, Suspects, Taken, WantRecords
 from shoal.wire.messages import Message, Ping, Records
 from tests.unit.discovery_cases import SWARM, identity, signed
@@ -448,3 +451,54 @@ def test_a_server_of_which_nothing_was_heard_for_long_is_suspected_when_dialling
     assert dials(scene.wait(TICK_S, [ANN.peer])) == [EVE.peer]
     accusation = said(scene.gossiper.undialled(EVE.peer, scene.now_s), Suspects)
     assert accusation == [(ANN.peer, Suspects([name(signed(EVE, 1))]))]
+
+
+def asks(actions: list[Action]) -> list[tuple[PeerId, int]]:
+    return [(peer, beat.ask) for peer, beat in said(actions, Beat) if beat.ask]
+
+
+def test_neighbours_are_asked_for_round_trips_often_at_first_then_seldom() -> None:
+    scene = Scene(ANN.peer)
+    actions: list[Action] = []
+    for _ in range(round(120 / TICK_S)):
+        new = scene.wait(TICK_S, [ANN.peer])
+        for _, ask in asks(new):
+            scene.now_s += 0.04
+            scene.hear(ANN.peer, Beat(echo=ask, coordinate=Coordinate([0.0] * 3, 0.001, 0.2)))
+        actions += new
+    assert len(asks(actions)) == pytest.approx(
+        SOON_COUNT + (120 - SOON_COUNT * ASK_SOON_S) / ASK_PERIOD_S, abs=2
+    )
+    mine = scene.gossiper.coordinate
+    assert mine is not None
+    there = plan.Coordinate(point=(0.0,) * 3, height=0.001, error=0.2)
+    assert plan.distance_s(mine, there) == pytest.approx(0.04, rel=0.2)
+
+
+def test_who_asks_is_answered_but_not_faster_than_beats() -> None:
+    scene = Scene(ANN.peer)
+    assert said(scene.hear(ANN.peer, Beat(ask=7)), Beat) == [(ANN.peer, Beat(echo=7))]
+    assert not said(scene.hear(ANN.peer, Beat(ask=8)), Beat)
+    scene.now_s += GOSSIP_BEAT_S
+    assert said(scene.hear(ANN.peer, Beat(ask=9)), Beat) == [(ANN.peer, Beat(echo=9))]
+
+
+def test_echoes_that_nobody_asked_for_say_nothing() -> None:
+    scene = Scene(ANN.peer, BOB.peer)
+    (_, ask), *_ = asks(scene.wait(TICK_S, [ANN.peer, BOB.peer]))
+    scene.hear(BOB.peer, Beat(echo=ask + 17))
+    scene.hear(BOB.peer, Beat(echo=0))
+    assert scene.gossiper.coordinate is None
+    scene.now_s += 0.05
+    scene.hear(ANN.peer, Beat(echo=ask))
+    first = scene.gossiper.coordinate
+    assert first is not None
+    scene.now_s += 1.0
+    scene.hear(ANN.peer, Beat(echo=ask))
+    assert scene.gossiper.coordinate == first, "an echo counts once"
+
+
+def test_a_client_answers_and_does_not_ask() -> None:
+    scene = Scene(ANN.peer, is_reader=True)
+    assert not asks(scene.wait(60.0, [ANN.peer]))
+    assert said(scene.hear(ANN.peer, Beat(ask=7)), Beat) == [(ANN.peer, Beat(echo=7))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from shoal.base.errors import ConfigError, MessageTooLarge, PeerMisbehaved, Prot
 from shoal.base.ids import peer_text
 from shoal.base.limits import RECORD_BYTES_MAX
 from shoal.base.spans import Span
+from shoal.discovery.coordinates import from_wire
 from shoal.discovery.records import (
     MoveIntent,
     claimed_peer,
@@ -21,7 +23,9 @@ from shoal.discovery.records import (
     to_server_view,
 )
 from shoal.net.identity import RECORD, ROUTE, Identity
+from shoal.plan import coordinates as plan
 from shoal.plan.view import Intent
+from shoal.wire.fields import Coordinate
 from tests.unit.discovery_cases import identity, record, signed
 
 ALICE, BOB = identity(1), identity(2)
@@ -194,6 +198,24 @@ def test_an_intent_to_move_travels_and_old_readers_do_without() -> None:
     assert view.intent == Intent(ticket=7, span=Span(2, 6), is_going=True)
     assert to_server_view(record(ALICE), b"").intent is None
     fields = msgspec.msgpack.decode(body_of(intent=intent, decode_s_by_batch=[(1, 0.5)]))
+    del fields[record(ALICE).__struct_fields__.index("decode_s_by_batch") + 1 :]
     assert fields.pop() == [[1, 0.5]]
     assert fields.pop() == [7, 2, 6, True]
     assert open_record(envelope(msgspec.msgpack.encode(fields))) == record(ALICE)
+
+
+def test_a_coordinate_travels_and_nonsense_does_not() -> None:
+    place = Coordinate([0.01, -0.02, 0.03], 0.004, 0.1)
+    data = signed(ALICE, coordinate=place)
+    view = to_server_view(open_record(data), data)
+    assert view.coordinate == plan.Coordinate(point=(0.01, -0.02, 0.03), height=0.004, error=0.1)
+    for bad in (
+        Coordinate([0.0, 0.0], 0.0, 0.0),
+        Coordinate([0.0, 0.0, 11.0], 0.0, 0.0),
+        Coordinate([0.0, 0.0, 0.0], -1.0, 0.0),
+        Coordinate([0.0, 0.0, 0.0], 0.0, math.inf),
+    ):
+        with pytest.raises(ConfigError):
+            signed(ALICE, coordinate=bad)
+    nan = Coordinate([math.nan, 0.0, 0.0], 0.0, 0.0)
+    assert not plan.is_sound(from_wire(nan) or plan.NOWHERE)

@@ -283,7 +283,8 @@ class Game:
         player.truth = truth
         for who, other in enumerate(self.players):
             if other is not player:
-                delay_s = self._delays.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])) * CONVERGENCE_S
+                # Within means less: at exactly that, two at once may both be too late.
+                delay_s = self._delays.draw(st.sampled_from([0.0, 0.3, 0.7, 0.99])) * CONVERGENCE_S
                 # News of one server comes in order.
                 last_s = max(now_s + delay_s, self._latest_s.get((who, player.peer), 0.0))
                 self._latest_s[(who, player.peer)] = last_s

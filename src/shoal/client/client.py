@@ -32,6 +32,7 @@ from shoal.base.limits import (
 )
 from shoal.base.spans import Span
 from shoal.client import asking
+from shoal.client.adapters import AdapterBook, send_route_with_adapter
 from shoal.client.chain_session import ChainSession
 from shoal.client.config import ClientConfig
 from shoal.client.experience import ExperienceBook
@@ -41,13 +42,13 @@ from shoal.client.routing import (
     Followed,
     RouteFacts,
     SignedRoute,
-    send_route,
     sign_route,
 )
 from shoal.client.server_link import ServerLink
 from shoal.client.session import SessionState, Trouble
 from shoal.client.tending import lose_standby
 from shoal.client.watch import Watch
+from shoal.discovery.coordinates import Locator, from_wire
 from shoal.discovery.directory import Directory
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
@@ -58,6 +59,7 @@ from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Transport
+from shoal.plan.coordinates import Coordinate
 from shoal.plan.routing import Wanted
 from shoal.plan.view import Stage, Standby, SwarmView
 from shoal.wire.frames import Buffer
@@ -104,7 +106,7 @@ class Client:
         wall_clock: Callable[[], float],
     ) -> None:
         self.me = identity.peer
-        self.experience = ExperienceBook(self._sessions_by_server)
+        self.experience = ExperienceBook(self._sessions_by_server, Locator(rng, self._where))
         self.rng = rng
         self.patience_s = config.patience_s
         self.on_waiting = config.on_waiting
@@ -117,6 +119,7 @@ class Client:
         self._sessions: dict[SessionId, SessionState] = {}
         self._news = News(directory)
         self._links: dict[PeerId, ServerLink] = {}
+        self.adapters = AdapterBook(self._dial)
         self._senders = SenderPool(self._dial_rows, self)
         self._tasks = TaskSet(f"client {short(self.me)}")
 
@@ -149,12 +152,13 @@ class Client:
 
     async def open_session(
         self, encoding: str, span: Span | None = None, *, inner_encoding: str | None = None,
-        parent: Fork | None = None, seed: SessionState | None = None,
+        parent: Fork | None = None, seed: SessionState | None = None, adapter: bytes = b"",
     ) -> ChainSession:  # fmt: skip
         """A session over `span` (default: all blocks) with rows in `encoding`.
 
         `inner_encoding` is that of the links between servers (default: `encoding`); only
-        with it may rows be compressed.
+        with it may rows be compressed. `adapter` names the LoRA adapter that all rows go
+        through: one of `adapters`, or one that servers announce.
 
         Raises:
             NoRouteError: no chain; names the missing blocks.
@@ -163,8 +167,9 @@ class Client:
         nonce = self.rng.randbytes(NONCE_BYTES)
         span = span or Span(0, self.config.num_blocks)
         state = SessionState(
-            session_id(self.me, nonce), span, encoding, self.config.hidden_size, inner_encoding
-        )
+            session_id(self.me, nonce), span, encoding, self.config.hidden_size, inner_encoding,
+            adapter,
+        )  # fmt: skip
         facts = RouteFacts(
             nonce=nonce,
             model=self.config.model,
@@ -172,11 +177,16 @@ class Client:
             encoding=encoding,
             inner_encoding=state.inner_encoding,
             parent=parent,
+            adapter=adapter,
         )
         if seed is not None and parent is not None:
             state.start_as_fork(seed, parent.rev, parent.length)
         self._sessions[state.id] = state
-        wanted = Wanted(encoding=encoding, inner_encoding=state.inner_encoding)
+        wanted = Wanted(
+            encoding=encoding,
+            inner_encoding=state.inner_encoding,
+            adapter=b"" if self.adapters.has(adapter) else adapter,
+        )
         supervisor = Supervisor(self, state, facts, wanted, self.config.tending)
         try:
             await supervisor.mend()
@@ -245,7 +255,10 @@ class Client:
             for index in range(len(chain))
             if index + 1 == len(chain) or chain[index + 1].peer == self.me
         )
-        followed = await send_route(route, [self.link(p) for p in servers], receive_from)
+        links = [self.link(peer) for peer in servers]
+        followed = await send_route_with_adapter(
+            route, links, receive_from, self.adapters, state.adapter
+        )
         state.held = followed.held
         if state.failure is not None:  # closed meanwhile: nobody may keep it
             self.dismiss(state, servers)
@@ -258,7 +271,9 @@ class Client:
     async def _prepare(self, state: SessionState, route: SignedRoute, peer: PeerId) -> None:
         """Make the route known to a standby."""
         epoch = state.epoch
-        followed = await send_route(route, [self.link(peer)], frozenset())
+        followed = await send_route_with_adapter(
+            route, [self.link(peer)], frozenset(), self.adapters, state.adapter
+        )
         if state.failure is not None or peer not in state.peers:
             self.dismiss(state, [peer])
             return
@@ -290,12 +305,12 @@ class Client:
     def link(self, peer: PeerId) -> ServerLink:
         """Our streams to a server."""
         if peer not in self._links:
-            self._links[peer] = ServerLink(peer, self._dial, self)
+            self._links[peer] = ServerLink(peer, self.dial, self)
         return self._links[peer]
 
     # --- streams -----------------------------------------------------------------------
 
-    async def _dial(self, peer: PeerId, purpose: str) -> Channel:
+    async def dial(self, peer: PeerId, purpose: str) -> Channel:
         found = self._directory.snapshot().find(peer)
         error: ShoalError = PeerUnreachable(f"no record of peer {short(peer)}")
         for text in found.record.addresses if found is not None else ():
@@ -307,13 +322,18 @@ class Client:
         raise error
 
     async def _dial_rows(self, peer: PeerId) -> Channel:
-        return await self._dial(peer, PURPOSE_ROWS_OUT)
+        return await self.dial(peer, PURPOSE_ROWS_OUT)
 
     def _offer_have(self, state: SessionState) -> None:
         """Tell the senders whose receiver we are what we hold, without being asked."""
         for inbound in [state.inbound, *(relay.inbound for relay in state.relays.values())]:
             have = inbound.have_message(WINDOW_BYTES, inbound.have)
             self.link(inbound.predecessor).post(have)
+
+    def _where(self, peer: PeerId) -> Coordinate | None:
+        """Where a server says it is."""
+        found = self._directory.snapshot().find(peer)
+        return None if found is None else from_wire(found.record.coordinate)
 
     def _sessions_by_server(self) -> Counter[PeerId]:
         """How many of our sessions run over each server now."""

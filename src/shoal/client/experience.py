@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from shoal.base.ids import PeerId
+from shoal.discovery.coordinates import Locator
 from shoal.plan.view import Experience
 
 FAILED_S: Final = 30.0
@@ -32,9 +33,17 @@ SLOW_S: Final = 120.0
 class ExperienceBook:
     """Failures and measurements, with the loop time at which they stop to matter."""
 
-    def __init__(self, own_sessions: Callable[[], Mapping[PeerId, int]] = dict) -> None:
-        """`own_sessions`: how many of our sessions run at which server now."""
+    def __init__(
+        self,
+        own_sessions: Callable[[], Mapping[PeerId, int]] = dict,
+        locator: Locator | None = None,
+    ) -> None:
+        """`own_sessions`: how many of our sessions run at which server now.
+
+        `locator` finds our place from the round trips, to estimate those not measured.
+        """
         self._own_sessions = own_sessions
+        self._locator = locator
         self._avoid_until_s: dict[PeerId, float] = {}
         self._failures: dict[PeerId, int] = {}
         self._failed_s: dict[PeerId, float] = {}
@@ -79,6 +88,8 @@ class ExperienceBook:
         """A measured round trip; the lowest of recent ones counts."""
         old_s = self._rtt_s.get(peer, rtt_s)
         self._rtt_s[peer] = min(rtt_s, old_s + 0.1 * (rtt_s - old_s))
+        if self._locator is not None:
+            self._locator.measured(peer, self._rtt_s[peer])
 
     def slow(self, peer: PeerId, factor: float, now_s: float) -> None:
         """The peer's decode iterations take `factor` times as long as its record says."""
@@ -115,4 +126,5 @@ class ExperienceBook:
             slowness={
                 peer: factor for peer, (factor, until) in self._slowness.items() if until > now_s
             },
+            coordinate=None if self._locator is None else self._locator.coordinate,
         )

@@ -37,8 +37,10 @@ from shoal.discovery.neighbours import (
     num_wanted,
     prefers_new,
 )
+from shoal.discovery.positioning import Positioning
 from shoal.discovery.spreading import Spreading
 from shoal.discovery.store import RecordStore
+from shoal.plan.coordinates import Coordinate
 from shoal.wire.gossip import Beat, Digest, Offer, Part, RecordName, Suspects, Taken, WantRecords
 from shoal.wire.messages import Message, Records
 
@@ -116,6 +118,7 @@ class Gossiper:
         self._joins = {peer: texts for peer, texts in (joins or {}).items() if peer != me}
         self._is_reader = is_reader
         self._spreading = Spreading(self.around, store, rng)
+        self._positioning = Positioning(self.around, store, rng)
         self._dialling: set[PeerId] = set()
         self._probing: set[PeerId] = set()
         self._failed_s: dict[PeerId, float] = {}
@@ -131,6 +134,11 @@ class Gossiper:
     def neighbours(self) -> Mapping[PeerId, Neighbour]:
         """The open streams, by peer."""
         return self.around.neighbours
+
+    @property
+    def coordinate(self) -> Coordinate | None:
+        """Where we are in the space of round trips; None: nothing was measured yet."""
+        return self._positioning.coordinate
 
     @property
     def is_dialling(self) -> bool:
@@ -212,7 +220,9 @@ class Gossiper:
             return []
         neighbour.heard_s = now_s
         match message:
-            case Beat() | Taken():
+            case Beat():
+                self._positioning.on_beat(neighbour, message, now_s)
+            case Taken():
                 pass
             case Offer():
                 self._spreading.on_offer(neighbour, message, now_s)
@@ -268,6 +278,8 @@ class Gossiper:
                 self._probe(peer)
         self._spreading.tick(now_s)
         self._flush_suspicions(now_s)
+        if not self._is_reader:
+            self._positioning.tick(now_s)
         for peer, neighbour in self.neighbours.items():
             if now_s - neighbour.sent_s >= GOSSIP_BEAT_S:
                 self.around.send(peer, Beat(), now_s)

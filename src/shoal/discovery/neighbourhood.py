@@ -73,6 +73,12 @@ class Neighbour:
     warned_s: float = float("-inf")
     suspicions: dict[PeerId, RecordName] = field(default_factory=dict)
     """That it has not been told of yet."""
+    ask: int = 0
+    """What its next echo has to say; 0: nothing is asked."""
+    asked_s: float = float("-inf")
+    echoed_s: float = float("-inf")
+    num_trips: int = 0
+    """Round trips that were measured."""
     num_bad: int = 0
     """Records that an honest peer would not have handed on."""
 

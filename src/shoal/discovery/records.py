@@ -16,10 +16,11 @@ from shoal.base.errors import ConfigError, MessageTooLarge, PeerMisbehaved, Prot
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_BYTES_MAX, RECORD_TTL_S, SESSION_TOKENS_MAX
 from shoal.base.spans import Span
+from shoal.discovery.coordinates import from_wire
 from shoal.net.address import parse_address
 from shoal.net.identity import RECORD, Identity, verify
 from shoal.plan.view import Intent, ServerView
-from shoal.wire.fields import Block, Count, Name, Peer, Seconds, Signature
+from shoal.wire.fields import Block, Content, Coordinate, Count, Name, Peer, Seconds, Signature
 
 ADDRESSES_MAX: Final = 16
 """Addresses in one record: several networks, both families, a relay or two."""
@@ -105,6 +106,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     body: Annotated[bytes, msgspec.Meta(max_length=RECORD_BYTES_MAX)]
     signature: Signature
+    head: Name = ""
+    """Numerics class of the embedding and head that it runs for thin clients; empty: none."""
+    coordinate: Coordinate | None = None
+    """Where it is in the space of round trips; None: it has not measured any."""
+    adapters: Annotated[list[Adapter], msgspec.Meta(max_length=ADAPTERS_MAX)] = []
+    """LoRA adapters that it serves to everybody."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -241,3 +248,4 @@ def _to_intent(intent: MoveIntent | None) -> Intent | None:
         return None
     span = Span(intent.start, intent.end)
     return Intent(ticket=intent.ticket, span=span, is_going=intent.is_going)
+        coordinate=from_wire(record.coordinate),

@@ -17,6 +17,7 @@ from typing import Any, Final
 from shoal.base.errors import ShoalError
 from shoal.base.ids import PeerId, peer_text
 from shoal.base.limits import RECORD_TTL_S
+from shoal.discovery.coordinates import to_wire
 from shoal.discovery.directory import SignedRecord
 from shoal.discovery.gossiper import TICK_S, Gossiper
 from shoal.discovery.neighbourhood import Action, Dial, Drop, Send
@@ -73,9 +74,15 @@ class GossipPeer:
 
 
 class GossipSwarm:
-    """Many peers, one clock, one random generator."""
+    """Many peers, one clock, one random generator.
 
-    def __init__(self, rng: random.Random) -> None:
+    `delay_s` tells the one-way delay between two peers; None: any of `DELAY_S`.
+    """
+
+    def __init__(
+        self, rng: random.Random, delay_s: Callable[[PeerId, PeerId], float] | None = None
+    ) -> None:
+        self._delay_s = delay_s or (lambda one, other: rng.uniform(*DELAY_S))
         self.now_s = 0.0
         self.peers: dict[PeerId, GossipPeer] = {}
         self._rng = rng
@@ -192,6 +199,7 @@ class GossipSwarm:
             "decode_s_per_block": 0.00123,
             "prefill_s_per_block_token": 0.000123,
             "version": "0.1.0",
+            "coordinate": to_wire(one.gossiper.coordinate),
         }
         return sign_record(one.identity, Record(**usual | fields))
 
@@ -258,7 +266,7 @@ class GossipSwarm:
             self._publish(receiver, self._sign(receiver))
 
     def _dial(self, one: GossipPeer, action: Dial) -> None:
-        delay_s = self._rng.uniform(*DELAY_S)
+        delay_s = self._delay_s(one.peer, action.peer)
         to = self.peers.get(action.peer)
         if to is None or not self._reaches(one.peer, action.peer):
             is_refused = to is not None and not to.is_up and to.peer not in self._gone_silently

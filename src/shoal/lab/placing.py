@@ -32,6 +32,7 @@ from shoal.server.announcing import Announcement, Announcer, StoreBook
 from shoal.server.config import ServerConfig
 from shoal.server.moving import SpanMover
 from shoal.server.rebalancing import Rebalancer, RebalanceTimes
+from shoal.server.refreshing import Refresher
 from shoal.server.server import open_server
 from shoal.server.surroundings import Pinger, ServerSurroundings
 from shoal.server.switching import SwitchingBackend
@@ -116,7 +117,10 @@ class PlacedServer:
             load_s=self.spec.load_s,
         )
         self.rebalancer = Rebalancer(swarm.policy, self.peer, around, rng, swarm.times)
-        for work in (announcer.keep(), self.rebalancer.run()):
+        refresher = Refresher(
+            announcer, lambda: server.engine.pace, lambda: directory.gossiper.coordinate
+        )
+        for work in (announcer.keep(), refresher.run(), self.rebalancer.run()):
             task = asyncio.ensure_future(work)
             self._stack.push_async_callback(_end, task)
 

@@ -1,4 +1,4 @@
-"""Round trips from positions on the globe, for links that nobody has measured yet.
+"""Round trips of links that nobody has measured: from coordinates, or positions on the globe.
 
 Light in fibre covers 200 km per millisecond, and cables do not run straight. (Maps of
 networks in papers are often three times faster than light: see our notes on BPRR.)
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from shoal.base.errors import ConfigError
+from shoal.plan.coordinates import Coordinate, estimate_s
+from shoal.plan.cost import RTT_UNKNOWN_S
 
 EARTH_KM: Final = 6371.0
 FIBRE_KM_PER_S: Final = 200_000.0
@@ -32,6 +34,16 @@ class Position:
                 f"[{self.latitude}, {self.longitude}] is no position: write [latitude, longitude] "
                 "in degrees, -90 to 90 and -180 to 180"
             )
+
+
+def likely_rtt_s(
+    measured_s: float | None, one: Coordinate | None, other: Coordinate | None
+) -> float:
+    """Seconds there and back: as measured, or as coordinates say, or `RTT_UNKNOWN_S`."""
+    if measured_s is not None:
+        return measured_s
+    estimated_s = estimate_s(one, other)
+    return RTT_UNKNOWN_S if estimated_s is None else estimated_s
 
 
 def distance_km(one: Position, other: Position) -> float:

@@ -4,7 +4,7 @@ A server that wants to go says so, with a *ticket* higher than any it knows of, 
 the time in which news reaches everybody (`WAIT_S`). Then it goes only if its blocks stay covered
 with all those gone who hold an earlier ticket, and all who have said that they go.
 
-Why no block is uncovered while news arrives within half of `WAIT_S`: of two servers that leave,
+Why no block is uncovered while news takes less than half of `WAIT_S`: of two servers that leave,
 say A relied on B. Then A had seen B's intent, with a higher ticket, or B spoke up so late that it
 knew A's intent by then, and took a higher ticket. So whoever is relied on has the higher ticket,
 and the highest of all who leave relied on somebody who stays. That those who go count as gone

@@ -17,6 +17,7 @@ from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span, missing_blocks
 from shoal.plan.cost import DECODE_UNKNOWN_S, RTT_UNKNOWN_S, VIA_CLIENT_S, hop_s, hub_entry_s
+from shoal.plan.distance import likely_rtt_s
 from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
 from shoal.plan.spec import DecodeTimes
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
@@ -41,6 +42,8 @@ class Wanted:
     """Only servers that read and write this encoding; None: any."""
     inner_encoding: str | None = None
     """The same for the links between servers."""
+    adapter: bytes = b""
+    """Only servers that announce the adapter of this name; empty: any."""
 
     def allows(self, server: ServerView) -> bool:
         """Whether this server may be a hop."""
@@ -50,6 +53,7 @@ class Wanted:
             and (server.is_exact or not self.is_exact)
             and (self.encoding is None or self.encoding in server.encodings)
             and (self.inner_encoding is None or self.inner_encoding in server.encodings)
+            and (not self.adapter or any(name == self.adapter for _, name in server.adapters))
         )
 
     def __str__(self) -> str:
@@ -60,6 +64,7 @@ class Wanted:
             f"and {self.inner_encoding}"
             if self.inner_encoding not in (None, self.encoding)
             else "",
+            f"that has adapter {self.adapter.hex()}" if self.adapter else "",
         ]
         return " ".join(["server", *filter(None, words)])
 
@@ -108,7 +113,7 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
             rebuilt=0,
             crossed=int(numerics is not None and server.numerics != numerics),
             leaving=int(server.state == "draining"),
-            seconds=hub_entry_s(experience.rtt_s.get(server.peer, RTT_UNKNOWN_S))
+            seconds=hub_entry_s(rtt_of(server, experience))
             + experience.waits_s.get(server.peer, 0.0) / STEPS_EXPECTED,
         ),
         seconds_per_block=max(
@@ -116,6 +121,12 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
             decode_s(server, 1) * experience.slowness.get(server.peer, 1.0),
         ),
     )
+
+
+def rtt_of(server: ServerView, experience: Experience) -> float:
+    """Seconds from the client to a server and back, measured or estimated."""
+    measured_s = experience.rtt_s.get(server.peer)
+    return likely_rtt_s(measured_s, experience.coordinate, server.coordinate)
 
 
 def decode_s(server: ServerView, batch: int) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
+from shoal.plan.coordinates import Coordinate
 
 ServerState = Literal["joining", "online", "draining"]
 
@@ -42,8 +43,12 @@ class ServerView:
     decode_s_by_batch: tuple[tuple[int, float], ...] = ()
     """(batch, seconds of a decode pass of so many rows through one block), batches rising."""
     version: str = ""
+    adapters: tuple[tuple[str, bytes], ...] = ()
+    """(label, name) of the LoRA adapters that it serves to everybody."""
     intent: Intent | None = None
     """None: it stays where it is."""
+    coordinate: Coordinate | None = None
+    """Where it says it is in the space of round trips."""
     record: bytes = b""
     """The signed record itself, to hand on."""
 
@@ -90,5 +95,7 @@ class Experience:
     """(sender, receiver) pairs whose direct link failed: link them via the client."""
     waits_s: dict[PeerId, float] = field(default_factory=dict)
     """In how many seconds a new session should find room at a server, as it says."""
+    coordinate: Coordinate | None = None
+    """Where the client is in the space of round trips."""
     slowness: dict[PeerId, float] = field(default_factory=dict)
     """How many times longer than its record says a server takes for a decode row now."""

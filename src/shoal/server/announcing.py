@@ -15,11 +15,13 @@ from shoal.base.backend import BackendFacts
 from shoal.base.errors import PeerBusy, ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S
+from shoal.discovery.coordinates import to_wire
 from shoal.discovery.exchange import Intake, answer_directory
 from shoal.discovery.records import MoveIntent, Record, RecordState, sign_record
 from shoal.discovery.store import RecordStore
 from shoal.net.address import Address, parse_address, parse_listen
 from shoal.net.identity import Identity
+from shoal.plan.coordinates import Coordinate
 from shoal.plan.view import Intent
 from shoal.wire.messages import ControlMessage, GetRecords, Publish
 
@@ -91,6 +93,12 @@ class Announcement:
     version: str = ""
     intent: Intent | None = None
     """Where it wants to move."""
+    head: str = ""
+    """Numerics class of the head that it runs for thin clients; empty: none."""
+    coordinate: Coordinate | None = None
+    """Where it is in the space of round trips; None: not known yet."""
+    adapters: tuple[tuple[str, bytes], ...] = ()
+    """(label, name) of the LoRA adapters that it serves to everybody."""
 
 
 class Announcer:
@@ -101,9 +109,14 @@ class Announcer:
     ) -> None:
         self._identity = identity
         self._directory = directory
-        self._announcement = announcement
+        self._announcement = self._published = announcement
         self._state: RecordState = "joining"
         self._counter = 0
+
+    @property
+    def published(self) -> Announcement:
+        """What our last record says."""
+        return self._published
 
     @property
     def announcement(self) -> Announcement:
@@ -120,10 +133,18 @@ class Announcer:
         Raises:
             ConfigError: nobody would accept it, or this identity is in use elsewhere.
         """
-        self._state = state
+        self._state, self._published = state, self._announcement
         self._counter += 1
         logger.info("announcing state=%s counter=%d", state, self._counter)
         await self._directory.publish(sign_record(self._identity, self._record()))
+
+    async def repeat(self) -> None:
+        """Publish a new record with the state that we are in.
+
+        Raises:
+            ConfigError: as `announce`.
+        """
+        await self.announce(self._state)
 
     async def want(self, intent: Intent | None) -> None:
         """Say where we want to move; None: we stay.
@@ -157,7 +178,7 @@ class Announcer:
                     logger.info("refuting that we have gone")
             except TimeoutError:
                 logger.debug("renewing our record")
-            await self.announce(self._state)
+            await self.repeat()
             await asyncio.sleep(REFUTE_GAP_S)
 
     async def withdraw(self, timeout_s: float) -> None:
@@ -199,6 +220,9 @@ class Announcer:
             session_tokens_max=facts.session_tokens_max,
             intent=_to_wire(said.intent),
             decode_s_by_batch=list(said.decode_s_by_batch),
+            head=said.head,
+            coordinate=to_wire(said.coordinate),
+            adapters=[Adapter(label, name) for label, name in said.adapters],
         )
 
 

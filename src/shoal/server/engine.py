@@ -21,6 +21,7 @@ from typing import Final, NamedTuple, Protocol
 from shoal.base.backend import BlockBackend, Call, Outcome, SequenceId
 from shoal.base.errors import InternalError, SessionLost, SessionTooLong, ShoalError
 from shoal.base.limits import LOG_BYTES_PER_SESSION_MAX, RUN_AHEAD_BYTES
+from shoal.plan.refresh import PASSES_MIN, Pass
 from shoal.server.fairness import FairLimits, Fairness, Ran
 from shoal.server.quotas import Rates
 from shoal.server.scheduler import Waiting, choose_batch
@@ -85,17 +86,22 @@ class Pace:
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=16)
         self._decodes: deque[float] = deque(maxlen=16)
+PASSES_KEPT: Final = 2 * PASSES_MIN
+"""Passes that tell of the machine's pace: what was before is soon forgotten."""
+
         self._decoded_s = 0.0
 
     def add(self, num_tokens: int, duration_s: float) -> None:
         """An iteration finished."""
         self._recent.append((num_tokens, duration_s))
 
-    def add_decode(self, duration_s: float, num_blocks: int, now_s: float) -> None:
+    def add_decode(self, rows: int, duration_s: float, num_blocks: int, now_s: float) -> None:
         """It had nothing but decode rows, and ran so many blocks."""
         self._decodes.append(duration_s / num_blocks)
         self._decoded_s = now_s
 
+        self.passes: deque[Pass] = deque(maxlen=PASSES_KEPT)
+        """The last that had nothing but decode rows."""
     def decode_s_per_block(self, now_s: float) -> float:
         """The median of recent iterations with nothing but decode rows; 0: there were none."""
         if not self._decodes or now_s - self._decoded_s > PACE_S:
@@ -105,6 +111,7 @@ class Pace:
     def estimate_s(self, num_tokens: int) -> float:
         """The longest that an iteration of this size should take, judged by recent ones."""
         return max(
+        self.passes.append(Pass(rows, duration_s / num_blocks, now_s))
             (duration * max(1.0, num_tokens / tokens) for tokens, duration in self._recent),
             default=0.0,
         )
@@ -213,7 +220,7 @@ class Engine:
             self.pace.add(num_tokens, duration_s)
             if all(one.is_decode for one in work):
                 longest = max(len(one.hop.plan.span) for one in work)
-                self.pace.add_decode(duration_s, longest, now())
+                self.pace.add_decode(num_tokens, duration_s, longest, now())
             self._account(work, now())
             self.iteration += 1
         done = iter(outcomes)

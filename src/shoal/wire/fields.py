@@ -26,3 +26,15 @@ RecordBytes = Annotated[bytes, msgspec.Meta(max_length=RECORD_BYTES_MAX)]
 
 class WireMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Base of all wire structs."""
+
+
+class Coordinate(WireMessage, frozen=True):
+    """A place in the space of round trips, in seconds. Two places are as far apart as their
+    points, plus both heights; `error` is the relative error that the subject expects."""
+
+    point: Annotated[
+        list[Annotated[float, msgspec.Meta(ge=-10, le=10)]],
+        msgspec.Meta(min_length=3, max_length=3),
+    ]
+    height: Annotated[float, msgspec.Meta(ge=0, le=10)]
+    error: Annotated[float, msgspec.Meta(ge=0, le=10)]

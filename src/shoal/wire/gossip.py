@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from shoal.base.limits import DIGEST_BUCKETS, RECORDS_MAX
-from shoal.wire.fields import Count, Peer, WireMessage
+from shoal.wire.fields import Coordinate, Count, Peer, WireMessage
 
 
 class RecordName(WireMessage, frozen=True):
@@ -19,7 +19,16 @@ class RecordName(WireMessage, frozen=True):
 
 
 class Beat(WireMessage, tag=30, frozen=True):
-    """A neighbour that had nothing else to say for GOSSIP_BEAT_S lives."""
+    """A neighbour that had nothing else to say for GOSSIP_BEAT_S lives.
+
+    An `ask` other than 0 is answered at once by a Beat that has it as `echo`: the time in
+    between is a round trip.
+    """
+
+    ask: Count = 0
+    echo: Count = 0
+    coordinate: Coordinate | None = None
+    """Of the sender, beside an echo."""
 
 
 class Digest(WireMessage, tag=31, frozen=True):

@@ -31,6 +31,9 @@ ADDRESS_CHARS_MAX: Final = 512
 ENCODINGS_MAX: Final = 32
 """Encodings that one server may speak; a few exist."""
 
+ADAPTERS_MAX: Final = 64
+"""Adapters that one server announces: 20 to 100 bytes each, well within a record."""
+
 DECODE_POINTS_MAX: Final = 8
 """Batches whose decode time a record tells; between them it is a straight line."""
 
@@ -55,6 +58,13 @@ class MoveIntent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     end: Block
     is_going: bool = False
     """It has decided and loads the blocks; the old ones can't be counted on."""
+
+
+class Adapter(msgspec.Struct, frozen=True, array_like=True):
+    """A LoRA adapter: what people call it, and the hash that is its name."""
+
+    label: Name
+    name: Content
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -96,6 +106,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         list[tuple[BatchSize, Seconds]], msgspec.Meta(max_length=DECODE_POINTS_MAX)
     ] = []
     """(batch, seconds of a decode pass of so many rows through one block), batches rising."""
+    head: Name = ""
+    """Numerics class of the embedding and head that it runs for thin clients; empty: none."""
+    coordinate: Coordinate | None = None
+    """Where it is in the space of round trips; None: it has not measured any."""
+    adapters: Annotated[list[Adapter], msgspec.Meta(max_length=ADAPTERS_MAX)] = []
+    """LoRA adapters that it serves to everybody."""
 
     @property
     def sequence(self) -> tuple[int, int]:
@@ -106,12 +122,6 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     body: Annotated[bytes, msgspec.Meta(max_length=RECORD_BYTES_MAX)]
     signature: Signature
-    head: Name = ""
-    """Numerics class of the embedding and head that it runs for thin clients; empty: none."""
-    coordinate: Coordinate | None = None
-    """Where it is in the space of round trips; None: it has not measured any."""
-    adapters: Annotated[list[Adapter], msgspec.Meta(max_length=ADAPTERS_MAX)] = []
-    """LoRA adapters that it serves to everybody."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -238,7 +248,9 @@ def to_server_view(record: Record, data: bytes) -> ServerView:
         prefill_s_per_block_token=record.prefill_s_per_block_token,
         decode_s_by_batch=tuple(record.decode_s_by_batch),
         version=record.version,
+        adapters=tuple((adapter.label, adapter.name) for adapter in record.adapters),
         intent=_to_intent(record.intent),
+        coordinate=from_wire(record.coordinate),
         record=data,
     )
 
@@ -248,4 +260,3 @@ def _to_intent(intent: MoveIntent | None) -> Intent | None:
         return None
     span = Span(intent.start, intent.end)
     return Intent(ticket=intent.ticket, span=span, is_going=intent.is_going)
-        coordinate=from_wire(record.coordinate),

@@ -17,7 +17,7 @@ from shoal.base.ids import PeerId, short
 from shoal.base.limits import RECORD_TTL_S
 from shoal.discovery.coordinates import to_wire
 from shoal.discovery.exchange import Intake, answer_directory
-from shoal.discovery.records import MoveIntent, Record, RecordState, sign_record
+from shoal.discovery.records import Adapter, MoveIntent, Record, RecordState, sign_record
 from shoal.discovery.store import RecordStore
 from shoal.net.address import Address, parse_address, parse_listen
 from shoal.net.identity import Identity

@@ -45,14 +45,15 @@ def nursery():
 
 
 @pytest.fixture(scope="module")
-def serve():
+def serve(nursery):
     """Starts servers; they all end with the module. `serve(model, [blocks, ...])`."""
     started = []
+    launch = nursery.launch()
 
     def start(model, spans, *extra, join=None):
         here = []
         for blocks in spans:
-            here.append(Server(model, blocks, *extra, join=join))
+            here.append(Server(model, blocks, *extra, join=join, launch=launch))
             started.append(here[-1])
             join = join or here[0].ready().address
         return [server.ready() for server in here]

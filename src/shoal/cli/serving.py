@@ -45,6 +45,7 @@ from shoal.net.tcp import TcpTransport
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
 from shoal.server.config import StreamService
 from shoal.server.door import Door
+from shoal.server.refreshing import Refresher
 from shoal.server.server import Server, open_server
 from shoal.server.surroundings import Pinger, ServerSurroundings
 from shoal.server.switching import SwitchingBackend
@@ -157,6 +158,10 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={addresses[0]} blocks={facts.span}", flush=True)
+        refresher = Refresher(
+            announcer, lambda: server.engine.pace, lambda: directory.gossiper.coordinate
+        )
+        keeping.append(asyncio.create_task(refresher.run(), name="refresher"))
         if settings.place is not None and settings.place.period_s:
             load = loader(model, config, fetch, partial(_load, model, config=config))
             around = ServerSurroundings(

@@ -62,6 +62,16 @@ class EngineEvents(Protocol):
         """The session can't go on here."""
 
 
+class GapWork(Protocol):
+    """Work that runs between iterations, a small step at a time."""
+
+    def is_due(self, now_s: float, *, is_idle: bool) -> bool:
+        """Whether a step should run now; `is_idle`: no session has anything that could."""
+
+    async def step(self) -> None:
+        """Run a step."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """Bounds of one server's engine."""
@@ -76,6 +86,9 @@ class EngineLimits:
 CHOICES_MAX: Final = 16
 """How often the rows of an iteration are chosen anew because some find no room in the cache."""
 
+PASSES_KEPT: Final = 2 * PASSES_MIN
+"""Passes that tell of the machine's pace: what was before is soon forgotten."""
+
 PACE_S: Final = 60.0
 """How long decode times tell of the load: those of a server that fell idle say nothing."""
 
@@ -86,10 +99,9 @@ class Pace:
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=16)
         self._decodes: deque[float] = deque(maxlen=16)
-PASSES_KEPT: Final = 2 * PASSES_MIN
-"""Passes that tell of the machine's pace: what was before is soon forgotten."""
-
         self._decoded_s = 0.0
+        self.passes: deque[Pass] = deque(maxlen=PASSES_KEPT)
+        """The last that had nothing but decode rows."""
 
     def add(self, num_tokens: int, duration_s: float) -> None:
         """An iteration finished."""
@@ -99,9 +111,8 @@ PASSES_KEPT: Final = 2 * PASSES_MIN
         """It had nothing but decode rows, and ran so many blocks."""
         self._decodes.append(duration_s / num_blocks)
         self._decoded_s = now_s
+        self.passes.append(Pass(rows, duration_s / num_blocks, now_s))
 
-        self.passes: deque[Pass] = deque(maxlen=PASSES_KEPT)
-        """The last that had nothing but decode rows."""
     def decode_s_per_block(self, now_s: float) -> float:
         """The median of recent iterations with nothing but decode rows; 0: there were none."""
         if not self._decodes or now_s - self._decoded_s > PACE_S:
@@ -111,7 +122,6 @@ PASSES_KEPT: Final = 2 * PASSES_MIN
     def estimate_s(self, num_tokens: int) -> float:
         """The longest that an iteration of this size should take, judged by recent ones."""
         return max(
-        self.passes.append(Pass(rows, duration_s / num_blocks, now_s))
             (duration * max(1.0, num_tokens / tokens) for tokens, duration in self._recent),
             default=0.0,
         )
@@ -149,6 +159,11 @@ class Engine:
         self._passed_over = 0
         """Iterations in a row in which chunks waited that might have run, and none did."""
         self._calls_max = backend.facts.calls_per_sequence_max
+        self._gap_work: GapWork | None = None
+
+    def fill_gaps(self, work: GapWork) -> None:
+        """Run this work as well; `wake` when there is some."""
+        self._gap_work = work
 
     def wake(self) -> None:
         """Something changed: rows came, a cursor moved, memory was freed."""
@@ -182,8 +197,12 @@ class Engine:
         while True:
             await self._wait()
             self._wake.clear()
-            while await self._iterate():
-                pass
+            is_busy = True
+            while is_busy:
+                has_run = await self._iterate()
+                # Rows that are held back for the sake of others are no reason to go on.
+                is_idle = not has_run and self._held_s is None
+                is_busy = await self._fill_gap(is_idle=is_idle) or has_run
 
     async def _wait(self) -> None:
         """Until something changed; who waits for memory or a turn looks again by itself."""
@@ -196,6 +215,16 @@ class Engine:
                 await self._wake.wait()
         except TimeoutError:
             pass
+
+    async def _fill_gap(self, *, is_idle: bool) -> bool:
+        """One step of other work if it is due: rows that come now wait for it, and no longer."""
+        work = self._gap_work
+        if work is None or not work.is_due(asyncio.get_running_loop().time(), is_idle=is_idle):
+            return False
+        async with self._lock:
+            self._settle()
+            await work.step()
+        return True
 
     async def _iterate(self) -> bool:
         async with self._lock:

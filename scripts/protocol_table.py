@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import inspect as types
 
-from shoal.wire import gossip, head, messages, training, weights
+from shoal.wire import adapters, gossip, head, messages, training, weights
 from shoal.wire.fields import WireMessage
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
@@ -27,7 +27,7 @@ def wire_structs() -> list[type[msgspec.Struct]]:
     """Every struct that travels, tagged messages first by tag, then their parts."""
     found = {
         value: None
-        for module in (messages, gossip, weights, head, training)
+        for module in (messages, gossip, weights, adapters, head, training)
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, WireMessage) and value is not WireMessage
     }

@@ -159,9 +159,18 @@ class Injector:
                 return _call(setattr, server, "slowness", 1.0)
             case "bad_batch":
                 server.fault = lambda call: "raise" if self._rng.random() < BAD_SHARE else None
+                server.training_fault = lambda *_: "raise" if self._is_bad() else None
             case _:
                 server.fault = lambda call: "poison" if self._rng.random() < BAD_SHARE else None
-        return _call(setattr, server, "fault", None)
+                server.training_fault = lambda *_: "poison" if self._is_bad() else None
+
+        async def undo() -> None:
+            server.fault = server.training_fault = None
+
+        return undo
+
+    def _is_bad(self) -> bool:
+        return self._rng.random() < BAD_SHARE
 
     def _part(self, peer: PeerId) -> set[PeerId]:
         others = [one.peer for one in self._swarm.servers if one.peer != peer]

@@ -1,0 +1,448 @@
+"""Training steps: micro-batches through parallel chains, forward and back.
+
+Servers keep nothing that a step depends on. The rows that entered each server's blocks stay
+here, so whoever fails, on the way out or back, only its blocks are run again elsewhere, and the
+gradients are the same. Chains are chosen anew for every step (`plan/lanes.py`).
+Bytes in, bytes out: tensors are `shoal.hf.training`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
+
+from shoal.base.adapters import DropoutKey
+from shoal.base.errors import (
+    AdapterMissing,
+    BadInput,
+    ConfigError,
+    PeerMisbehaved,
+    SessionLost,
+    ShoalError,
+)
+from shoal.base.ids import PeerId, short
+from shoal.base.spans import Span
+from shoal.base.training import TrainedTensors, Values
+from shoal.client.config import ClientConfig
+from shoal.client.experience import ExperienceBook
+from shoal.client.training_link import TrainingLink
+from shoal.client.training_route import Lane, Trouble
+from shoal.net.channel import Channel
+from shoal.plan.lanes import choose_lanes, cut_batch, micro_tokens
+from shoal.plan.routing import Wanted
+from shoal.plan.view import Stage, SwarmView
+from shoal.wire.tensors import check_payload, is_finite, row_bytes
+from shoal.wire.training import Drawn, Micro
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MICRO_TOKENS_MIN: Final = 128
+"""Below this the products of a block are too small to be fast."""
+
+MICRO_TOKENS_MAX: Final = 512
+"""What others' decode rows may have to wait for is one block of so many rows."""
+
+LANES_MAX: Final = 8
+
+FLOAT32_BYTES: Final = 4
+
+
+class TrainingHost(Protocol):
+    """What training needs of a client."""
+
+    experience: ExperienceBook
+    rng: random.Random
+    config: ClientConfig
+
+    def view(self) -> SwarmView:
+        """The servers that are known now."""
+
+    async def dial(self, peer: PeerId, purpose: str) -> Channel:
+        """A stream to a server. Raises ShoalError."""
+
+    async def wait_for_news(self, timeout_s: float) -> None:
+        """Until the directory changed or the time is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How batches are cut and spread."""
+
+    micro_tokens: int | None = None
+    """Positions of a micro-batch, at most; None: by the batch and the servers. A sequence that
+    is longer goes alone."""
+    lanes_max: int = LANES_MAX
+    """Chains that are used side by side, at most."""
+
+    def __post_init__(self) -> None:
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise ConfigError(f"micro_tokens is {self.micro_tokens}: it must be at least 1")
+        if self.lanes_max < 1:
+            raise ConfigError(f"lanes_max is {self.lanes_max}: it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Whole sequences for the blocks of a span, one after the other."""
+
+    span: Span
+    lengths: tuple[int, ...]
+    rows: Values
+    encoding: str
+    trained: TrainedTensors | None = None
+    """Within the span."""
+    key: DropoutKey | None = None
+    """None: no dropout."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Leg:
+    """A server's part of a micro-batch's way."""
+
+    stage: Stage
+    rows: Values
+    """What entered it."""
+    number: int = 0
+    """Of the pass at the server."""
+    generation: int = 0
+    """Of the stream that it came on; 0: it was never run."""
+    is_kept: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class _Part:
+    """A micro-batch, and the way that it took."""
+
+    first: int
+    """Its first sequence."""
+    lengths: tuple[int, ...]
+    rows: Values
+    """What enters the span."""
+    legs: list[_Leg] = field(default_factory=list)
+    output: bytes = b""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trail:
+    """A batch that went forward: what a way back needs."""
+
+    batch: Batch
+    parts: list[_Part]
+
+    @property
+    def output(self) -> bytes:
+        """The rows that left the span."""
+        return b"".join(part.output for part in self.parts)
+
+    @property
+    def stages(self) -> tuple[tuple[Stage, ...], ...]:
+        """Which servers ran each micro-batch."""
+        return tuple(tuple(leg.stage for leg in part.legs) for part in self.parts)
+
+
+AddGradients = Callable[[int, bytes], None]
+"""Told, for each micro-batch, the float32 gradients of one block's tensors."""
+
+
+class TrainingClient:
+    """Runs training steps for one client."""
+
+    def __init__(self, host: TrainingHost, config: TrainConfig | None = None) -> None:
+        self.config = config or TrainConfig()
+        self.repairs = 0
+        """How often a server's part was run again elsewhere."""
+        self.sent_bytes = 0
+        """Rows and gradients that were sent; tensors are not counted."""
+        self._host = host
+        self._links: dict[PeerId, TrainingLink] = {}
+
+    async def close(self) -> None:
+        """End all streams."""
+        for link in self._links.values():
+            await link.close()
+
+    async def forward(self, batch: Batch, *, is_kept: bool) -> Trail:
+        """Run a batch through its span; with `is_kept` a way back will follow.
+
+        Raises:
+            BadInput, AdapterBad: rows or tensors that can't be.
+            NoRouteError, PeerError: the swarm could not do it within the client's patience.
+        """
+        size = self._host.config.hidden_size
+        check_payload(batch.encoding, size, sum(batch.lengths), memoryview(batch.rows).nbytes)
+        lanes = await self._lanes(batch)
+        trail = Trail(batch=batch, parts=self._cut(batch, lanes))
+        waiting = deque(trail.parts)
+
+        async def work(lane: Lane) -> None:
+            while waiting:
+                part = waiting.popleft()
+                part.legs, part.output = await self._out(
+                    batch, part, batch.span, part.rows, lane, is_kept=is_kept
+                )
+
+        try:
+            # Twice as many as servers: one computes while another travels.
+            await _all(work(lane) for lane in lanes for _ in range(2 * len(lane.stages)))
+        except BaseException:
+            self.forget(trail)
+            raise
+        return trail
+
+    async def backward(self, trail: Trail, gradients: Values, add: AddGradients) -> bytes:
+        """The gradients of the rows that entered, from those of the rows that left.
+
+        Those of trained tensors go to `add`, in any order.
+
+        Raises:
+            BadInput: gradients of a wrong size, or not finite.
+            NoRouteError, PeerError: as `forward`.
+        """
+        batch, size = trail.batch, self._host.config.hidden_size
+        check_payload(batch.encoding, size, sum(batch.lengths), memoryview(gradients).nbytes)
+        if not is_finite(batch.encoding, gradients):
+            raise BadInput("gradients hold values that are not finite: scale the loss down")
+        step, at = row_bytes(batch.encoding, size), 0
+        found: dict[int, bytes] = {}
+        waiting: deque[tuple[_Part, memoryview]] = deque()
+        for part in trail.parts:
+            end = at + step * sum(part.lengths)
+            waiting.append((part, memoryview(gradients)[at:end]))
+            at = end
+
+        async def work() -> None:
+            while waiting:
+                part, values = waiting.popleft()
+                found[part.first] = await self._back(batch, part, values, add)
+
+        servers = {leg.stage.peer for part in trail.parts for leg in part.legs}
+        try:
+            await _all(work() for _ in range(2 * len(servers)))
+        finally:
+            self.forget(trail)
+        return b"".join(found[part.first] for part in trail.parts)
+
+    def forget(self, trail: Trail) -> None:
+        """No way back will come: servers may free what they kept."""
+        numbers: dict[PeerId, list[int]] = {}
+        for part in trail.parts:
+            for leg in part.legs:
+                link = self._links.get(leg.stage.peer)
+                if leg.is_kept and link is not None and link.generation == leg.generation:
+                    numbers.setdefault(leg.stage.peer, []).append(leg.number)
+                leg.is_kept = False
+        for peer, chosen in numbers.items():
+            self._links[peer].forget(chosen)
+
+    def _cut(self, batch: Batch, lanes: Iterable[Lane]) -> list[_Part]:
+        """The batch's micro-batches."""
+        num_stages = sum(len(lane.stages) for lane in lanes)
+        tokens_max = self.config.micro_tokens or micro_tokens(
+            sum(batch.lengths),
+            max(batch.lengths),
+            num_stages,
+            least=MICRO_TOKENS_MIN,
+            most=MICRO_TOKENS_MAX,
+        )
+        step = row_bytes(batch.encoding, self._host.config.hidden_size)
+        view, at, parts = memoryview(batch.rows), 0, []
+        for start, end in cut_batch(batch.lengths, tokens_max):
+            lengths = batch.lengths[start:end]
+            next_at = at + step * sum(lengths)
+            parts.append(_Part(first=start, lengths=lengths, rows=view[at:next_at]))
+            at = next_at
+        return parts
+
+    async def _lanes(self, batch: Batch) -> list[Lane]:
+        trouble = Trouble(self._host)
+
+        def choose() -> list[Lane]:
+            host, wanted = self._host, Wanted(encoding=batch.encoding)
+            chains = choose_lanes(
+                host.view(),
+                batch.span,
+                trouble.experience(),
+                host.rng,
+                lanes_max=self.config.lanes_max,
+                wanted=wanted,
+            )
+            return [Lane(host, chain, wanted) for chain in chains]
+
+        return await trouble.until_found(choose)
+
+    async def _out(
+        self, batch: Batch, part: _Part, span: Span, rows: Values, lane: Lane, *, is_kept: bool
+    ) -> tuple[list[_Leg], bytes]:
+        """A micro-batch through the blocks of `span`; the way that it took, and what left."""
+        trouble, legs, border = Trouble(self._host), list[_Leg](), span.start
+        while border < span.end:
+            lane = await trouble.lane_from(lane, border, span.end)
+            stage = lane.at(border)
+            leg = _Leg(stage=stage, rows=rows)
+            try:
+                rows = await self._run(batch, part, leg, is_kept=is_kept)
+            except ShoalError as error:
+                self.repairs += 1
+                await trouble.meet(lane, stage, error)
+                continue
+            trouble.passed(stage)
+            legs.append(leg)
+            border = stage.span.end
+        return legs, bytes(rows)
+
+    async def _back(self, batch: Batch, part: _Part, gradients: Values, add: AddGradients) -> bytes:
+        """A micro-batch's way back; parts whose server is lost are run again elsewhere."""
+        trouble = Trouble(self._host)
+        left = list(part.legs)
+        while left:
+            leg = left.pop()
+            try:
+                gradients, tensors = await self._undo(batch, part, leg, gradients)
+            except ShoalError as error:
+                self.repairs += 1
+                lane = Lane(self._host, (leg.stage,), Wanted(encoding=batch.encoding))
+                await trouble.meet(lane, leg.stage, error)
+                lane = await trouble.lane_from(lane, leg.stage.span.start, leg.stage.span.end)
+                if len(lane.stages) == 1:
+                    left.append(_Leg(stage=lane.stages[0], rows=leg.rows))
+                else:
+                    legs, _ = await self._out(
+                        batch, part, leg.stage.span, leg.rows, lane, is_kept=True
+                    )
+                    left += legs
+                continue
+            trouble.passed(leg.stage)
+            self._add(batch, leg.stage.span, tensors, add)
+        return bytes(gradients)
+
+    def _add(self, batch: Batch, span: Span, tensors: bytes, add: AddGradients) -> None:
+        if batch.trained is None:
+            return
+        spec, at = batch.trained.spec.within(span), 0
+        for block in spec.blocks:
+            count = block.num_values(self._host.config.hidden_size, spec.rank)
+            end = at + FLOAT32_BYTES * count
+            add(block.index, tensors[at:end])
+            at = end
+
+    async def _run(self, batch: Batch, part: _Part, leg: _Leg, *, is_kept: bool) -> bytes:
+        """One server's part forward."""
+        link = self._link(leg.stage.peer)
+
+        async def ask(micro: Micro) -> bytes:
+            leg.number = link.next_pass()
+            return await link.forward(leg.number, micro, leg.rows, is_kept=is_kept)
+
+        rows = await self._with_tensors(batch, part, leg.stage, link, ask)
+        leg.generation, leg.is_kept = link.generation, is_kept
+        self.sent_bytes += memoryview(leg.rows).nbytes
+        self._check(leg.stage.peer, batch.encoding, rows)
+        return rows
+
+    async def _undo(
+        self, batch: Batch, part: _Part, leg: _Leg, gradients: Values
+    ) -> tuple[bytes, bytes]:
+        """One server's part back: from what it kept, or with the rows that entered it."""
+        link = self._link(leg.stage.peer)
+        tensors_bytes, trained = 0, batch.trained
+        if trained is not None:
+            spec, size = trained.spec.within(leg.stage.span), self._host.config.hidden_size
+            values = sum(block.num_values(size, spec.rank) for block in spec.blocks)
+            tensors_bytes = FLOAT32_BYTES * values
+        if not leg.is_kept or leg.generation != link.generation:
+            leg.number, leg.is_kept = link.next_pass(), False
+
+        async def ask(micro: Micro) -> tuple[bytes, bytes]:
+            if leg.is_kept:
+                leg.is_kept = False
+                try:
+                    return await link.backward(leg.number, micro, gradients, None, tensors_bytes)
+                except SessionLost:
+                    logger.debug("pass not kept peer=%s", short(link.peer))
+            return await link.backward(leg.number, micro, gradients, leg.rows, tensors_bytes)
+
+        found = await self._with_tensors(batch, part, leg.stage, link, ask)
+        self.sent_bytes += memoryview(gradients).nbytes
+        self._check(leg.stage.peer, batch.encoding, found[0])
+        self._check(leg.stage.peer, "float32", found[1])
+        return found
+
+    async def _with_tensors(
+        self,
+        batch: Batch,
+        part: _Part,
+        stage: Stage,
+        link: TrainingLink,
+        ask: Callable[[Micro], Awaitable[T]],
+    ) -> T:
+        """What `ask` gives once the server has the trained tensors; they are sent as needed."""
+        tensors = _within(batch.trained, stage.span, self._host.config.hidden_size)
+        name = b"" if tensors is None else _name(tensors)
+        micro = _micro(batch, part, stage.span, name)
+        for is_last in (False, True):
+            if tensors is not None:
+                await link.put(name, tensors)
+            try:
+                return await ask(micro)
+            except AdapterMissing:
+                link.unknown(name)
+                if is_last:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _check(self, peer: PeerId, encoding: str, rows: bytes) -> None:
+        if not is_finite(encoding, rows):
+            raise PeerMisbehaved(f"peer {short(peer)} sent values that are not finite")
+
+    def _link(self, peer: PeerId) -> TrainingLink:
+        if peer not in self._links:
+            self._links[peer] = TrainingLink(peer, self._host.dial)
+        return self._links[peer]
+
+
+def _within(trained: TrainedTensors | None, span: Span, hidden_size: int) -> TrainedTensors | None:
+    """The tensors in the blocks of `span`; None: there are none."""
+    if trained is None:
+        return None
+    parts = trained.spec.parts(trained.values, hidden_size)
+    chosen = [values for block, values in parts if block.index in span]
+    spec = trained.spec.within(span)
+    return TrainedTensors(spec=spec, values=b"".join(chosen)) if chosen else None
+
+
+def _name(tensors: TrainedTensors) -> bytes:
+    """What the tensors are called at servers: the same for the same."""
+    digest = hashlib.blake2b(repr(tensors.spec).encode(), digest_size=16, person=b"shoal-trained")
+    digest.update(tensors.values)
+    return digest.digest()
+
+
+def _micro(batch: Batch, part: _Part, span: Span, name: bytes) -> Micro:
+    key = batch.key
+    return Micro(
+        span.start,
+        span.end,
+        list(part.lengths),
+        batch.encoding,
+        name,
+        None if key is None else Drawn(key.seed, key.step, part.first),
+    )
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run works side by side; the first failure ends the others and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

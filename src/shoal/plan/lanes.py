@@ -1,0 +1,74 @@
+"""Lanes: parallel chains over the same blocks, for work that can be spread.
+
+Sessions want one chain, the fastest. The micro-batches of a training step want all servers
+that would otherwise idle: a second chain beside the first, where it shares no server with it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from shoal.base.errors import NoRouteError
+from shoal.base.spans import Span
+from shoal.plan.routing import ANY_SERVER, Wanted, choose_chain
+from shoal.plan.view import Experience, Stage, SwarmView
+
+
+def choose_lanes(
+    view: SwarmView,
+    span: Span,
+    experience: Experience,
+    rng: random.Random,
+    *,
+    lanes_max: int,
+    wanted: Wanted = ANY_SERVER,
+) -> tuple[tuple[Stage, ...], ...]:
+    """Up to `lanes_max` chains that cover `span` and share no server, the best first.
+
+    Servers in `experience.avoid` and those that drain are used for the first one only.
+
+    Raises:
+        NoRouteError: not even one; as `choose_chain`.
+    """
+    first = choose_chain(view, span, experience, rng, wanted=wanted)
+    lanes = [first]
+    used = {stage.peer for stage in first} | experience.avoid
+    while len(lanes) < lanes_max:
+        free = tuple(
+            one for one in view.servers if one.peer not in used and one.state != "draining"
+        )
+        try:
+            more = choose_chain(replace(view, servers=free), span, experience, rng, wanted=wanted)
+        except NoRouteError:
+            break
+        lanes.append(more)
+        used |= {stage.peer for stage in more}
+    return tuple(lanes)
+
+
+def cut_batch(lengths: tuple[int, ...], tokens_max: int) -> list[tuple[int, int]]:
+    """[start, end) of the sequences of each micro-batch: whole ones, in order.
+
+    Each holds as many as fit into `tokens_max` positions, and one that is longer alone.
+    """
+    cuts: list[tuple[int, int]] = []
+    start, tokens = 0, 0
+    for index, length in enumerate(lengths):
+        if index > start and tokens + length > tokens_max:
+            cuts.append((start, index))
+            start, tokens = index, 0
+        tokens += length
+    if lengths:
+        cuts.append((start, len(lengths)))
+    return cuts
+
+
+def micro_tokens(total: int, longest: int, num_stages: int, *, least: int, most: int) -> int:
+    """Positions of a micro-batch, so that all servers of the lanes have work most of the time.
+
+    A chain of n servers idles for n - 1 micro-batches at both ends of a step: four for each
+    server make that a fifth or less. More of them cost more messages, and small products.
+    """
+    wanted = -(-total // (4 * num_stages)) if num_stages > 1 else -(-total // 2)
+    return max(longest, min(most, max(least, wanted)))

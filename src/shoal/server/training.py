@@ -1,0 +1,105 @@
+"""Serving training: who trains here, what of it is kept, and what it may take.
+
+One stream per client (`training_stream.py`); a newer one takes an older one's place. All that a
+client left here (tensors, kept passes, calls) ends with its stream. Blocks run in the engine's
+gaps (`training_queue.py`).
+"""
+
+from __future__ import annotations
+
+from shoal.base.backend import BackendFacts, BlockBackend
+from shoal.base.errors import PeerBusy, PeerRefused, ProtocolError
+from shoal.base.ids import PeerId
+from shoal.base.training import BlockTrainer
+from shoal.net.channel import Channel
+from shoal.server.engine import Engine
+from shoal.server.leaving import ELSEWHERE_S, Farewells
+from shoal.server.training_jobs import KeptPasses, PassJob
+from shoal.server.training_limits import TrainingLimits
+from shoal.server.training_queue import TrainingQueue
+from shoal.server.training_stream import Visitor
+
+
+class TrainingServer:
+    """Runs training passes for the clients of one server."""
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        engine: Engine,
+        farewells: Farewells,
+        limits: TrainingLimits | None = None,
+    ) -> None:
+        """Fills the gaps of `engine`."""
+        self.limits = limits or TrainingLimits()
+        self.queue = TrainingQueue(share_min=self.limits.share_min)
+        self.kept = KeptPasses(self.limits.kept_bytes_per_client, self.limits.kept_bytes_max)
+        self._backend = backend
+        self._engine = engine
+        self._farewells = farewells
+        self._visitors: dict[PeerId, Visitor] = {}
+        engine.fill_gaps(self.queue)
+
+    @property
+    def facts(self) -> BackendFacts:
+        """Of the backend, now."""
+        return self._backend.facts
+
+    @property
+    def num_clients(self) -> int:
+        """Clients with a stream here."""
+        return len(self._visitors)
+
+    @property
+    def steps(self) -> int:
+        """Moves whenever the server computes anything."""
+        return self.queue.steps + self._engine.iteration
+
+    async def serve(self, channel: Channel) -> None:
+        """Serve one stream until it ends.
+
+        Raises:
+            PeerUnreachable, PeerTimeout: it ended, or nothing came of it.
+            ProtocolError: nonsense came.
+        """
+        client = channel.peer
+        older = self._visitors.get(client)
+        if older is not None:
+            older.close()
+        visitor = self._visitors[client] = Visitor(self, channel)
+        try:
+            await visitor.run()
+        except ProtocolError as error:
+            await channel.refuse(error)
+            raise
+        finally:
+            visitor.close()
+            if self._visitors.get(client) is visitor:
+                del self._visitors[client]
+
+    def trainer(self) -> BlockTrainer:
+        """Who runs passes.
+
+        Raises:
+            PeerRefused: nobody.
+        """
+        trainer = self._backend.trainer()
+        if trainer is None:
+            raise PeerRefused("this server does not train")
+        return trainer
+
+    def check_taking(self) -> None:
+        """Refuse new calls.
+
+        Raises:
+            PeerBusy: the server is leaving.
+            PeerRefused: it doesn't train at all.
+        """
+        self.trainer()
+        if self._farewells.is_draining:
+            raise PeerBusy("this server is leaving", retry_after_s=ELSEWHERE_S)
+
+    def add(self, client: PeerId, job: PassJob) -> None:
+        """Queue a job."""
+        self.queue.add(client, job)
+        self._engine.wake()

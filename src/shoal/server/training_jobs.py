@@ -1,0 +1,207 @@
+"""Jobs of training: a pass in one direction, step by step, and what is kept of it.
+
+A kept pass saves its way back from running the blocks forward again. It is a favour: it is
+bounded, dropped at will, and whoever comes back for one that is gone sends the rows again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from shoal.base.errors import InternalError, SessionLost, ShoalError
+from shoal.base.ids import PeerId, short
+from shoal.base.training import BlockTrainer, PassGradients, PassWork, TrainingPass, Values
+
+logger = logging.getLogger(__name__)
+
+KEPT_S: Final = 120.0
+"""A pass that nobody came back for is dropped after this: steps of optimisers are shorter."""
+
+
+class Answers(Protocol):
+    """Where jobs say what came of them. None of it waits."""
+
+    def done(self, call: int, result: bytes | PassGradients) -> None:
+        """A pass went through."""
+
+    def failed(self, call: int, error: ShoalError) -> None:
+        """It did not."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Kept:
+    """A pass that went forward, or is on its way."""
+
+    training_pass: TrainingPass
+    since_s: float
+    held_bytes: int
+
+
+class KeptPasses:
+    """What is kept of one server's forward passes, within a budget per client and in all."""
+
+    def __init__(self, client_bytes_max: int, total_bytes_max: int) -> None:
+        self._client_bytes_max = client_bytes_max
+        self._total_bytes_max = total_bytes_max
+        self._kept: dict[tuple[PeerId, int], _Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def held_bytes(self, client: PeerId | None = None) -> int:
+        """Memory that is kept for a client, or for all."""
+        return sum(
+            kept.held_bytes for (one, _), kept in self._kept.items() if client in (None, one)
+        )
+
+    def room(self, client: PeerId, now_s: float) -> int:
+        """How much more may be kept for a client."""
+        self.expire(now_s)
+        mine = self._client_bytes_max - self.held_bytes(client)
+        return max(0, min(mine, self._total_bytes_max - self.held_bytes()))
+
+    def keep(self, client: PeerId, number: int, one: TrainingPass, now_s: float) -> None:
+        """Keep a pass that went through, in place of one of that number."""
+        self.drop(client, number)
+        kept = _Kept(training_pass=one, since_s=now_s, held_bytes=one.held_bytes)
+        self._kept[(client, number)] = kept
+
+    def has(self, client: PeerId, number: int) -> bool:
+        """Whether the pass is kept."""
+        return (client, number) in self._kept
+
+    def take(self, client: PeerId, number: int) -> TrainingPass | None:
+        """The pass, which is not kept any more; None: it is gone."""
+        kept = self._kept.pop((client, number), None)
+        return None if kept is None else kept.training_pass
+
+    def drop(self, client: PeerId, number: int) -> None:
+        """Free a pass; one that isn't kept is ignored."""
+        kept = self.take(client, number)
+        if kept is not None:
+            kept.close()
+
+    def forget(self, client: PeerId) -> None:
+        """Free all passes of a client."""
+        for one, number in list(self._kept):
+            if one == client:
+                self.drop(one, number)
+
+    def expire(self, now_s: float) -> None:
+        """Free passes that nobody came back for."""
+        for (client, number), kept in list(self._kept.items()):
+            if kept.since_s + KEPT_S < now_s:
+                logger.info("kept pass expired client=%s", short(client))
+                self.drop(client, number)
+
+
+class PassJob:
+    """One call of a client: a pass forward, or a way back. `shoal.server.training_queue.Job`."""
+
+    def __init__(
+        self,
+        client: PeerId,
+        call: int,
+        number: int,
+        work: PassWork | None,
+        *,
+        gradients: Values | None,
+        is_kept: bool,
+        kept: KeptPasses,
+        answers: Answers,
+        trainer: Callable[[], BlockTrainer],
+        held_bytes_max: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """`work` None: the way back of a kept pass."""
+        self.number = number
+        self.is_over = False
+        self._client = client
+        self._call = call
+        self._work = work
+        self._gradients = gradients
+        self._is_kept = is_kept
+        self._kept = kept
+        self._answers = answers
+        self._trainer = trainer
+        self._held_bytes_max = held_bytes_max
+        self._clock = clock
+        self._pass: TrainingPass | None = None
+        self._is_back = False
+        self._is_stepping = False
+
+    async def step(self) -> None:
+        """Run one block; what fails is answered."""
+        self._is_stepping = True
+        try:
+            await self._step()
+        except ShoalError as error:
+            self._fail(error)
+        except Exception as error:
+            logger.exception("training pass broke client=%s", short(self._client))
+            self._fail(InternalError(f"a training pass broke: {type(error).__name__}: {error}"))
+        finally:
+            self._is_stepping = False
+            if self.is_over:
+                self._close()
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more; a step under way ends first."""
+        self.is_over = True
+        if not self._is_stepping:
+            self._close()
+
+    async def _step(self) -> None:
+        one = self._pass or self._begun()
+        if one.steps_left:
+            await one.step()
+        if one.steps_left or self.is_over:
+            return
+        if self._gradients is None:
+            self._answers.done(self._call, one.output())
+            if self._is_kept and one.held_bytes:
+                self._kept.keep(self._client, self.number, one, self._clock())
+                self._pass = None
+        elif self._is_back:
+            self._answers.done(self._call, one.gradients())
+        else:
+            self._turn(one)
+            return
+        self.is_over = True
+
+    def _begun(self) -> TrainingPass:
+        if self._work is None:
+            kept = self._kept.take(self._client, self.number)
+            if kept is None:
+                raise SessionLost("the pass is not kept any more: send its rows again")
+            self._pass = kept
+            self._turn(kept)
+            return kept
+        room = self._held_bytes_max
+        is_for_backward = self._gradients is not None
+        if not is_for_backward and self._is_kept:
+            room = min(room, self._kept.room(self._client, self._clock()))
+            is_for_backward = self._is_kept = room > 0
+        self._pass = self._trainer().begin(
+            self._work, is_for_backward=is_for_backward, held_bytes_max=room
+        )
+        return self._pass
+
+    def _turn(self, one: TrainingPass) -> None:
+        if self._gradients is None:
+            raise InternalError("a way back without gradients")
+        one.turn(self._gradients)
+        self._is_back = True
+
+    def _fail(self, error: ShoalError) -> None:
+        if not self.is_over:
+            self._answers.failed(self._call, error)
+        self.is_over = True
+
+    def _close(self) -> None:
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None

@@ -112,9 +112,9 @@ class Scene:
             check_step(self.swarm)
             await asyncio.sleep(CHECK_PERIOD_S)
 
-    async def read(self, prompt=0, *, client=None, seed=0, chunk_tokens=16):
+    async def read(self, prompt=0, *, client=None, seed=0, chunk_tokens=16, adapter=None):
         """A reader with a new session, and with a prompt of so many tokens in it."""
-        reader = Reader(self, client or self.client, seed, chunk_tokens)
+        reader = Reader(self, client or self.client, seed, chunk_tokens, adapter)
         await reader.run()
         self.readers.append(reader)
         if prompt:
@@ -142,8 +142,8 @@ class Scene:
 class Reader(ScriptRunner):
     """One user: every row that comes back is compared with one machine's."""
 
-    def __init__(self, scene, client, seed, chunk_tokens):
-        reference = Reference(scene.swarm.num_blocks, mixes_call_shape=True)
+    def __init__(self, scene, client, seed, chunk_tokens, adapter=None):
+        reference = Reference(scene.swarm.num_blocks, mixes_call_shape=True, adapter=adapter)
         super().__init__(client, (), random.Random(seed), reference)
         self.scene = scene
         self.client = client
@@ -161,7 +161,7 @@ class Reader(ScriptRunner):
 
     async def fork(self, length):
         """A second reader with the first `length` positions; this one stays."""
-        child = Reader(self.scene, self.client, 1, self._chunk_tokens)
+        child = Reader(self.scene, self.client, 1, self._chunk_tokens, self.reference.adapter)
         child.session = await self.session.fork(length)
         child.reference = copy.deepcopy(self.reference)
         child.reference.truncate(length)

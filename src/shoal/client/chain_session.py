@@ -169,7 +169,7 @@ class ChainSession:
         parent = Fork(state.id, state.log.rev, length)
         return await self._client.open_session(
             state.encoding, state.span, inner_encoding=state.inner_encoding, parent=parent,
-            seed=state,
+            seed=state, adapter=state.adapter,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ class Client:
         self._sessions: dict[SessionId, SessionState] = {}
         self._news = News(directory)
         self._links: dict[PeerId, ServerLink] = {}
-        self.adapters = AdapterBook(self._dial)
+        self.adapters = AdapterBook(self.dial)
         self._senders = SenderPool(self._dial_rows, self)
         self._tasks = TaskSet(f"client {short(self.me)}")
 
@@ -153,12 +153,14 @@ class Client:
     async def open_session(
         self, encoding: str, span: Span | None = None, *, inner_encoding: str | None = None,
         parent: Fork | None = None, seed: SessionState | None = None, adapter: bytes = b"",
+        chain: Sequence[Stage] = (),
     ) -> ChainSession:  # fmt: skip
         """A session over `span` (default: all blocks) with rows in `encoding`.
 
         `inner_encoding` is that of the links between servers (default: `encoding`); only
         with it may rows be compressed. `adapter` names the LoRA adapter that all rows go
-        through: one of `adapters`, or one that servers announce.
+        through: one of `adapters`, or one that servers announce. `chain` is where a dispatcher
+        wants it to begin; repairs, and a chain that will not do, are as ever.
 
         Raises:
             NoRouteError: no chain; names the missing blocks.
@@ -187,7 +189,7 @@ class Client:
             inner_encoding=state.inner_encoding,
             adapter=b"" if self.adapters.has(adapter) else adapter,
         )
-        supervisor = Supervisor(self, state, facts, wanted, self.config.tending)
+        supervisor = Supervisor(self, state, facts, wanted, self.config.tending, chain)
         try:
             await supervisor.mend()
         except BaseException:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 from shoal.base.errors import (
+    AdapterBad,
     InternalError,
     NoRouteError,
     PeerBusy,
@@ -33,7 +34,7 @@ from shoal.client.tending import TendConfig, Tender
 from shoal.client.waiting import OnWaiting, Waiting, gave_up, waiting_for
 from shoal.plan.moving import keep_valid, promote
 from shoal.plan.repair import choose_repair, merge_neighbours, with_client_links
-from shoal.plan.routing import Wanted, choose_chain
+from shoal.plan.routing import Wanted, choose_chain, will_do
 from shoal.plan.view import Stage, Standby
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,17 @@ class Swarm(tending.Swarm, Protocol):
         """The session can't go on: forget it here and at its servers."""
 
 
+def _check_adapter(followed: Followed) -> None:
+    """Give up where a server can't use the session's adapter: no other one could.
+
+    Raises:
+        AdapterBad: what is wrong with it.
+    """
+    for error in followed.refused.values():
+        if isinstance(error, AdapterBad):
+            raise error
+
+
 class Supervisor:
     """Opens one session's chain and mends it until the session ends."""
 
@@ -89,7 +101,10 @@ class Supervisor:
         facts: RouteFacts,
         wanted: Wanted,
         config: TendConfig | None = None,
+        offered: Sequence[Stage] = (),
     ) -> None:
+        """`offered`: a chain to open with, if it will do (`plan.routing.will_do`)."""
+        self._offered = tuple(offered)
         self._swarm = swarm
         self._tender = Tender(swarm, state, facts, wanted, config or TendConfig())
         self._state = state
@@ -182,6 +197,7 @@ class Supervisor:
                 if not followed.refused and not self._concerns_chain(state.trouble):
                     state.take_trouble()
                     break
+                _check_adapter(followed)
                 lost |= self._learn(followed)
                 error = next(iter(followed.refused.values()), NoRouteError("servers keep failing"))
             except NoRouteError as failure:
@@ -291,8 +307,8 @@ class Supervisor:
         """
         asked: set[PeerId] = set()
         for _ in range(ASK_ROUNDS_MAX):
-            if self._state.chain:
-                return
+            if self._state.chain or self._offered:
+                return  # who offers a chain knows how full it is
             chain, _standbys = self._choose(lost)
             now_s = asyncio.get_running_loop().time()
             peers = {stage.peer for stage in chain if len(stage.span)} - asked
@@ -321,9 +337,11 @@ class Supervisor:
         if state.standstills:  # two hops at one server may lack the room for both
             stages = list(merge_neighbours(stages, swarm.view()))
         if not stages:
-            chosen = choose_chain(
-                swarm.view(), state.span, experience, swarm.rng, wanted=self._wanted
-            )
+            chosen, self._offered = self._offered, ()  # one try
+            if not will_do(swarm.view(), state.span, chosen, experience, self._wanted):
+                chosen = choose_chain(
+                    swarm.view(), state.span, experience, swarm.rng, wanted=self._wanted
+                )
         else:
             fit = [
                 one.stage

@@ -27,6 +27,8 @@ class RouteFacts:
     inner_encoding: str
     """Of the links between servers."""
     parent: Fork | None = None
+    adapter: bytes = b""
+    """Name of the adapter that the rows go through; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,7 @@ def sign_route(
             for index, stage in enumerate(chain)
         ],
         parent=facts.parent,
+        adapter=facts.adapter,
         standbys=[
             wire.Standby(
                 standby.stage.peer,

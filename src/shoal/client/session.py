@@ -95,8 +95,11 @@ class SessionState:
         encoding: str,
         hidden_size: int,
         inner_encoding: str | None = None,
+        adapter: bytes = b"",
     ) -> None:
         self.id = session
+        self.adapter = adapter
+        """Name of the adapter that the rows go through; empty: none."""
         self.span = span
         self.encoding = encoding
         self.row_bytes = row_bytes(encoding, hidden_size)

@@ -20,6 +20,7 @@ from shoal.base.adapters import AdapterId
 from shoal.base.backend import BackendFacts, Call, NoAdapters, Outcome, SequenceId
 from shoal.base.errors import BadInput, ConfigError, InternalError, ShoalError
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
 from shoal.plan.spec import ServerSpec
 from shoal.wire.tensors import ITEM_BYTES, check_payload, is_finite, row_bytes
 
@@ -237,6 +238,10 @@ class CostBackend(NoAdapters):
                 failed.add(call.sequence)
             outcomes.append(outcome)
         return outcomes
+
+    def trainer(self) -> BlockTrainer | None:
+        """None: cost models don't train."""
+        return None
 
     async def aclose(self) -> None:
         """Forget everything."""

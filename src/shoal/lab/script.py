@@ -11,10 +11,12 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from shoal.base.adapters import AdapterPart
 from shoal.base.errors import InternalError
 from shoal.base.spans import Span
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client
+from shoal.lab.toy_adapters import toy_contents
 from shoal.lab.toy_blocks import ToySequence, toy_embedding, toy_next_token
 from shoal.wire.messages import WANT_ALL, WANT_LAST
 
@@ -60,8 +62,11 @@ def draw_script(rng: random.Random) -> tuple[Act, ...]:
 class Reference:
     """All blocks in one place, with the call shapes that the session used."""
 
-    def __init__(self, num_blocks: int, *, mixes_call_shape: bool) -> None:
-        self._sequence = ToySequence(Span(0, num_blocks))
+    def __init__(
+        self, num_blocks: int, *, mixes_call_shape: bool, adapter: AdapterPart | None = None
+    ) -> None:
+        self.adapter = adapter
+        self._sequence = ToySequence(Span(0, num_blocks), adapter=toy_contents(adapter))
         self._mixes = mixes_call_shape
         self.tokens: list[int] = []
         self._shapes: list[int] = []
@@ -85,7 +90,7 @@ class Reference:
 
     def outputs_at(self, border: int) -> list[bytes]:
         """Every position's row behind block `border - 1`."""
-        sequence = ToySequence(Span(0, border))
+        sequence = ToySequence(Span(0, border), adapter=toy_contents(self.adapter))
         return [
             sequence.push(toy_embedding(token), shape=shape)
             for token, shape in zip(self.tokens, self._shapes, strict=True)
@@ -114,7 +119,9 @@ class ScriptRunner:
             WrongText: an answer differs from the reference.
             ShoalError: the session ended with an error.
         """
-        self.session = await self._client.open_session(ENCODING)
+        adapter = self.reference.adapter
+        name = b"" if adapter is None else adapter.manifest.name
+        self.session = await self._client.open_session(ENCODING, adapter=name)
         for act in self._script:
             await self.play(act)
 

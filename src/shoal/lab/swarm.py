@@ -9,21 +9,24 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from shoal.base.adapters import AdapterPart
 from shoal.base.backend import BackendFacts, Call
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
+from shoal.base.training import PassWork
 from shoal.client.client import Client, open_client
 from shoal.client.config import ClientConfig
 from shoal.client.head_service import HeadLimits, HeadService
 from shoal.client.tending import TendConfig
 from shoal.client.thin import ThinClient, ThinConfig, open_thin_client
-from shoal.discovery.records import Record, sign_record
+from shoal.discovery.records import Adapter, Record, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
 from shoal.lab.network import SimulatedNetwork
 from shoal.lab.toy_backend import MODEL, FaultChoice, ToyBackend, ToyConfig, ToyFault
 from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.lab.toy_head import VOCABULARY, ToyHead
+from shoal.lab.training import ToyTrainer, TrainingFault
 from shoal.net.address import ListenAddress
 from shoal.net.channel import PURPOSE_HEAD
 from shoal.net.identity import Identity
@@ -58,6 +61,8 @@ class ServerSpec:
     """Does not start with the swarm; `SimulatedServer.start` starts it."""
     head: str = ""
     """Numerics class of the toy head that it runs for thin clients; empty: none."""
+    adapters: tuple[tuple[str, AdapterPart], ...] = ()
+    """Adapters of its own, by label."""
 
 
 class Fuse:
@@ -81,6 +86,7 @@ class SimulatedServer:
         self.identity = identity
         self.slowness = 1.0
         self.fault: FaultChoice | None = None
+        self.training_fault: Callable[[PassWork, int], TrainingFault | None] | None = None
         self.server: Server | None = None
         self.backend: ToyBackend | None = None
         self.heads: HeadService | None = None
@@ -127,6 +133,8 @@ class SimulatedServer:
                 make=self._maker(self.backend.facts),
             )
         )
+        for label, part in self.spec.adapters:
+            await self.server.adapters.add_own(label, part)
         where = ListenAddress(SCHEME, self.spec.name, 1)
         listener = await transport.listen(where, self.server.serve_stream)
         self._address = str(listener.address)
@@ -176,7 +184,11 @@ class SimulatedServer:
             coarse_truncate=self.spec.coarse_truncate,
             mixes_call_shape=self._swarm.mixes_call_shape,
         )
-        return ToyBackend(config, pace=self._pace, fault=self._choose_fault)
+        backend = ToyBackend(config, pace=self._pace, fault=self._choose_fault)
+        backend.training = ToyTrainer(
+            lambda: backend.facts, pace=self._step, fault=self._choose_training_fault
+        )
+        return backend
 
     def _maker(self, facts: BackendFacts) -> ServerMaker:
         record, config = self._swarm.record, self._swarm.server_config
@@ -216,6 +228,15 @@ class SimulatedServer:
             self.slowness * (self.spec.iteration_s + num_tokens * self.spec.token_s)
         )
         await self._hung.wait()
+
+    async def _step(self, num_rows: int) -> None:
+        """The time of a training step: one block of a span."""
+        whole_s = self.spec.iteration_s + num_rows * self.spec.token_s
+        await asyncio.sleep(self.slowness * whole_s / len(self.spec.span))
+        await self._hung.wait()
+
+    def _choose_training_fault(self, work: PassWork, block: int) -> TrainingFault | None:
+        return None if self.training_fault is None else self.training_fault(work, block)
 
     def _choose_fault(self, call: Call) -> ToyFault | None:
         return self.fault(call) if self.fault is not None else None
@@ -336,6 +357,7 @@ class SimulatedSwarm:
             cache_tokens=facts.cache_tokens,
             decode_s_per_block=(spec.iteration_s + spec.token_s) / len(spec.span),
             head=spec.head,
+            adapters=[Adapter(label, part.manifest.name) for label, part in spec.adapters],
         )
         now_s = asyncio.get_running_loop().time()
         self.directory.store.accept(sign_record(server.identity, record), now_s)

@@ -23,6 +23,7 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.spans import Span
+from shoal.base.training import BlockTrainer
 from shoal.lab.toy_blocks import (
     ENCODINGS,
     HIDDEN_SIZE,
@@ -32,6 +33,7 @@ from shoal.lab.toy_blocks import (
     encode_rows,
     is_finite,
 )
+from shoal.lab.training import ToyTrainer
 from shoal.wire.tensors import check_payload, row_bytes
 
 ToyFault = Literal["raise", "bad_row", "overflow", "wrong", "poison", "hang"]
@@ -83,6 +85,8 @@ class ToyBackend:
     ) -> None:
         self.pace = pace
         self.fault = fault
+        self.training = ToyTrainer(lambda: self._facts)
+        """Runs training passes; may be replaced."""
         self.runs = 0
         """Finished runs."""
         self.is_closed = False
@@ -193,6 +197,10 @@ class ToyBackend:
     async def drop_adapter(self, adapter: AdapterId) -> None:
         """See BlockBackend.drop_adapter."""
         self._adapters.pop(adapter, None)
+
+    def trainer(self) -> BlockTrainer | None:
+        """Runs training passes."""
+        return self.training
 
     async def aclose(self) -> None:
         """Forget everything."""

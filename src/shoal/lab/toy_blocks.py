@@ -73,7 +73,7 @@ class ToySequence:
                 key=self._adapter.get(block, b""),
             ).digest()
             chain.append(digest)
-            row = _finite_row(digest, self._row_bytes)
+            row = finite_row(digest, self._row_bytes)
         self._length += 1
         return row
 
@@ -107,7 +107,7 @@ def expected_output(
 def toy_embedding(token: int, *, hidden_size: int = HIDDEN_SIZE) -> bytes:
     """The float32 row that stands for a token."""
     digest = hashlib.blake2b(token.to_bytes(8, "little"), person=b"toy-embedding").digest()
-    return _finite_row(digest, row_bytes("float32", hidden_size))
+    return finite_row(digest, row_bytes("float32", hidden_size))
 
 
 def toy_next_token(row: bytes, *, vocabulary: int = 50_000) -> int:
@@ -171,7 +171,7 @@ def is_finite(rows: bytes) -> bool:
     return not any(high & 0x7F == 0x7F and low & 0x80 for high, low in pairs)
 
 
-def _finite_row(digest: bytes, num_bytes: int) -> bytes:
+def finite_row(digest: bytes, num_bytes: int) -> bytes:
     row = bytearray(hashlib.shake_128(digest).digest(num_bytes))
     row[3::4] = row[3::4].translate(_SMALL)
     return bytes(row)

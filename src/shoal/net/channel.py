@@ -48,6 +48,9 @@ PURPOSE_HEAD: Final = "head"
 PURPOSE_TRAINING: Final = "training"
 """The dialler sends micro-batches through blocks, forward and back."""
 
+PURPOSE_ADAPTERS: Final = "adapters"
+"""The dialler brings LoRA adapters; the dialled server keeps them for its sessions."""
+
 PURPOSE_GOSSIP: Final = "gossip"
 """Neighbours that keep each other's directory in step."""
 
@@ -61,6 +64,7 @@ PURPOSES: Final = frozenset(
         PURPOSE_ROWS_IN,
         PURPOSE_WEIGHTS,
         PURPOSE_GOSSIP,
+        PURPOSE_ADAPTERS,
         PURPOSE_RING,
         PURPOSE_HEAD,
         PURPOSE_TRAINING,

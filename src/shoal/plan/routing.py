@@ -99,6 +99,26 @@ def choose_chain(
     return chain
 
 
+def will_do(
+    view: SwarmView,
+    span: Span,
+    chain: Sequence[Stage],
+    experience: Experience,
+    wanted: Wanted,
+) -> bool:
+    """Whether a chain that somebody else chose covers `span` with servers to be used now."""
+    servers = {one.peer: one for one in view.servers if wanted.allows(one)}
+    at = span.start
+    for stage in chain:
+        server = servers.get(stage.peer)
+        if server is None or server.state != "online" or stage.peer in experience.avoid:
+            return False
+        if stage.span.start != at or not len(stage.span) or not server.span.covers(stage.span):
+            return False
+        at = stage.span.end
+    return at == span.end and len(chain) > 0
+
+
 def leg_of(server: ServerView, experience: Experience, numerics: str | None = None) -> Leg:
     """What it costs to make this server a hop; `numerics` is the class to prefer.
 

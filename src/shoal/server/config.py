@@ -10,8 +10,10 @@ from shoal.base.ids import PeerId
 from shoal.base.limits import IDLE_SESSION_S, ORPHAN_GRACE_S, WINDOW_BYTES
 from shoal.net.address import Address
 from shoal.net.channel import Channel
+from shoal.server.adapters import AdapterLimits
 from shoal.server.engine import EngineLimits
 from shoal.server.quotas import Quotas
+from shoal.server.training_limits import TrainingLimits
 from shoal.wire.messages import ControlMessage, GetRecords, Publish
 
 StreamService = Callable[[Channel], Awaitable[None]]
@@ -41,6 +43,8 @@ class ServerConfig:
 
     engine: EngineLimits = field(default_factory=EngineLimits)
     quotas: Quotas = field(default_factory=Quotas)
+    adapters: AdapterLimits = field(default_factory=AdapterLimits)
+    training: TrainingLimits = field(default_factory=TrainingLimits)
     window_bytes: int = WINDOW_BYTES
     orphan_grace_s: float = ORPHAN_GRACE_S
     idle_session_s: float = IDLE_SESSION_S

@@ -201,6 +201,7 @@ def _standby_plan(
         successor=None,
         is_last=span.end == body.hops[-1].end,
         encoding=standby.encoding,
+        adapter=body.adapter,
         num_hops=_num_hops(body),
         feeds=_feeds(body, PeerId(standby.peer), span.end),
     )
@@ -226,6 +227,7 @@ def _hop_plan(body: RouteBody, index: int, session: SessionId, served: _Served) 
         successor=after,
         is_last=index + 1 == len(body.hops),
         encoding=hop.encoding,
+        adapter=body.adapter,
         num_hops=_num_hops(body),
         is_fresh=hop.is_fresh,
         feeds=_feeds(body, PeerId(hop.peer), hop.end),

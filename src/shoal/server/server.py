@@ -31,27 +31,32 @@ from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
 from shoal.link.receiver import Answer, RowReceiver
 from shoal.net.channel import (
+    PURPOSE_ADAPTERS,
     PURPOSE_CONTROL,
     PURPOSE_ROWS_IN,
     PURPOSE_ROWS_OUT,
+    PURPOSE_TRAINING,
     Channel,
     accept_channel,
-    open_channel,
 )
 from shoal.net.loopback import loopback
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
 from shoal.net.transport import Stream, Transport
 from shoal.server import reports
+from shoal.server.adapter_streams import AdapterServer
+from shoal.server.adapters import AdapterStore
 from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.departures import Departures
+from shoal.server.dialling import dial_rows
 from shoal.server.engine import Engine
 from shoal.server.intake import Intake, compact
 from shoal.server.leaving import Farewells
 from shoal.server.routes import read_route
 from shoal.server.session import HopPlan, HopSession
 from shoal.server.sessions import SessionTable
+from shoal.server.training import TrainingServer
 from shoal.server.upkeep import close_idle, reopen
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import (
@@ -106,11 +111,19 @@ class Server:
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
         self._farewells = Farewells()
+        self.num_opened = 0
+        """Sessions opened, ever."""
+        self.num_rebuilt = 0
+        """Of these, those that a repair or a move brought: they are filled by replay."""
         self._departures = Departures(
             config.orphan_grace_s, self._controls.__contains__, self._free, self._tasks
         )
+        self.training = TrainingServer(backend, self.engine, self._farewells, config.training)
+        self.adapters = AdapterStore(backend, config.adapters, self.sessions.adapters)
         self._services: dict[str, StreamService] = {
             PURPOSE_CONTROL: self._serve_control,
+            PURPOSE_ADAPTERS: AdapterServer(self.adapters, backend).serve,
+            PURPOSE_TRAINING: self.training.serve,
             PURPOSE_ROWS_OUT: self._serve_rows,
             PURPOSE_ROWS_IN: self._senders.adopt,
             **config.services,
@@ -221,15 +234,7 @@ class Server:
             near, far = loopback(peer)
             self._tasks.spawn(self._serve_loopback(Channel(far)), "loopback")
             return Channel(near)
-        error: ShoalError = PeerUnreachable(f"no valid record of peer {short(peer)}")
-        for address in self._book.addresses(peer):
-            try:
-                return await open_channel(
-                    self._transport, address, PURPOSE_ROWS_OUT, self._swarm_pass
-                )
-            except ShoalError as failure:
-                error = failure
-        raise error
+        return await dial_rows(self._transport, self._book, self._swarm_pass, peer)
 
     async def route(self, sender: PeerId, message: Route) -> Routed:
         """Follow a route: open, change or confirm our hops of it."""
@@ -273,14 +278,18 @@ class Server:
 
     async def _open_hop(self, plan: HopPlan, parent: Fork | None) -> HopSession:
         now_s = asyncio.get_running_loop().time()
+        await self.adapters.make_ready(plan.adapter)
         async with self.engine.exclusive():
             self._farewells.check_taking()
             old = self.sessions.find((plan.session, plan.span.start))
             if old is not None and old.plan.epoch >= plan.epoch:
                 return old
+            adapter = self.adapters.find(plan.owner, plan.adapter)
             if old is not None:
                 self._forget(old)
-            hop = self.sessions.open(plan, parent, now_s)
+            hop = self.sessions.open(plan, parent, now_s, adapter)
+            self.num_opened += 1
+            self.num_rebuilt += plan.epoch > 1
         self._call_waiting()
         logger.info("session opened session=%s span=%s epoch=%d held=%d",
                     short(plan.session), plan.span, plan.epoch, hop.inbound.have)  # fmt: skip

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from shoal.base.adapters import AdapterId
 from shoal.base.backend import Call, SequenceId
 from shoal.base.errors import InternalError
 from shoal.base.ids import PeerId, SessionId
@@ -68,6 +69,8 @@ class HopPlan:
     """Whether what is held from earlier epochs must be forgotten."""
     feeds: tuple[Feed, ...] = ()
     """Standbys that get our rows as well."""
+    adapter: bytes = b""
+    """Name of the adapter that the rows go through; empty: none."""
 
     @property
     def is_standby(self) -> bool:
@@ -76,8 +79,10 @@ class HopPlan:
 
     def is_continued_by(self, new: HopPlan) -> bool:
         """Whether what was held for this serves `new`."""
-        same = (self.span, self.encoding, self.is_last) == (new.span, new.encoding, new.is_last)
-        return same and not new.is_fresh
+        mine, theirs = (
+            (plan.span, plan.encoding, plan.is_last, plan.adapter) for plan in (self, new)
+        )
+        return mine == theirs and not new.is_fresh
 
 
 class HopSession:
@@ -86,6 +91,8 @@ class HopSession:
     def __init__(self, plan: HopPlan, sequence: SequenceId, *, window_bytes: int = WINDOW_BYTES):
         self.plan = plan
         self.sequence = sequence
+        self.adapter: AdapterId | None = None
+        """The plan's adapter inside the backend."""
         self.window_bytes = window_bytes
         self.inbound = Inbound(plan.session, plan.span.start)
         self.inbound.reroute(plan.predecessor, plan.epoch)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
+from shoal.base.adapters import AdapterId
 from shoal.base.backend import BackendFacts, BlockBackend, SequenceId
 from shoal.base.errors import PeerBusy, SessionTooLong
 from shoal.base.ids import PeerId, SessionId
@@ -76,12 +77,20 @@ class SessionTable:
         """All hops of one client here."""
         return [hop for hop in self._hops.values() if hop.plan.owner == owner]
 
+    def adapters(self) -> set[AdapterId]:
+        """Those that sessions use."""
+        return {hop.adapter for hop in self._hops.values() if hop.adapter is not None}
+
     def has_predecessor(self, peer: PeerId) -> bool:
         """Whether any hop here takes rows from this peer."""
         return any(hop.plan.predecessor == peer for hop in self._hops.values())
 
-    def open(self, plan: HopPlan, parent: Fork | None, now_s: float) -> HopSession:
+    def open(
+        self, plan: HopPlan, parent: Fork | None, now_s: float, adapter: AdapterId | None = None
+    ) -> HopSession:
         """A new hop, empty or forked; replaces an old one. Only while no engine iteration runs.
+
+        `adapter` is the plan's in the backend.
 
         Raises:
             PeerBusy: too many sessions, or no cache page is free and nobody here is
@@ -89,13 +98,13 @@ class SessionTable:
         """
         self._check_count(plan)
         hop = HopSession(plan, self._take_sequence(), window_bytes=self._window_bytes)
-        hop.used_s = now_s
+        hop.used_s, hop.adapter = now_s, adapter
         self._enlist(hop)
         if not self._fork_from(parent, hop):
             self._find_place(hop, now_s)
             self.settle()
             try:
-                self._backend.open(hop.sequence, plan.span)
+                self._backend.open(hop.sequence, plan.span, adapter)
             except BaseException:
                 self.ledger.release(hop.sequence)
                 raise
@@ -293,6 +302,7 @@ class SessionTable:
             or source.inbound.rev < parent.rev
             or source.plan.owner != hop.plan.owner
             or (source.plan.span, source.plan.encoding) != (hop.plan.span, hop.plan.encoding)
+            or source.plan.adapter != hop.plan.adapter
         ):
             return False
         held = min(parent.length, source.settled_length, source.log.end)
@@ -306,6 +316,7 @@ class SessionTable:
         actual = self._backend.fork(source.sequence, hop.sequence, length)
         self.ledger.hold(hop.sequence, max(1, actual))
         hop.start_from(source.log.fork(parent.rev, actual))
+        hop.adapter = source.adapter
         return True
 
     # --- a move to other blocks ----------------------------------------------------------

@@ -25,12 +25,14 @@ from shoal.base.limits import (
     RECORDS_MAX,
     SESSIONS_KEPT_MAX,
 )
+from shoal.wire.adapters import AdapterPiece, OfferAdapter, TookAdapter, WantAdapter
 from shoal.wire.fields import (
     Block,
     Count,
     Detail,
     Name,
     Nonce,
+    OptionalContent,
     Peer,
     Position,
     RecordBytes,
@@ -49,6 +51,7 @@ from shoal.wire.gossip import (
     Taken,
     WantRecords,
 )
+from shoal.wire.head import AskTokens, EndTokens, Given, StopTokens
 from shoal.wire.ring import (
     GetRing,
     JoinRing,
@@ -59,6 +62,7 @@ from shoal.wire.ring import (
     RingState,
     RingTask,
 )
+from shoal.wire.training import Backward, Chunk, Done, Forget, Forward, PutTensors, Training
 from shoal.wire.weights import GetHoldings, GetPiece, Holdings, Piece
 
 Want = Literal[0, 1, 2]
@@ -124,7 +128,10 @@ class Standby(WireMessage, frozen=True):
 
 
 class RouteBody(WireMessage, frozen=True):
-    """What the owner of a session signs. `opened_ms` fixes the victim order for life."""
+    """What the owner of a session signs. `opened_ms` fixes the victim order for life.
+
+    `adapter` names the LoRA adapter that all rows go through; empty: none.
+    """
 
     owner: Peer
     nonce: Nonce
@@ -136,6 +143,7 @@ class RouteBody(WireMessage, frozen=True):
     standbys: Annotated[list[Standby], msgspec.Meta(max_length=HOPS_MAX)] = msgspec.field(
         default_factory=list
     )
+    adapter: OptionalContent = b""
 
 
 class Route(WireMessage, tag=2, frozen=True):
@@ -424,7 +432,9 @@ ControlMessage = (
 )
 LinkMessage = Open | Have | Gap | Ack | Stale | Rows | Error
 GossipMessage = Beat | Digest | Offer | WantRecords | Suspects | Taken | Part | Records | Error
+AdapterMessage = OfferAdapter | WantAdapter | AdapterPiece | TookAdapter | Error
 WeightsMessage = GetHoldings | Holdings | GetPiece | Piece | Error
+TrainingMessage = PutTensors | Forward | Backward | Forget | Chunk | Done | Training | Error
 Message = (
     Hello
     | ControlMessage
@@ -445,6 +455,10 @@ Message = (
     | Holdings
     | GetPiece
     | Piece
+    | OfferAdapter
+    | WantAdapter
+    | AdapterPiece
+    | TookAdapter
     | JoinRing
     | RingModel
     | Measured
@@ -453,6 +467,17 @@ Message = (
     | RingOver
     | GetRing
     | RingState
+    | AskTokens
+    | Given
+    | StopTokens
+    | EndTokens
+    | PutTensors
+    | Forward
+    | Backward
+    | Forget
+    | Chunk
+    | Done
+    | Training
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,0 +1,289 @@
+"""The LoRA adapters of one server: its own, and those that clients brought.
+
+Its own have labels, are announced and stay. What a client brings is that client's alone, found
+by the adapter's name, counted against what one client and all together may keep, and forgotten
+when others need the room and no session uses it: a route that names it is then answered
+`AdapterMissing`, and the client brings it again. Tensors are in the backend; here is who owns
+them. They are for the blocks that were served when they came: after a move they are loaded anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.base.adapters import (
+    ITEM_BYTES,
+    AdapterId,
+    AdapterManifest,
+    AdapterName,
+    AdapterPart,
+    parse_adapter_manifest,
+)
+from shoal.base.backend import BlockBackend
+from shoal.base.errors import AdapterMissing, ConfigError, PeerBusy, PeerRefused
+from shoal.base.ids import PeerId, short
+from shoal.base.spans import Span
+
+logger = logging.getLogger(__name__)
+
+BYTES_MAX: Final = 1 << 30
+"""All adapters that clients brought: 1 GiB, 100 of rank 8 for an 8B model's 32 blocks."""
+
+BYTES_PER_CLIENT: Final = 256 << 20
+"""A quarter, so that no client fills it alone."""
+
+ADAPTERS_PER_CLIENT: Final = 64
+"""Small ones cost little but their entries."""
+
+KEPT_ITEM_BYTES: Final = ITEM_BYTES["float32"]
+"""Tensors are kept in float32 however they came."""
+
+RETRY_AFTER_S: Final = 5.0
+"""When to come back to a server whose adapters are all in use: the length of an answer."""
+
+Key = tuple[PeerId, AdapterName]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLimits:
+    """How much memory adapters that clients bring may take. 0 bytes: none are taken."""
+
+    bytes_max: int = BYTES_MAX
+    bytes_per_client: int = BYTES_PER_CLIENT
+    adapters_per_client: int = ADAPTERS_PER_CLIENT
+
+    def __post_init__(self) -> None:
+        if self.bytes_max < 0 or self.bytes_per_client < 0 or self.adapters_per_client < 1:
+            raise ConfigError("memory for adapters must not be negative, nor their number below 1")
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An adapter in the backend."""
+
+    id: AdapterId
+    span: Span
+    """The backend's blocks when it was loaded."""
+    num_bytes: int
+    used_s: float
+
+
+class AdapterStore:
+    """Which adapters the backend holds, whose they are, and which must go."""
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        limits: AdapterLimits,
+        in_use: Callable[[], Collection[AdapterId]],
+    ) -> None:
+        """`in_use` are those of the sessions that are open now."""
+        self.limits = limits
+        self._backend = backend
+        self._in_use = in_use
+        self._kept: dict[Key, _Kept] = {}
+        self._coming: dict[Key, int] = {}
+        """Bytes promised to adapters that are on their way."""
+        self._own: dict[AdapterName, AdapterPart] = {}
+        self._own_ids: dict[AdapterName, _Kept] = {}
+        self._retired: list[_Kept] = []
+        """Forgotten here, not yet in the backend."""
+        self._labels: dict[str, AdapterName] = {}
+        self._next_id = 0
+        self._loading = asyncio.Lock()
+
+    @property
+    def labels(self) -> Mapping[str, AdapterName]:
+        """Our own adapters, as they are announced."""
+        return self._labels
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what clients brought, with what is on its way."""
+        return sum(kept.num_bytes for kept in self._kept.values()) + sum(self._coming.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    async def add_own(self, label: str, adapter: AdapterPart) -> None:
+        """Serve an adapter of our own.
+
+        Raises:
+            AdapterBad: it doesn't fit the model.
+            ConfigError: another one has this label.
+        """
+        if label in self._labels:
+            raise ConfigError(f"two adapters are called {label!r}: give them different names")
+        name = adapter.manifest.name
+        self._own[name] = adapter
+        await self._load_own(name)
+        self._labels[label] = name
+
+    async def make_ready(self, adapter: bytes) -> None:
+        """Load an adapter of our own for the blocks that are served now, if it is one."""
+        name = AdapterName(adapter)
+        if name in self._own and not self._is_current(self._own_ids.get(name)):
+            await self._load_own(name)
+
+    def find(self, owner: PeerId, adapter: bytes) -> AdapterId | None:
+        """The adapter for a session of `owner` that opens now; None for an empty name.
+
+        Raises:
+            AdapterMissing: it is not here for the blocks that are served now.
+        """
+        if not adapter:
+            return None
+        name = AdapterName(adapter)
+        kept = self._own_ids.get(name) or self._kept.get((owner, name))
+        if kept is None or not self._is_current(kept):
+            raise AdapterMissing(f"adapter {name.hex()} is not here: send it")
+        kept.used_s = asyncio.get_running_loop().time()
+        return kept.id
+
+    def holds(self, owner: PeerId, name: AdapterName) -> bool:
+        """Whether `find` would find it."""
+        return any(
+            self._is_current(kept)
+            for kept in (self._own_ids.get(name), self._kept.get((owner, name)))
+        )
+
+    async def admit(self, owner: PeerId, name: AdapterName, text: bytes) -> AdapterManifest:
+        """Judge what a client offers, and keep room for it until `take` or `give_up`.
+
+        Raises:
+            AdapterBad: malformed, or it doesn't fit the model.
+            PeerRefused: more than one client may keep here.
+            PeerBusy: all there is room for is in use, or it is on its way already.
+        """
+        manifest = parse_adapter_manifest(text, name)
+        self._backend.check_adapter(manifest)
+        key = (owner, name)
+        if key in self._coming:
+            raise PeerBusy("this adapter is on its way already", retry_after_s=RETRY_AFTER_S)
+        num_bytes = self._kept_bytes(manifest)
+        limits = self.limits
+        if num_bytes > min(limits.bytes_per_client, limits.bytes_max):
+            raise PeerRefused(
+                f"an adapter of {num_bytes} bytes in blocks {self._span}, and one client may keep "
+                f"{min(limits.bytes_per_client, limits.bytes_max)} (see --adapter-memory)"
+            )
+        for victim in self._victims(owner, num_bytes):
+            self._retired.append(self._kept.pop(victim))
+        self._coming[key] = num_bytes
+        await self._sweep()
+        return manifest
+
+    async def take(self, owner: PeerId, part: AdapterPart, span: Span) -> None:
+        """Load what `admit` let in; `span` is what was served then.
+
+        Raises:
+            AdapterBad: values that are not finite.
+            AdapterMissing: other blocks are served now; offer it again.
+        """
+        name = part.manifest.name
+        async with self._loading:
+            if span != self._span:
+                raise AdapterMissing(f"blocks {self._span} are served here now: offer it again")
+            kept = await self._load(part, self._kept_bytes(part.manifest))
+            before = self._kept.pop((owner, name), None)
+            self._kept[owner, name] = kept
+            self._coming.pop((owner, name), None)
+        if before is not None:
+            self._retired.append(before)
+        await self._sweep()
+        logger.info("adapter taken name=%s owner=%s bytes=%d",
+                    name.hex(), short(owner), kept.num_bytes)  # fmt: skip
+
+    def give_up(self, owner: PeerId, name: AdapterName) -> None:
+        """It does not come after all. Idempotent."""
+        self._coming.pop((owner, name), None)
+
+    def _victims(self, owner: PeerId, num_bytes: int) -> list[Key]:
+        """Who must go so that it fits.
+
+        Raises:
+            PeerBusy: all is in use.
+        """
+        limits, victims = self.limits, list[Key]()
+        over = self._bytes_of(owner) + num_bytes - limits.bytes_per_client
+        number_over = self._number_of(owner) + 1 - limits.adapters_per_client
+        total_over = self.num_bytes + num_bytes - limits.bytes_max
+        for key in self._unused():
+            is_mine = key[0] == owner
+            if total_over > 0 or (is_mine and (over > 0 or number_over > 0)):
+                victims.append(key)
+                total_over -= self._kept[key].num_bytes
+                over -= self._kept[key].num_bytes * is_mine
+                number_over -= is_mine
+        if over > 0 or number_over > 0:
+            raise PeerBusy(
+                "your adapters here are all in use, and there is no room for more of yours",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if total_over > 0:
+            raise PeerBusy("all adapters here are in use", retry_after_s=RETRY_AFTER_S)
+        return victims
+
+    def _unused(self) -> list[Key]:
+        """Those that no session uses: of other blocks first, then the longest unused."""
+        used = self._in_use()
+        keys = [key for key, kept in self._kept.items() if kept.id not in used]
+        return sorted(
+            keys, key=lambda key: (self._is_current(self._kept[key]), self._kept[key].used_s)
+        )
+
+    def _bytes_of(self, owner: PeerId) -> int:
+        kept = sum(kept.num_bytes for key, kept in self._kept.items() if key[0] == owner)
+        return kept + sum(count for key, count in self._coming.items() if key[0] == owner)
+
+    def _number_of(self, owner: PeerId) -> int:
+        return sum(1 for key in (*self._kept, *self._coming) if key[0] == owner)
+
+    async def _load_own(self, name: AdapterName) -> None:
+        async with self._loading:
+            old = self._own_ids.get(name)
+            if self._is_current(old):
+                return  # somebody else waited for it too
+            part = self._own[name]
+            within = {block.index for block in part.manifest.within(self._span)}
+            ours = {index: data for index, data in part.blocks.items() if index in within}
+            self._own_ids[name] = await self._load(
+                AdapterPart(manifest=part.manifest, blocks=ours), 0
+            )
+        if old is not None:
+            self._retired.append(old)
+        await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Free what is forgotten and no session uses any more."""
+        used = self._in_use()
+        free = [kept for kept in self._retired if kept.id not in used]
+        self._retired = [kept for kept in self._retired if kept.id in used]
+        for kept in free:
+            await self._backend.drop_adapter(kept.id)
+
+    async def _load(self, part: AdapterPart, num_bytes: int) -> _Kept:
+        self._next_id += 1
+        kept = _Kept(
+            id=AdapterId(self._next_id),
+            span=self._span,
+            num_bytes=num_bytes,
+            used_s=asyncio.get_running_loop().time(),
+        )
+        await self._backend.load_adapter(kept.id, part)
+        return kept
+
+    def _kept_bytes(self, manifest: AdapterManifest) -> int:
+        sent = manifest.num_bytes(self._span)
+        return sent * KEPT_ITEM_BYTES // ITEM_BYTES[manifest.encoding]
+
+    def _is_current(self, kept: _Kept | None) -> bool:
+        return kept is not None and kept.span == self._span
+
+    @property
+    def _span(self) -> Span:
+        return self._backend.facts.span

@@ -53,6 +53,23 @@ def study(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few settings and draws, for a first look.")
     ] = False,
+    rtts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Round trips of real hosts for `realism`: a square CSV of milliseconds.",
+        ),
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Recorded requests for `realism`: a CSV as Azure publishes its traces, or with "
+            "columns at_s, tokens_in, tokens_out. Needs --rtts.",
+        ),
+    ] = None,
 ) -> None:
     """Run a published experiment again, by our rules.
 
@@ -62,14 +79,18 @@ def study(
     the same goes into NAME.csv and NAME.json (with versions and seeds), and figures where
     matplotlib is installed. The same seeds give the same simulated figures on any machine.
     docs/studies explains every study and why some figures differ from those published.
+    No recorded data comes with Shoal: `realism` says which files it was given, and what the
+    README.md beside them tells of their origin.
 
     \b
     Examples:
       shoal study list
       shoal study bprr-scattered --quick
-      shoal study all --out studies                            (some of it takes minutes)
+      shoal study all --out studies                            (takes half an hour)
+      shoal study realism --rtts planetlab_rtt_ms.csv --requests azure_llm_conv_2023.csv
     """  # fmt: skip
     from shoal.lab.study import Task
+    from shoal.lab.study_data import load_data
     from shoal.lab.study_list import STUDIES
     from shoal.lab.study_list import study as study_of
     from shoal.lab.study_write import markdown, write_report
@@ -78,12 +99,15 @@ def study(
         print(_listed(), flush=True)
         return
     chosen = list(STUDIES.values()) if name == "all" else [study_of(name)]
+    if requests is not None and rtts is None:
+        raise ConfigError("recorded requests are run on real hosts: add --rtts FILE")
+    data = load_data(rtts, requests)
     if out is not None:
         _make_folder(out)
     for one in chosen:
         with progress_bar() as progress:
             count = seeds or (one.quick_seeds if quick else one.seeds)
-            task = Task(seeds=count, is_quick=quick, progress=progress)
+            task = Task(seeds=count, is_quick=quick, progress=progress, data=data)
             report = one.run(task)
         print(f"# {one.name}\n\n{one.title}. Source: {one.source}. Seeds: {count}.\n")
         print(f"{markdown(report)}\n", flush=True)

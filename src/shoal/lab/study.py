@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Final, Literal
 
 from shoal.base.errors import ConfigError
+from shoal.lab.study_data import NO_DATA, Data
 
 Origin = Literal["published", "simulated", "measured"]
 """Who says so: the paper; our rules and simulator; our own clock (times of solvers)."""
@@ -120,6 +121,8 @@ class Task:
     is_quick: bool = False
     """Fewer settings, for a look and for tests."""
     progress: Progress = lambda what, done, total: None
+    data: Data = NO_DATA
+    """Recorded data that the user has; some studies show more with it."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:

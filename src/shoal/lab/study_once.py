@@ -236,7 +236,7 @@ def _variants(case: Placed, seed: int) -> dict[str, float]:
 
 ONCE_NOTES: Final = (
     "Placed once: one draw gains nothing and another more than twice, so a mean of six draws, as "
-    "the earlier one, is worth little more than its standard error says. The last table (full runs) "
+    "the earlier one, is worth no more than its standard error says. The last table (full runs) "
     "shows that the mean does not hang on how annealing is done, on checks by Petals' servers, or "
     "on where sessions leave spans. What is beyond chance must lie in the draws of the earlier "
     "implementation, which are not kept.",

@@ -17,6 +17,7 @@ from shoal.lab.study import Chart, Check, Figure, Report, Row, Task, mean
 from shoal.lab.study_bloom import MEMORY_9, MEMORY_26, METHODS, SETUP_S, Load, Memory, placed
 from shoal.lab.study_bprr import MAPS, on_map
 from shoal.lab.study_maps import Delay, load_map
+from shoal.lab.study_real import REAL_NOTES, real_rows
 from shoal.plan.spec import Problem
 
 SIGMA: Final = 0.5
@@ -108,7 +109,11 @@ def realism(task: Task) -> Report:
     chart = Chart(
         table="worlds", figures=tuple(f"{name}, response s" for name in PAIR), label="response, s"
     )
-    return Report(rows=tuple(rows), checks=_checks(rows), charts=(chart,), notes=NOTES)
+    real, checks = real_rows(task)
+    notes = (*NOTES, *REAL_NOTES, *task.data.provenances) if real else (*NOTES, WITHOUT_DATA)
+    return Report(
+        rows=(*rows, *real), checks=(*_checks(rows), *checks), charts=(chart,), notes=notes
+    )
 
 
 def _checks(rows: list[Row]) -> tuple[Check, ...]:
@@ -131,4 +136,9 @@ NOTES: Final = (
     "placements are made for the mean, memory is reserved for the longest, and routes know no "
     "more than that: most of the waiting comes of it. Bursts: gaps with 4 times the "
     "variation of Poisson's. Fibre: round trips 2.95 times as long.",
+)
+
+WITHOUT_DATA: Final = (
+    "Not shown: round trips of real hosts (--rtts FILE) and, on them, recorded requests "
+    "(--requests FILE) with caches that grow. No such data comes with Shoal."
 )

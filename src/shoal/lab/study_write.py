@@ -129,6 +129,7 @@ def _content(study: Study, task: Task, report: Report) -> Mapping[str, Any]:
         "source": study.source,
         "seeds": list(range(task.seeds)),
         "quick": task.is_quick,
+        "data": list(task.data.provenances),
         "environment": environment(),
         "origins": list(ORIGINS),
         "rows": [

@@ -1,0 +1,213 @@
+"""Recorded data for studies, read from files that the user has: round trips and requests.
+
+None is part of the package. A study that uses a file says what is in it and where it comes from:
+the line of the README.md beside it that names it, and the start of its SHA-256.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from shoal.base.errors import ConfigError
+from shoal.lab.sim_scenario import Request
+
+BYTES_MAX: Final = 64_000_000
+"""Files beyond this are not read: no table of round trips or requests is so large."""
+
+HOSTS_MIN: Final = 2
+
+AZURE_COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""Of the traces that Azure publishes; times as `2023-11-16 18:15:46.6805900`."""
+
+OWN_COLUMNS: Final = ("at_s", "tokens_in", "tokens_out")
+"""As `shoal simulate` takes traces."""
+
+DIGITS_MAX: Final = 6
+"""Of a second's fraction: Python knows microseconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rtts:
+    """Round trips between hosts: seconds, `[one][other]`, symmetric where the file is."""
+
+    rtt_s: tuple[tuple[float, ...], ...]
+    provenance: str
+
+    @property
+    def num_hosts(self) -> int:
+        """Rows of the table."""
+        return len(self.rtt_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Requests in the order in which they came, from 0 s on."""
+
+    requests: tuple[Request, ...]
+    provenance: str
+
+    def within(self, tokens_in: int, tokens_out: int) -> tuple[Request, ...]:
+        """Those with at most so many tokens."""
+        return tuple(
+            one
+            for one in self.requests
+            if one.tokens_in <= tokens_in and one.tokens_out <= tokens_out
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What the user gave."""
+
+    rtts: Rtts | None = None
+    requests: Recorded | None = None
+
+    @property
+    def provenances(self) -> tuple[str, ...]:
+        """Of what was given."""
+        given = (self.rtts, self.requests)
+        return tuple(one.provenance for one in given if one is not None)
+
+
+NO_DATA: Final = Data()
+
+
+def load_data(rtts: Path | None, requests: Path | None) -> Data:
+    """The files that the user names. Raises as `load_rtts` and `load_requests`."""
+    return Data(
+        rtts=None if rtts is None else load_rtts(rtts),
+        requests=None if requests is None else load_requests(requests),
+    )
+
+
+def load_rtts(path: Path) -> Rtts:
+    """A square table of milliseconds without a heading, as CSV.
+
+    Raises:
+        ConfigError: it can't be read, or is no such table.
+    """
+    content = _read(path)
+    rows = []
+    for number, line in enumerate(csv.reader(io.StringIO(content)), 1):
+        try:
+            row = tuple(float(cell) / 1e3 for cell in line)
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: not all are numbers ({error})") from error
+        if not all(0 <= cell < math.inf for cell in row):
+            raise ConfigError(f"{path}, line {number}: round trips are milliseconds from 0 on")
+        rows.append(row)
+    if len(rows) < HOSTS_MIN or any(len(row) != len(rows) for row in rows):
+        raise ConfigError(
+            f"{path} is no square table: {len(rows)} lines, and {min(map(len, rows), default=0)} "
+            "or more numbers in each"
+        )
+    return Rtts(rtt_s=tuple(rows), provenance=_provenance(path, content))
+
+
+def load_requests(path: Path) -> Recorded:
+    """Times, prompts' and answers' lengths as CSV with a heading: Azure's, or our own.
+
+    Requests without an answer, or without a prompt, are left out.
+
+    Raises:
+        ConfigError: it can't be read, or has other columns.
+    """
+    content = _read(path)
+    reader = csv.DictReader(io.StringIO(content))
+    columns = next(
+        (names for names in (AZURE_COLUMNS, OWN_COLUMNS) if set(names) <= set(_heads(reader))), None
+    )
+    if columns is None:
+        raise ConfigError(
+            f"{path} has columns {', '.join(_heads(reader)) or 'without names'}; requests need "
+            f"{', '.join(AZURE_COLUMNS)}, or {', '.join(OWN_COLUMNS)}"
+        )
+    found = []
+    for line, row in enumerate(reader, 2):
+        try:
+            found.append(_request(row, columns))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}, line {line}: {error}") from error
+    whole = sorted((one for one in found if min(one[1:]) >= 1), key=lambda one: one[0])
+    if not whole:
+        raise ConfigError(f"{path} has no request with a prompt and an answer")
+    start_s = whole[0][0]
+    return Recorded(
+        requests=tuple(
+            Request(at_s=at_s - start_s, tokens_in=tokens_in, tokens_out=tokens_out)
+            for at_s, tokens_in, tokens_out in whole
+        ),
+        provenance=_provenance(path, content),
+    )
+
+
+def _heads(reader: csv.DictReader[str]) -> Sequence[str]:
+    return reader.fieldnames or ()
+
+
+def _request(row: Mapping[str, str], columns: Sequence[str]) -> tuple[float, int, int]:
+    when, tokens_in, tokens_out = (row[name] for name in columns)
+    if columns == OWN_COLUMNS:
+        at_s = float(when)
+    else:
+        whole, _, fraction = when.partition(".")
+        at_s = datetime.fromisoformat(f"{whole}.{fraction[:DIGITS_MAX]:0<6}+00:00").timestamp()
+    if not math.isfinite(at_s):
+        raise ValueError(f"{when!r} is no time")
+    return at_s, int(tokens_in), int(tokens_out)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > BYTES_MAX:
+            raise ConfigError(f"{path} is larger than {BYTES_MAX} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from error
+
+
+def _provenance(path: Path, content: str) -> str:
+    """What the README.md beside it says of it, and its hash."""
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    try:
+        lines = (path.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    said = next((line.lstrip("*- ").strip() for line in lines if path.name in line), None)
+    if said is None:
+        said = f"`{path.name}`: no README.md beside it says where it comes from"
+    return f"{said} SHA-256 {digest}..."
+
+
+def stretch(
+    recorded: Sequence[Request], count: int, rate_per_s: float, rng: random.Random
+) -> tuple[Request, ...]:
+    """`count` requests that came one after the other, from a place at random, as long as they
+    were; their times made slower or quicker so that `rate_per_s` come on average.
+
+    Raises:
+        ConfigError: fewer were recorded.
+    """
+    if len(recorded) < max(2, count):
+        raise ConfigError(f"{count} requests are wanted, and {len(recorded)} were recorded")
+    start = rng.randrange(len(recorded) - count + 1)
+    taken = recorded[start : start + count]
+    span_s = taken[-1].at_s - taken[0].at_s
+    factor = (count - 1) / rate_per_s / span_s if span_s else 0.0
+    return tuple(
+        Request(
+            at_s=(one.at_s - taken[0].at_s) * factor,
+            tokens_in=one.tokens_in,
+            tokens_out=one.tokens_out,
+        )
+        for one in taken
+    )

@@ -70,12 +70,12 @@ class Finetuning:
             ShoalError: it can't go on; the run was saved.
         """
         self._tell_beginning()
-        self._save()
+        self.save()
         try:
             with Stopping().noticing() as stopping:
                 self._advance(stopping)
         except (ShoalError, KeyboardInterrupt) as error:
-            self._save()
+            self.save()
             self._tell_how_to_go_on(error)
             raise
         return self._finish()
@@ -88,18 +88,19 @@ class Finetuning:
                 if isinstance(event, StepDone):
                     line.stepped(event)
                     if event.step % every == 0:
-                        self._save()
+                        self.save()
                 else:
                     line.evaluated(event)
                 if stopping.is_asked and self.run.steps_left:
                     raise KeyboardInterrupt
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint."""
         self.run.save(self._out / CHECKPOINT, self.spec.as_dict())
 
     def _finish(self) -> dict[str, Any]:
         """Save the end, the result and the curve."""
-        self._save()
+        self.save()
         model = self.run.model
         write_result(
             self._out, model, config=self._config, given=self.spec.given,

@@ -28,6 +28,8 @@ class Loss:
     num_counted: int
     num_right: int = 0
     """Classes that were told right; 0 for texts."""
+    scores: torch.Tensor | None = None
+    """(B, C) of classes."""
 
 
 class TunedModel(torch.nn.Module):
@@ -118,7 +120,7 @@ class TunedModel(torch.nn.Module):
         scores = self.classes(_last(states, batch.lengths, self.num_prompt_tokens))
         total = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
         right = int((scores.argmax(dim=1) == batch.labels).sum())
-        return Loss(total=total, num_counted=len(batch.labels), num_right=right)
+        return Loss(total=total, num_counted=len(batch.labels), num_right=right, scores=scores)
 
     def _text_loss(self, states: torch.Tensor, batch: Batch) -> Loss:
         # The state before a token predicts it. Behind a prompt even the first token is

@@ -1,0 +1,214 @@
+"""`shoal finetune` on a whole tiny model in this process: results, going on, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoal.cli.app import run
+from shoal.cli.finetune_curve import smoothed, text_curve
+from shoal.cli.finetune_progress import Stopping, TrainingLine
+from shoal.cli.finetune_spec import Asked, DataChoice
+from shoal.cli.finetuning import Place, begin
+from shoal.hf.tuning_build import Method
+from shoal.hf.tuning_checkpoint import StepDone
+from shoal.hf.tuning_settings import TuningSettings
+from tests.models import tiny_model
+from tests.tuning_cases import TEMPLATE, letters
+
+TEXTS = [{"text": "the sea is " + "blue " * (number % 3 + 1)} for number in range(10)]
+PAIRS = [{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(10)]
+LABELS = [
+    {"text": f"{number}: it rains", "label": "wet" if number % 2 else "dry"} for number in range(12)
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+] * 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer = letters()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Commands set variables for their own process, which is this one here.
+    monkeypatch.setattr(os, "environ", dict(os.environ, SHOAL_CACHE=str(tmp_path / "cache")))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def finetune(*arguments: object) -> int:
+    return run(["finetune", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [("lora", CHATS), ("prompt", PAIRS), ("deep-prompt", TEXTS), ("classifier", LABELS)],
+)
+def test_a_run_from_data_to_files(
+    method: str, rows: list[dict[str, Any]], model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, out = write(tmp_path / "data.jsonl", rows), tmp_path / "out"
+    code = finetune(
+        model, "--local", "--data", data, "--method", method, "--out", out, "--steps", 4,
+        "--eval-share", 0.25, "--eval-every", 2, "--prompt-tokens", 3, "--threads", 1, "--json",
+    )  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    report = json.loads(said.out)
+    assert report["steps"] == 4
+    assert report["eval_loss"] > 0
+    assert (report["eval_accuracy"] is None) == (method != "classifier")
+    assert "step 4 of 4: loss " in said.err
+    assert "evaluation after step 2: loss " in said.err
+    assert "4 steps" in said.err  # the curve
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((out / "training.json").read_text())
+    assert [one["step"] for one in record["history"]["steps"]] == [1, 2, 3, 4]
+    assert [one["step"] for one in record["history"]["evaluations"]] == [0, 2, 4]
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert tensors
+    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl", TEXTS)
+    settings = TuningSettings(num_steps=6, save_every=3)
+    method = Method(name="lora", dropout=0.1)
+    choice = DataChoice(path=data, eval_path=None, eval_share=0.1, length_max=512, seed=0)
+
+    def asked(name: str) -> Asked:
+        return Asked(
+            given=str(model), out=tmp_path / name, data=choice, method=method,
+            settings=settings, epochs=None,
+        )  # fmt: skip
+
+    here = Place(swarm=None, patience_s=1.0)
+    with begin(here, asked("whole")) as work:
+        work.train()
+    with begin(here, asked("cut")) as work:
+        list(islice(work.run.advance(), 3))
+        work.save()
+    capsys.readouterr()
+    assert finetune("--resume", tmp_path / "cut", "--local", "--threads", 1) == 0
+    assert "going on after step 3" in capsys.readouterr().err
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # Once more, when all is done: nothing changes.
+    assert finetune("--resume", tmp_path / "cut", "--local", "--threads", 1) == 0
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+REFUSED: list[tuple[dict[str, object], str]] = [
+    ({"--data": "absent.jsonl"}, "can't read"),
+    ({"--method": "qlora"}, "--method qlora: one of lora, prompt, deep-prompt, classifier"),
+    ({"--method": "classifier"}, "has no labels: a classifier needs"),
+    ({"--targets": "gate"}, "--targets gate: the blocks' layers are mlp.down_proj"),
+    ({"--rank": 0}, "rank 0"),
+    ({"--dropout": 1.0}, "dropout 1.0"),
+    ({"--prompt-tokens": 0, "--method": "prompt"}, "--prompt-tokens 0: at least 1"),
+    ({"--max-length": 1}, "--max-length 1: from 2"),
+    ({"--eval-share": 1.0}, "--eval-share 1: from 0"),
+    ({"--epochs": 0}, "--epochs 0: more than 0"),
+    ({"--schedule": "step"}, "--schedule step: one of"),
+    ({"--join": "tcp://x@127.0.0.1:1"}, "--local and --join or --lan: give one"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_what_is_refused(
+    change: dict[str, object], message: str, model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = write(tmp_path / "data.jsonl", TEXTS)
+    options = {"--data": data, "--out": tmp_path / "out", **change}
+    words = [str(word) for pair in options.items() for word in pair]
+    assert finetune(model, "--local", "--threads", 1, *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+def test_what_is_missing_or_in_the_way(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: object) -> str:
+        assert finetune(*arguments) == 2
+        return capsys.readouterr().err
+
+    data, out = write(tmp_path / "data.jsonl", TEXTS), tmp_path / "out"
+    assert "no server named" in refused(model, "--data", data, "--out", out)
+    assert "give MODEL, --data FILE and --out DIR" in refused(model, "--local", "--data", data)
+    assert "can't read" in refused("--local", "--resume", tmp_path / "absent")
+    assert finetune(model, "--local", "--data", data, "--out", out, "--steps", 1) == 0
+    capsys.readouterr()
+    assert "holds a run already" in refused(model, "--local", "--data", data, "--out", out)
+    assert "--steps: with --resume" in refused("--local", "--resume", out, "--steps", 2)
+    write(data, TEXTS[1:])
+    assert "has changed since the run" in refused("--local", "--resume", out)
+
+
+def test_labels_belong_to_a_classifier(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl", LABELS)
+    assert finetune(model, "--local", "--data", data, "--out", tmp_path / "out") == 2
+    assert "has labels: learn them with --method classifier" in capsys.readouterr().err
+
+
+def test_the_first_interrupt_asks_and_the_second_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Stopping().noticing() as stopping:
+        assert not stopping.is_asked
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.is_asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "finishing this step" in capsys.readouterr().err
+
+
+def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """About twenty a run, with the time left by the last steps."""
+    with TrainingLine(100, 0).shown() as line:
+        for step in range(1, 101):
+            line.stepped(
+                StepDone(step=step, loss=1.0, rate=0.1, gradient=1.0, num_tokens=50, duration_s=2.0)
+            )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert lines[0] == "step 1 of 100: loss 1.0000, 25 tokens/s, 3:18 min left"
+    assert lines[-1] == "step 100 of 100: loss 1.0000, 25 tokens/s, 0 s left"
+
+
+def test_the_curve_falls_where_the_loss_does() -> None:
+    drawn = text_curve([3.0, 2.0, 1.0], width=4, height=2).splitlines()
+    assert drawn[0].startswith("  3.0000 |")
+    assert drawn[1].startswith("  1.0000 |")
+    assert drawn[-1].split() == ["1", "3", "steps"]
+    first, last = ord(drawn[0][10]) - 0x2800, ord(drawn[1][13]) - 0x2800
+    assert first & 0x01  # the top left dot
+    assert last & 0x80  # the bottom right one
+    assert text_curve([]) == "(no steps yet)"
+    assert text_curve([float(at) for at in range(1000)])
+    assert smoothed([1.0] * 50) == pytest.approx([1.0] * 50)

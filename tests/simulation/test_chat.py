@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import random
-from functools import partial
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from shoal.base.errors import ConfigError, PeerError
 from shoal.base.spans import Span
 from shoal.cli.chatting import Conversation, Listener, common_prefix, template_renderer
+from shoal.cli.speakers import ChainSpeaker
 from shoal.cli.transcript import Transcript
 from shoal.hf.sampling import Sampler
 from shoal.lab.clock import run_virtual
@@ -76,8 +76,7 @@ class Chat:
 
     def fresh(self):
         return Conversation(
-            partial(self.client.open_session, "float32"),
-            ToyHead(),
+            ChainSpeaker(self.client, ToyHead(), "float32"),
             TOKENIZER,
             template_renderer(TOKENIZER, None),
             {END},

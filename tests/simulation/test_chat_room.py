@@ -3,7 +3,6 @@
 import io
 import random
 from contextlib import closing
-from functools import partial
 
 import pytest
 
@@ -11,6 +10,7 @@ from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
 from shoal.cli.chat_room import ChatRoom
 from shoal.cli.chatting import Conversation, template_renderer
+from shoal.cli.speakers import ChainSpeaker
 from shoal.cli.transcript import ChatSettings, Transcript, load_transcript
 from shoal.hf.loop import BackgroundLoop
 from shoal.lab.network import SimulatedNetwork
@@ -28,8 +28,7 @@ class Stage:
         self.swarm = SimulatedSwarm(specs, SimulatedNetwork(rng), rng, num_blocks=4)
         client = background.start(self._open()).result(10)
         conversation = Conversation(
-            partial(client.open_session, "float32"),
-            ToyHead(),
+            ChainSpeaker(client, ToyHead(), "float32"),
             TOKENIZER,
             template_renderer(TOKENIZER, None),
             {END},

@@ -11,12 +11,15 @@ from typing import Annotated, Final
 import typer
 
 from shoal.base.errors import ConfigError
+from shoal.cli.adapters import AdapterOption, check_adapter
 from shoal.cli.generate import (
     PATIENCE_S,
     CompressOption,
     DtypeOption,
     PatienceOption,
     StandbyOption,
+    ThinOption,
+    check_thin,
 )
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
@@ -92,6 +95,8 @@ def chat(
     template: TemplateOption = None,
     dtype: DtypeOption = None,
     compress: CompressOption = False,
+    thin: ThinOption = False,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
     standby: StandbyOption = 0,
@@ -136,13 +141,15 @@ def chat(
     line = WaitingLine()
     target = ChatTarget(
         swarm=choice,
-        model=opened or fetch_model(model, choice, limit_bytes or 0),
+        model=opened or fetch_model(model, choice, limit_bytes or 0, is_thin=thin),
         template=written,
         dtype=dtype,
         is_compressed=compress,
         patience_s=patience,
         on_waiting=line.told,
-        standby=standby,
+        standby=check_thin(standby, is_thin=thin),
+        is_thin=thin,
+        adapter=check_adapter(adapter, is_thin=thin),
     )
     _quiet_warnings()
     with hosting(target) as (background, conversation):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from shoal.cli.adapters import choose_adapter
 from shoal.cli.answering import check_model, common_encoding, open_swarm_client
 from shoal.cli.chatting import Conversation, template_renderer
-from shoal.cli.joining import SwarmChoice, visit
+from shoal.cli.joining import SwarmChoice, Visitor, visit
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import fetch_for_client
+from shoal.cli.speakers import ChainSpeaker, Speaker, ThinSpeaker
+from shoal.cli.thin_host import open_swarm_thin_client
 from shoal.client.waiting import OnWaiting
 from shoal.hf.head import load_head
 from shoal.hf.loop import BackgroundLoop
@@ -38,15 +41,21 @@ class ChatTarget:
     on_waiting: OnWaiting | None = None
     standby: int = 0
     """Standbys for each hop."""
+    is_thin: bool = False
+    """Whether a server embeds and chooses tokens."""
+    adapter: str | None = None
+    """The LoRA adapter that all tokens go through, as the person named it."""
 
 
-def fetch_model(given: str, swarm: SwarmChoice, limit_bytes: int) -> OpenModel:
+def fetch_model(
+    given: str, swarm: SwarmChoice, limit_bytes: int, *, is_thin: bool = False
+) -> OpenModel:
     """What a client needs of the model, fetched from the swarm.
 
     Raises:
         ModelError, ConfigError, PeerError: it can't be had; says why.
     """
-    return asyncio.run(fetch_for_client(given, swarm, limit_bytes))
+    return asyncio.run(fetch_for_client(given, swarm, limit_bytes, is_thin=is_thin))
 
 
 @contextmanager
@@ -65,20 +74,10 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
 
         async def host() -> None:
             async with visit(target.swarm) as visitor:
-                snapshot = visitor.directory.snapshot()
-                check_model(snapshot, target.model)
-                encoding = target.dtype or common_encoding(snapshot, target.model.name)
-                head = load_head(target.model.source, dtype=encoding)
-                async with open_swarm_client(
-                    visitor, target.model, target.patience_s, target.on_waiting, target.standby
-                ) as client:
-                    inner = INT8_BLOCK if target.is_compressed else None
+                check_model(visitor.directory.snapshot(), target.model)
+                async with _speaking(target, visitor) as speaker:
                     conversation = Conversation(
-                        partial(client.open_session, encoding, inner_encoding=inner),
-                        head,
-                        tokenizer,
-                        render,
-                        end_tokens(target.model, tokenizer),
+                        speaker, tokenizer, render, end_tokens(target.model, tokenizer)
                     )
                     opened.set_result(conversation)
                     await ending.wait()
@@ -91,6 +90,27 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
         done, _ = wait([hosted], CLOSE_S)
         if done:
             hosted.result()
+
+
+@asynccontextmanager
+async def _speaking(target: ChatTarget, visitor: Visitor) -> AsyncIterator[Speaker]:
+    """Who makes the tokens: this process, or a server with a head."""
+    model, snapshot = target.model, visitor.directory.snapshot()
+    encoding = target.dtype or common_encoding(snapshot, model.name)
+    if target.is_thin:
+        async with open_swarm_thin_client(
+            visitor, model, target.patience_s, encoding=encoding,
+            is_compressed=target.is_compressed, on_waiting=target.on_waiting,
+        ) as thin:  # fmt: skip
+            yield ThinSpeaker(thin)
+        return
+    adapter = choose_adapter(target.adapter, model, snapshot)
+    head = load_head(model.source, dtype=encoding)
+    async with open_swarm_client(
+        visitor, model, target.patience_s, target.on_waiting, target.standby
+    ) as client:
+        inner = INT8_BLOCK if target.is_compressed else None
+        yield ChainSpeaker(client, head, encoding, inner, adapter.offered_by(client))
 
 
 def end_tokens(model: OpenModel, tokenizer: object) -> frozenset[int]:

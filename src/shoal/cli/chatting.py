@@ -10,17 +10,18 @@ them, the tokens from there on are sent again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import ConfigError, ShoalError
+from shoal.cli.speakers import Speaker, SpokenSession
 from shoal.hf.detokenize import Detokenizer
-from shoal.hf.generation import Speed, Token, TokenHead, TokenSampler, generate, measure
+from shoal.hf.generation import Speed, Token, measure
+from shoal.hf.sampling import Sampler
 
 if TYPE_CHECKING:
-    from shoal.client.chain_session import ChainSession
     from shoal.client.session import Recovery
 
 Messages = Sequence[dict[str, str]]
@@ -60,16 +61,14 @@ class Conversation:
 
     def __init__(
         self,
-        open_session: Callable[[], Awaitable[ChainSession]],
-        head: TokenHead,
+        speaker: Speaker,
         tokenizer: Any,
         render: Render,
         eos_ids: Collection[int],
     ) -> None:
-        self.session: ChainSession | None = None
+        self.session: SpokenSession | None = None
         """What runs now; None before the first answer and after a failure."""
-        self._open_session = open_session
-        self._head = head
+        self._speaker = speaker
         self._tokenizer = tokenizer
         self._render = render
         self._eos_ids = eos_ids
@@ -88,7 +87,7 @@ class Conversation:
     async def answer(
         self,
         messages: Messages,
-        sampler: TokenSampler,
+        sampler: Sampler,
         max_new_tokens: int,
         listener: Listener,
     ) -> Reply:
@@ -160,19 +159,18 @@ class Conversation:
         self,
         ids: Sequence[int],
         kept: int,
-        sampler: TokenSampler,
+        sampler: Sampler,
         max_new_tokens: int,
         listener: Listener,
     ) -> AsyncIterator[Token]:
         if self.session is None:
-            self.session = await self._open_session()
+            self.session = await self._speaker.open_session()
             self._num_told = 0
         session = self.session
         self._held = list(ids)
         try:
-            async for token in generate(
+            async for token in self._speaker.tokens(
                 session,
-                self._head,
                 ids[kept:],
                 max_new_tokens=max_new_tokens,
                 sampler=sampler,

@@ -17,6 +17,8 @@ from shoal.cli.generate import (
     DtypeOption,
     PatienceOption,
     StandbyOption,
+    ThinOption,
+    check_thin,
 )
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
@@ -118,6 +120,7 @@ def gateway(
     tls_key: KeyOption = None,
     dtype: DtypeOption = None,
     compress: CompressOption = False,
+    thin: ThinOption = False,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
     standby: StandbyOption = 0,
@@ -170,7 +173,7 @@ def gateway(
         opened = open_model(model) if limit_bytes is None else None
     settings = GatewaySettings(
         swarm=choice,
-        model=opened or fetch_model(model, choice, limit_bytes or 0),
+        model=opened or fetch_model(model, choice, limit_bytes or 0, is_thin=thin),
         listening=Listening(host=host, port=port, certificate=tls_certificate, key=tls_key),
         keys=keys,
         is_open=is_open,
@@ -182,7 +185,8 @@ def gateway(
         dtype=dtype,
         is_compressed=compress,
         patience_s=patience,
-        standby=standby,
+        standby=check_thin(standby, is_thin=thin),
+        is_thin=thin,
     )
     asyncio.run(run_until_stopped(settings))
 

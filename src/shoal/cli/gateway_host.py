@@ -16,8 +16,12 @@ from shoal.cli.chat_host import end_tokens
 from shoal.cli.dashboard_host import looking
 from shoal.cli.gateway_web import LOOPBACK, is_loopback, until_stopped
 from shoal.cli.joining import SwarmChoice, visit, wall_clock
+from shoal.cli.logs import progress_bar
 from shoal.cli.models import OpenModel
+from shoal.cli.thin_host import open_swarm_thin_client
+from shoal.client.client import Client
 from shoal.client.session import Recovery
+from shoal.client.thin import ThinClient
 from shoal.dashboard import app as dashboard
 from shoal.dashboard.events import Event
 from shoal.dashboard.observer import Observer, observing
@@ -25,7 +29,7 @@ from shoal.gateway.keys import Keys
 from shoal.gateway.line import LineConfig
 from shoal.gateway.listening import Listening, serving
 from shoal.gateway.opening import Backing, Extras, GatewayConfig, open_gateway
-from shoal.hf.head import load_head
+from shoal.hf.head import Head, load_head
 from shoal.wire.tensors import INT8_BLOCK
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,8 @@ class GatewaySettings:
     patience_s: float
     standby: int = 0
     """Standbys for each hop."""
+    is_thin: bool = False
+    """Whether servers embed and choose tokens."""
 
 
 def check_open(host: str, *, is_open: bool) -> None:
@@ -85,10 +91,20 @@ async def _run(settings: GatewaySettings) -> None:
         snapshot = visitor.directory.snapshot()
         check_model(snapshot, model)
         encoding = settings.dtype or common_encoding(snapshot, model.name)
-        head = await asyncio.to_thread(load_head, model.source, dtype=encoding)
-        client = await stack.enter_async_context(
-            open_swarm_client(visitor, model, settings.patience_s, standby=settings.standby)
-        )
+        head: Head | None = None
+        client: Client | ThinClient
+        if settings.is_thin:
+            client = await stack.enter_async_context(
+                open_swarm_thin_client(
+                    visitor, model, settings.patience_s, encoding=encoding,
+                    is_compressed=settings.is_compressed,
+                )
+            )  # fmt: skip
+        else:
+            head = await asyncio.to_thread(load_head, model.source, dtype=encoding)
+            client = await stack.enter_async_context(
+                open_swarm_client(visitor, model, settings.patience_s, standby=settings.standby)
+            )
         backing = Backing(
             client=client,
             head=head,
@@ -110,10 +126,13 @@ async def _run(settings: GatewaySettings) -> None:
             hosts=LOOPBACK if is_loopback(host) and not settings.is_open else None,
         )
         observer = await stack.enter_async_context(observing(looking(visitor), wall_clock))
-        extras = Extras(
-            routes=dashboard.routes(observer), on_repair=partial(_tell, observer, model.name)
-        )
-        app = await stack.enter_async_context(open_gateway(backing, config, wall_clock, extras))
+        with progress_bar() as show:
+            extras = Extras(
+                routes=dashboard.routes(observer),
+                on_repair=partial(_tell, observer, model.name),
+                on_progress=partial(show, "probing the head"),
+            )
+            app = await stack.enter_async_context(open_gateway(backing, config, wall_clock, extras))
         url = await stack.enter_async_context(serving(app, settings.listening))
         if settings.listening.certificate is None and not is_loopback(host):
             logger.warning(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from shoal.base.errors import ConfigError
+from shoal.cli.adapters import AdapterOption, check_adapter
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
@@ -90,6 +91,14 @@ StandbyOption = Annotated[
         "them takes over within a moment. They compute everything as well.",
     ),
 ]
+ThinOption = Annotated[
+    bool,
+    typer.Option(
+        "--thin",
+        help="Hold no weights here: a server with a head (shoal serve --with-head) embeds and "
+        "chooses tokens, and reads the text. If it dies, another one goes on.",
+    ),
+]
 SaveOption = Annotated[
     Path | None,
     typer.Option(
@@ -123,8 +132,10 @@ def generate(
     seed: SeedOption = None,
     dtype: DtypeOption = None,
     compress: CompressOption = False,
+    thin: ThinOption = False,
     save: SaveOption = None,
     resume: ResumeOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
     standby: StandbyOption = 0,
@@ -137,11 +148,11 @@ def generate(
     """Continue a prompt, streaming the text to stdout.
 
     The prompt goes in as it is, without a chat template. MODEL must be the very model that
-    the servers hold: embedding and head are computed here. If a server fails, another one
-    with the same blocks takes over and the text goes on; where there is none, the command
-    says on stderr what it waits for, until --patience is over. With --standby 1 every server
-    has another one beside it that keeps up with it: its death then costs a moment, however long
-    the text is.
+    the servers hold: embedding and head are computed here, but with --thin. If a server fails,
+    another one with the same blocks takes over and the text goes on; where there is none, the
+    command says on stderr what it waits for, until --patience is over. With --standby 1 every
+    server has another one beside it that keeps up with it: its death then costs a moment, however
+    long the text is.
 
     With --save FILE an answer outlives this command: --resume FILE shows the text so far and
     goes on, with the same tokens as if nothing had happened, greedy or sampled. MODEL and how
@@ -163,6 +174,7 @@ def generate(
           --temperature 0.8 --seed 7 --max-new-tokens 200 --json
       shoal generate smollm2-135m-instruct --join ADDR --prompt "The sea is" --save sea.shoal
       shoal generate --resume sea.shoal --join ADDR
+      shoal generate smollm2-135m-instruct --join ADDR --adapter ./my-lora --prompt "The sea is"
       shoal generate 2150765b1495 --join ADDR --weights-from-peers --prompt "The sea is"
     """
     set_threads(threads)
@@ -195,7 +207,7 @@ def generate(
                 task = task.raised(max_new_tokens)
             if model is None or "model" not in given:
                 model = model_of(task, resume, is_from_peers=weights_from_peers)
-        opened = _open(model or "", choice, limit_bytes)
+        opened = _open(model or "", choice, limit_bytes, is_thin=thin)
     if resume is not None and not isinstance(task, Question):
         check_model_of(task, opened, resume)
     line = WaitingLine()
@@ -205,12 +217,25 @@ def generate(
         patience_s=patience,
         save=save or resume,
         on_waiting=line.told,
-        standby=standby,
+        standby=check_thin(standby, is_thin=thin),
+        is_thin=thin,
+        adapter=check_adapter(adapter, is_thin=thin),
     )
     _answer(settings, opened, line, as_json=as_json)
 
 
-def _open(model: str, choice: SwarmChoice, limit_bytes: int | None) -> OpenModel:
+def check_thin(standby: int, *, is_thin: bool) -> int:
+    """The standbys, which only a client of the chain itself can have.
+
+    Raises:
+        ConfigError: both are asked for.
+    """
+    if is_thin and standby:
+        raise ConfigError("--standby and --thin: give one; the server with the head owns the chain")
+    return standby
+
+
+def _open(model: str, choice: SwarmChoice, limit_bytes: int | None, *, is_thin: bool) -> OpenModel:
     """The model, from here or (with a limit to the store) from the swarm."""
     if limit_bytes is None:
         from shoal.cli.models import open_model
@@ -218,7 +243,7 @@ def _open(model: str, choice: SwarmChoice, limit_bytes: int | None) -> OpenModel
         return open_model(model)
     from shoal.cli.peer_weights import fetch_for_client
 
-    return asyncio.run(fetch_for_client(model, choice, limit_bytes))
+    return asyncio.run(fetch_for_client(model, choice, limit_bytes, is_thin=is_thin))
 
 
 def _answer(

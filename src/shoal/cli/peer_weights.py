@@ -154,8 +154,10 @@ async def open_from(
     return _opened(name, name, await _manifest_text(name, swarm, asked), (), limit_bytes)
 
 
-async def fetch_for_client(given: str, choice: SwarmChoice, limit_bytes: int) -> OpenModel:
-    """For a client: config, tokenizer, embedding, norm and head.
+async def fetch_for_client(
+    given: str, choice: SwarmChoice, limit_bytes: int, *, is_thin: bool = False
+) -> OpenModel:
+    """For a client: config, tokenizer, embedding, norm and head; for a thin one no weights.
 
     Raises:
         ModelError, ConfigError, PeerError: it can't be had; says why.
@@ -166,7 +168,7 @@ async def fetch_for_client(given: str, choice: SwarmChoice, limit_bytes: int) ->
         asked = await survey(name, swarm.dialler(), swarm.places(name)[:ASKED_MAX])
         text = await _manifest_text(name, swarm, asked)
         opened = _opened(given, name, text, choose_files(name, asked, wanted), limit_bytes)
-        items = _items(opened, head_tensor_names(opened.source))
+        items = _items(opened, () if is_thin else head_tensor_names(opened.source))
         with weight_store().pinned(item.content.hex() for item in items):
             await fetch_items(opened, items, swarm)
     return opened
@@ -184,6 +186,11 @@ async def _manifest_text(name: str, swarm: Swarm, asked: Survey) -> bytes:
 def span_items(model: OpenModel, span: Span) -> list[Item]:
     """What a server of `span` fetches: its tensors, and the files it hands on."""
     return _items(model, span_tensor_names(model.source, span))
+
+
+def head_items(model: OpenModel) -> list[Item]:
+    """What a server that answers thin clients fetches besides: embedding, norm and head."""
+    return _items(model, head_tensor_names(model.source))
 
 
 async def fetch_items(

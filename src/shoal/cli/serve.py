@@ -11,6 +11,12 @@ from typing import Annotated, Final
 import typer
 
 from shoal.base.spans import parse_span
+from shoal.cli.adapters import (
+    ADAPTER_MEMORY,
+    AdapterMemoryOption,
+    ServedAdaptersOption,
+    parse_served,
+)
 from shoal.cli.bounds import (
     CACHE_SHARE,
     CLIENT_RATE,
@@ -145,6 +151,21 @@ IdentityOption = Annotated[
         help="Key file of this peer, made if it is missing (default: a new peer each time).",
     ),
 ]
+WithHeadOption = Annotated[
+    bool,
+    typer.Option(
+        "--with-head",
+        help="Also run embedding, final norm and head for thin clients (--thin): they send tokens "
+        "and get tokens. You then read their texts.",
+    ),
+]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Answer Prometheus at http://HOST:PORT/metrics; :PORT is for this machine only.",
+    ),
+]
 DRAIN_S: Final = 30.0
 """Long enough to replay some thousand tokens elsewhere."""
 
@@ -189,9 +210,13 @@ def serve(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     cache_tokens: CacheOption = 8192,
+    with_head: WithHeadOption = False,
+    metrics: MetricsOption = None,
     weights_from_peers: FromPeersOption = False,
     cache_limit: CacheLimitOption = "50GB",
     weights_rate: WeightsRateOption = "32MiB",
+    adapter: ServedAdaptersOption = None,
+    adapter_memory: AdapterMemoryOption = ADAPTER_MEMORY,
     drain: DrainOption = DRAIN_S,
     identity: IdentityOption = None,
     swarm: SwarmOption = None,
@@ -237,12 +262,15 @@ def serve(
       shoal serve smollm2-135m-instruct --num-blocks 10 --placement petals --join ADDR
       shoal serve 2150765b1495 --blocks 15:30 --join ADDR --weights-from-peers
       shoal serve smollm2-135m-instruct --blocks 15:30 --lan
+      shoal serve smollm2-135m-instruct --blocks 0:15 --adapter poet=./my-lora
+      shoal serve smollm2-135m-instruct --blocks 15:30 --join ADDR --with-head --metrics :9100
       shoal serve ./my-model --listen tcp://0.0.0.0:4001 --announce tcp://my.host:4001
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with noticing_interrupts(signal.SIGINT, signal.SIGTERM):
             thread_count = set_threads(threads)
+            from shoal.cli.metrics_host import parse_where
             from shoal.cli.models import open_model
             from shoal.cli.placing import parse_place
             from shoal.cli.serving import ServeSettings, serve_until_stopped
@@ -263,7 +291,11 @@ def serve(
                 device=device,
                 threads=thread_count,
                 cache_tokens=cache_tokens,
+                has_head=with_head,
+                metrics=None if metrics is None else parse_where(metrics),
                 drain_s=drain,
+                adapters=parse_served(adapter),
+                adapter_bytes=parse_size(adapter_memory, "--adapter-memory"),
                 weights_bytes_per_s=parse_size(weights_rate, "--weights-rate"),
                 bounds=parse_bounds(
                     allow=allow,

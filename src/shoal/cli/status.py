@@ -187,6 +187,8 @@ def _server_dict(seen: Seen) -> dict[str, Any]:
         "numerics": record.numerics,
         "is_exact": record.is_exact,
         "version": record.version,
+        "head": record.head,
+        "adapters": {adapter.label: adapter.name.hex() for adapter in record.adapters},
         "decode_s_per_block": record.decode_s_per_block,
         "cache_tokens": record.cache_tokens if load is None else load.cache_tokens,
         "free_tokens": None if load is None else load.free_tokens,
@@ -216,8 +218,20 @@ def renderables(models: Sequence[dict[str, Any]]) -> list[Any]:
         parts.append(_table(model))
         missing = [f"missing: blocks [{start},{end})" for start, end in model["missing"]]
         served = f"all {model['num_blocks']} blocks are served"
-        parts += [Text(line) for line in missing or [served]]
+        parts += [Text(line) for line in [*(missing or [served]), *_adapter_lines(model)]]
     return parts
+
+
+def _adapter_lines(model: dict[str, Any]) -> list[str]:
+    """Who serves which adapters."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for server in model["servers"]:
+        for label, name in server["adapters"].items():
+            found.setdefault((label, name), []).append(server["peer"][:8])
+    return [
+        f"adapter {label} ({name[:8]}) at {', '.join(peers)}"
+        for (label, name), peers in sorted(found.items())
+    ]
 
 
 def _table(model: dict[str, Any]) -> Any:
@@ -225,7 +239,8 @@ def _table(model: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"model {model['model']}", title_justify="left")
-    for name in ("peer", "blocks", "state", "numerics", "cache free", "sessions", "round trip"):
+    names = ("peer", "blocks", "state", "numerics", "head", "cache free", "sessions", "round trip")
+    for name in names:
         table.add_column(name, no_wrap=name in ("peer", "blocks", "state"))
     for server in model["servers"]:
         start, end = server["blocks"]
@@ -235,6 +250,7 @@ def _table(model: dict[str, Any]) -> Any:
             f"[{start},{end})",
             server["state"],
             server["numerics"],
+            "yes" if server["head"] else "",
             f"{server['free_tokens']} of {server['cache_tokens']}" if is_seen else "",
             str(server["sessions"]) if is_seen else "",
             f"{server['rtt_s'] * 1000:.2f} ms" if is_seen else server["error"],

@@ -116,6 +116,10 @@ class HeadService:
         self.num_tokens = 0
         """Tokens given, ever."""
 
+    def leave(self) -> None:
+        """Take nothing new; what is at work goes on."""
+        self.is_leaving = True
+
     @property
     def num_sessions(self) -> int:
         """Sessions of all guests."""

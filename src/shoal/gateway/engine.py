@@ -20,13 +20,10 @@ from shoal.gateway.grammars import Grammars
 from shoal.gateway.kept import Kept, KeptSessions, Match
 from shoal.gateway.meter import Meter
 from shoal.gateway.requests import Settings
-from shoal.hf.generation import RowScores, TokenHead, TokenLog
+from shoal.gateway.sequences import TokenSequence
 from shoal.plan.view import Stage
 
 if TYPE_CHECKING:
-    import torch
-
-    from shoal.client.chain_session import ChainSession
     from shoal.client.session import Recovery
 
 ROOM_S: Final = 1.0
@@ -41,9 +38,7 @@ STALL_S_PER_TOKEN: Final = 0.1
 class Served:
     """A model that a swarm runs, as the gateway uses it."""
 
-    open_session: Callable[[], Awaitable[ChainSession]]
-    head: TokenHead
-    batch: RowScores
+    open_sequence: Callable[[], Awaitable[TokenSequence]]
     words: Words
     context_tokens: int
     """The longest session, prompt and answer."""
@@ -128,16 +123,13 @@ class Engine:
         """
         started_s = self._clock()
         writings = await self._writings(job)
-        async with self._session(job) as (session, kept_tokens):
+        async with self._sequence(job) as (session, kept_tokens):
             before = len(session.recoveries)
-            log = TokenLog(self.served.head, session.encoding, session.length)
             rest = job.prompt_ids[kept_tokens:]
-            log.append(rest)
-            row = await self._step(session, log, len(rest))
-            scores = await self.served.batch.logits(row, session.encoding)
+            await self._in_time(session.read(rest), len(rest))
             await sink.begun(Begun(chain=session.chain, kept_tokens=kept_tokens))
             self._meter.first_token_s.observe(self._clock() - started_s)
-            forked = await self._write_all(session, log, scores, writings, sink)
+            forked = await self._write_all(session, writings, sink)
             recoveries = (*session.recoveries[before:], *forked)
             self._keep(job, session, writings[0].tokens)
             return self._done(job, session, kept_tokens, writings, recoveries)
@@ -157,7 +149,7 @@ class Engine:
     # --- sessions ----------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _session(self, job: Job) -> AsyncIterator[tuple[ChainSession, int]]:
+    async def _sequence(self, job: Job) -> AsyncIterator[tuple[TokenSequence, int]]:
         """A session that holds a beginning of the prompt; closed unless all goes well."""
         session, kept_tokens = await self._begin(job)
         try:
@@ -166,7 +158,7 @@ class Engine:
             session.close()
             raise
 
-    async def _begin(self, job: Job) -> tuple[ChainSession, int]:
+    async def _begin(self, job: Job) -> tuple[TokenSequence, int]:
         match = self._kept.find(job.owner, job.prompt_ids, self._clock())
         if match is not None:
             found = await self._continued(match)
@@ -174,9 +166,9 @@ class Engine:
                 return found, match.length
         return await self._opened(), 0
 
-    async def _continued(self, match: Match) -> ChainSession | None:
+    async def _continued(self, match: Match) -> TokenSequence | None:
         """The kept session, cut to what is in common; None: it failed while it was at rest."""
-        session: ChainSession = match.kept.session  # type: ignore[assignment]
+        session: TokenSequence = match.kept.session  # type: ignore[assignment]
         try:
             if match.is_fork:
                 return await session.fork(match.length)
@@ -186,8 +178,8 @@ class Engine:
             return None
         return session
 
-    async def _opened(self) -> ChainSession:
-        opening = asyncio.ensure_future(self.served.open_session())
+    async def _opened(self) -> TokenSequence:
+        opening = asyncio.ensure_future(self.served.open_sequence())
         try:
             done, _ = await asyncio.wait({opening}, timeout=ROOM_S)
             if not done:
@@ -200,16 +192,16 @@ class Engine:
                 result.close()
             raise
 
-    async def _step(self, session: ChainSession, log: TokenLog, count: int) -> bytes:
-        """The last row of `count` new ones; sessions at rest make room if it takes long."""
+    async def _in_time(self, step: Awaitable[None], count: int) -> None:
+        """Take `count` new tokens; sessions at rest make room if it takes long."""
         after_s = STALL_S + STALL_S_PER_TOKEN * count
         room = asyncio.get_running_loop().call_later(after_s, self._kept.clear)
         try:
-            return await session.step(log.rows, count)
+            await step
         finally:
             room.cancel()
 
-    def _keep(self, job: Job, session: ChainSession, tokens: Sequence[int]) -> None:
+    def _keep(self, job: Job, session: TokenSequence, tokens: Sequence[int]) -> None:
         held = (*job.prompt_ids, *tokens)[: session.length]
         self._kept.put(Kept(owner=job.owner, tokens=held, session=session, at_s=self._clock()))
 
@@ -217,23 +209,18 @@ class Engine:
 
     async def _write_all(
         self,
-        session: ChainSession,
-        log: TokenLog,
-        scores: torch.Tensor,
+        session: TokenSequence,
         writings: Sequence[Writing],
         sink: Sink,
     ) -> list[Recovery]:
         """All choices at the same time; repairs of the forks' chains come back."""
-        forks: list[ChainSession] = []
+        forks: list[TokenSequence] = []
         try:
             for _ in writings[1:]:
                 forks.append(await session.fork())
-            logs = [TokenLog(self.served.head, fork.encoding, fork.length) for fork in forks]
             works = [
-                asyncio.ensure_future(self._write(one, mine, scores, writing, sink))
-                for one, mine, writing in zip(
-                    (session, *forks), (log, *logs), writings, strict=True
-                )
+                asyncio.ensure_future(self._write(one, writing, sink))
+                for one, writing in zip((session, *forks), writings, strict=True)
             ]
             try:
                 await asyncio.gather(*works)
@@ -248,15 +235,27 @@ class Engine:
 
     async def _write(
         self,
-        session: ChainSession,
-        log: TokenLog,
-        scores: torch.Tensor,
+        session: TokenSequence,
         writing: Writing,
         sink: Sink,
     ) -> None:
+        try:
+            await self._write_tokens(session, writing, sink)
+        except SessionTooLong:
+            if not writing.num_tokens:
+                raise
+            await sink.piece(writing.end("length"))
+        finally:
+            await session.end()
+
+    async def _write_tokens(self, session: TokenSequence, writing: Writing, sink: Sink) -> None:
         told, at_s = len(session.recoveries), self._clock()
         while True:
-            token_id = writing.choose(scores, session.length)
+            await self._in_time(session.choose(writing), 1)
+            if writing.num_tokens > 1:
+                now_s = self._clock()
+                self._meter.token_s.observe(now_s - at_s)
+                at_s = now_s
             piece = writing.write()
             if piece is not None:
                 fresh = session.recoveries[told:]
@@ -264,21 +263,12 @@ class Engine:
                 await sink.piece(replace(piece, recoveries=fresh) if fresh else piece)
             if writing.ending is not None:
                 return
-            log.append([token_id])
-            try:
-                row = await self._step(session, log, 1)
-            except SessionTooLong:
-                await sink.piece(writing.end("length"))
-                return
-            scores = await self.served.batch.logits(row, session.encoding)
-            now_s = self._clock()
-            self._meter.token_s.observe(now_s - at_s)
-            at_s = now_s
+            await self._in_time(session.go_on(writing.tokens[-1]), 1)
 
     def _done(
         self,
         job: Job,
-        session: ChainSession,
+        session: TokenSequence,
         kept_tokens: int,
         writings: Sequence[Writing],
         recoveries: Sequence[Recovery],

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from shoal.base.errors import (
     BadInput,
+    BadOutput,
     ConfigError,
     ModelUnsupported,
     NoRouteError,
@@ -84,6 +85,8 @@ def from_shoal(error: ShoalError) -> ApiError:
     match error:
         case SessionTooLong():
             return ApiError(400, message, code="context_length_exceeded", param="messages")
+        case BadOutput():  # our own model's fault, whoever computed it
+            return ApiError(500, message, code=error.code)
         case BadInput() | ConfigError() | ModelUnsupported():
             return ApiError(400, message, code=error.code)
         case NoRouteError() | PeerError():

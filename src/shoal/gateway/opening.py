@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final, Literal
 
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
+from shoal.base.errors import ConfigError
 from shoal.base.limits import SESSION_TOKENS_MAX
 from shoal.base.spans import Span, missing_blocks
 from shoal.client.client import Client
 from shoal.client.session import Recovery
+from shoal.client.thin import ThinClient
 from shoal.discovery.directory import Snapshot
 from shoal.discovery.records import Record
 from shoal.gateway.answering import Words
@@ -28,8 +29,9 @@ from shoal.gateway.kept import KeptConfig, KeptSessions
 from shoal.gateway.keys import Keys
 from shoal.gateway.line import Line, LineConfig
 from shoal.gateway.meter import Meter
+from shoal.gateway.sequences import ChainSequence, ThinSequence, TokenSequence
 from shoal.hf.head import Head
-from shoal.hf.head_batch import HeadBatch, find_head_tiles
+from shoal.hf.head_batch import HeadBatch, Progress, find_head_tiles
 from shoal.model.row_tiles import TILE_ROWS_MAX, RowTiles
 
 Exactness = Literal["auto", "always"]
@@ -54,8 +56,9 @@ SWEEP_S: Final = 10.0
 class Backing:
     """What answers come from."""
 
-    client: Client
-    head: Head
+    client: Client | ThinClient
+    head: Head | None
+    """None: servers have it, with a thin client."""
     encoding: str
     inner_encoding: str | None
     tokenizer: Any
@@ -91,6 +94,8 @@ class Extras:
     """Other pages."""
     on_repair: Callable[[Recovery], None] = lambda recovery: None
     """Told of each repair under an answer."""
+    on_progress: Progress | None = None
+    """Told of the head's probe, which takes seconds with large vocabularies."""
 
 
 @asynccontextmanager
@@ -110,18 +115,14 @@ async def open_gateway(
     context = context_tokens(backing.config, records, num_blocks)
     extras = extras or Extras()
     meter = Meter(extras.on_repair)
-    batch = await asyncio.to_thread(_head_batch, backing.head, config.exactness)
+    mind = await _mind(backing, config.exactness, extras.on_progress)
     words = Words(
         tokenizer=backing.tokenizer,
         end_ids=frozenset(backing.end_ids),
-        vocab_size=backing.head.vocab_size,
+        vocab_size=mind.vocab_size,
     )
     served = Served(
-        open_session=partial(
-            backing.client.open_session, backing.encoding, inner_encoding=backing.inner_encoding
-        ),
-        head=backing.head,
-        batch=batch,
+        open_sequence=mind.open_sequence,
         words=words,
         context_tokens=context,
     )
@@ -148,7 +149,7 @@ async def open_gateway(
         body_bytes_max=max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * context),
         missing_blocks=lambda: _missing(_records(backing.snapshot(), model), num_blocks),
     )
-    _watch(meter, backing.client, batch, line, kept)
+    _watch(meter, backing.client, mind.batch, line, kept)
     sweeping = asyncio.create_task(_sweep(kept), name="gateway sweep")
     front = FrontConfig(keys=config.keys, guarded=GUARDED, hosts=config.hosts)
     try:
@@ -158,6 +159,36 @@ async def open_gateway(
         await asyncio.gather(sweeping, return_exceptions=True)
         kept.clear()
         encoder.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mind:
+    """Where tokens come from."""
+
+    open_sequence: Callable[[], Awaitable[TokenSequence]]
+    vocab_size: int
+    batch: HeadBatch | None = None
+
+
+async def _mind(backing: Backing, exactness: Exactness, progress: Progress | None) -> _Mind:
+    client, head = backing.client, backing.head
+    if isinstance(client, ThinClient):
+        thin = client
+
+        async def open_thin() -> TokenSequence:
+            return ThinSequence(await thin.open_session())
+
+        return _Mind(open_sequence=open_thin, vocab_size=thin.config.vocab_size)
+    if head is None:
+        raise ConfigError("a gateway needs a head, or a thin client")
+    batch = await asyncio.to_thread(_head_batch, head, exactness, progress)
+    whole, mine = client, head
+
+    async def open_chain() -> TokenSequence:
+        session = await whole.open_session(backing.encoding, inner_encoding=backing.inner_encoding)
+        return ChainSequence(session, mine, batch)
+
+    return _Mind(open_sequence=open_chain, vocab_size=head.vocab_size, batch=batch)
 
 
 def context_tokens(config: Any, records: Sequence[Record], num_blocks: int) -> int:
@@ -186,23 +217,30 @@ def _missing(records: Sequence[Record], num_blocks: int) -> list[tuple[int, int]
     return [(span.start, span.end) for span in missing_blocks(Span(0, num_blocks), held)]
 
 
-def _head_batch(head: Head, exactness: Exactness) -> HeadBatch:
-    tiles = find_head_tiles(head)
+def _head_batch(head: Head, exactness: Exactness, progress: Progress | None) -> HeadBatch:
+    tiles = find_head_tiles(head, progress)
     if tiles is None and exactness == "auto":
         tiles = RowTiles(counts=tuple(range(1, TILE_ROWS_MAX + 1)), probe="")
     return HeadBatch(head, tiles)
 
 
-def _watch(meter: Meter, client: Client, batch: HeadBatch, line: Line, kept: KeptSessions) -> None:
+def _watch(
+    meter: Meter,
+    client: Client | ThinClient,
+    batch: HeadBatch | None,
+    line: Line,
+    kept: KeptSessions,
+) -> None:
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "running": ("Answers at work.", lambda: line.num_running),
         "waiting": ("Requests in the line.", lambda: line.num_waiting),
         "sessions": ("Sessions at servers.", lambda: client.num_sessions),
         "kept_sessions": ("Sessions at rest.", lambda: kept.num_sessions),
         "kept_session_tokens": ("Positions of sessions at rest.", lambda: kept.num_tokens),
-        "head_calls": ("How often the head was applied.", lambda: batch.num_calls),
-        "head_rows": ("To how many rows.", lambda: batch.num_rows),
     }
+    if batch is not None:
+        gauges["head_calls"] = ("How often the head was applied.", lambda: batch.num_calls)
+        gauges["head_rows"] = ("To how many rows.", lambda: batch.num_rows)
     for name, (text, value) in gauges.items():
         meter.watch(f"shoal_gateway_{name}", text, value)
 

@@ -69,6 +69,26 @@ class Speed:
     """Decode speed: tokens after the first, per second since the first. 0 for one token."""
 
 
+class Happened(Protocol):
+    """What a session can tell of itself: see `shoal.client.chain_session.ChainSession`."""
+
+    @property
+    def chain(self) -> tuple[Stage, ...]:
+        """Who runs which blocks now."""
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """The repairs so far."""
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The planned changes of the chain so far."""
+
+    @property
+    def numerics(self) -> str:
+        """What repairs did to the numbers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A whole answer and how it came about."""
@@ -168,7 +188,7 @@ async def collect(
 
 
 def summarize(
-    session: ChainSession, tokens: Sequence[Token], *, prompt_tokens: int, started_s: float
+    session: Happened, tokens: Sequence[Token], *, prompt_tokens: int, started_s: float
 ) -> Answer:
     """The answer that these tokens of `session` make."""
     return Answer(

@@ -11,7 +11,7 @@ padding for that (float32 on CPUs), each row is computed by itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -86,15 +86,27 @@ class HeadBatch:
         return self._head.scores(hidden)[: len(rows)]
 
 
-def find_head_tiles(head: Head) -> RowTiles | None:
+Progress = Callable[[int, int], None]
+"""Told (calls done, calls in all), at most."""
+
+PROBE_CALLS: Final = 70
+"""Calls of a probe: ten row counts, seven at most each."""
+
+
+def find_head_tiles(head: Head, progress: Progress | None = None) -> RowTiles | None:
     """Row counts in which the head may take rows of several sessions; None: one by one.
 
-    Runs the head some hundred times on seeded rows.
+    Runs the head some `PROBE_CALLS` times on seeded rows.
     """
+    num_calls = 0
     generator = torch.Generator().manual_seed(_SEED)
     rows = torch.randn((TILE_ROWS_MAX, head.hidden_size), generator=generator)
 
     def run(numbers: Sequence[int], num_rows: int) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if progress is not None:
+            progress(min(num_calls, PROBE_CALLS), PROBE_CALLS)
         padded = rows.new_zeros((num_rows, rows.shape[1]))
         padded[: len(numbers)] = rows[list(numbers)]
         return head.scores(padded.to(head.dtype))[: len(numbers)]

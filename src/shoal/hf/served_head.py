@@ -18,7 +18,7 @@ import torch
 from shoal.base.errors import BadInput, BadOutput, ConfigError, SessionClosed, ShoalError
 from shoal.base.head import Choosing, Chosen, HeadFacts
 from shoal.hf.head import Head
-from shoal.hf.head_batch import HeadBatch, find_head_tiles
+from shoal.hf.head_batch import HeadBatch, Progress, find_head_tiles
 from shoal.hf.sampling import Sampler
 from shoal.hf.score_rules import ScoreOptions, ScoreRules, chances, masked
 from shoal.model.row_tiles import TILE_ROWS_MAX
@@ -194,12 +194,12 @@ class _Turn:
         return Chosen(id=token_id, chance=told.chosen, best=told.best)
 
 
-def serve_head(head: Head, encoding: str) -> ServedHead:
+def serve_head(head: Head, encoding: str, progress: Progress | None = None) -> ServedHead:
     """A head that is ready to answer: its row counts and its class are found first.
 
-    Takes some hundred calls of the head; not on an event loop.
+    Takes many calls of the head; not on an event loop.
     """
-    batch = HeadBatch(head, find_head_tiles(head))
+    batch = HeadBatch(head, find_head_tiles(head, progress))
     facts = HeadFacts(
         vocab_size=head.vocab_size, encoding=encoding, numerics=_numerics(head, batch, encoding)
     )

@@ -28,6 +28,7 @@ from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_ch
 from shoal.hf.tuning_files import write_result
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import steps_of
+from shoal.hf.tuning_swarm import SwarmBase
 from shoal.hf.tuning_whole import load_whole
 
 RECORD: Final = "training.json"
@@ -246,8 +247,6 @@ def _opened(
 def _base(place: Place, model: OpenModel, stack: ExitStack) -> TuningBase:
     if place.swarm is None:
         return load_whole(model.source, model.name)
-    from shoal.hf.tuning_swarm import SwarmBase
-
     choice = place.swarm
     joins = choice.joins
     if choice.is_lan:

@@ -1,0 +1,259 @@
+"""How fast is training through 1, 2 and 3 servers, beside transformers + peft in one process?
+
+Real `shoal serve` processes and a client on loopback; forward, and forward + backward, of
+batches of 4 and 16 sequences of 128 tokens, one thread in each process. Beside it the same
+weights, method and values in one process with one thread and with two. Then the same optimiser
+steps in both: the losses must agree. Last, tokens of a client that decodes while another one
+trains, through the same server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from random_model import saved_folder
+from report import RESULTS, environment, publish
+from rounds import Rounds, Way, take_rounds
+from shoal.cli.models import cache_dir
+from shoal.model.source import open_source
+from tiny_model import save_tiny
+from workers import Worker, serving, working
+
+REAL: Final = "smollm2-135m-instruct"
+SCRIPT: Final = "training_worker.py"
+ONE: Final = "transformers + peft, 1 thread"
+TWO: Final = "transformers + peft, 2 threads"
+LOSS_TOLERANCE: Final = 1e-3
+PETALS: Final = (
+    "Petals, measured beside on another day (research figures): 8 blocks 512 wide float32, two "
+    "servers: forward 0.73 of transformers, backward 0.45; 1.1B shape bfloat16: 0.85 and 0.48"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A model, a method and what to measure of them."""
+
+    name: str
+    model: str
+    dtype: str
+    method: str
+    servers: tuple[int, ...]
+    batches: tuple[int, ...]
+    length: int
+    steps: int
+    rounds: int
+    decoded: int
+
+
+class Figures:
+    """What workers said besides tokens/s: of each way the last peak of memory."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, float] = {}
+
+    def asking(self, way: str, worker: Worker, request: dict[str, Any]) -> Callable[[], Any]:
+        """A round of this way."""
+
+        async def measure() -> float:
+            found = await worker.ask(request)
+            self.peaks[way] = found["peak_mb"]
+            return float(found["tokens_per_s"])
+
+        return measure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """One who trains, and the processes that must have their core."""
+
+    worker: Worker
+    workers: dict[str, int]
+    join: str = ""
+
+
+@contextmanager
+def trainers(case: Case) -> Iterator[dict[str, Trainer]]:
+    """All ways of a case; those who are not at work wait."""
+    with ExitStack() as stack:
+        found = {}
+        for name, threads in ((ONE, 1), (TWO, 2)):
+            arguments = ("alone", case.model, case.dtype, case.method)
+            worker = stack.enter_context(working(SCRIPT, *arguments, threads=threads))
+            found[name] = Trainer(worker=worker, workers={"process": worker.pid})
+        for servers in case.servers:
+            found[f"shoal, {servers} server{'s' * (servers > 1)}"] = chain(case, servers, stack)
+        yield found
+
+
+def chain(case: Case, servers: int, stack: ExitStack) -> Trainer:
+    """So many servers that share the blocks evenly, and a client."""
+    blocks = open_source(case.model, cache_dir()).config.num_hidden_layers
+    borders = [index * blocks // servers for index in range(servers + 1)]
+    workers: dict[str, int] = {}
+    join: str | None = None
+    for begin, end in pairwise(borders):
+        span = f"{begin}:{end}"
+        address, pid = stack.enter_context(serving(case.model, span, case.dtype, 1, join))
+        join, workers[f"server {span}"] = join or address, pid
+    arguments = ("chain", case.model, case.dtype, case.method, str(join))
+    client = stack.enter_context(working(SCRIPT, *arguments, threads=1))
+    return Trainer(worker=client, workers=workers | {"client": client.pid}, join=str(join))
+
+
+def speeds(case: Case, found: dict[str, Trainer]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and every round."""
+    rows, details = [], {}
+    for kind in ("forward", "both"):
+        for batch in case.batches:
+            figures = Figures()
+            request = {"kind": kind, "batch": batch, "length": case.length}
+            ways = {
+                name: Way(workers=one.workers, measure=figures.asking(name, one.worker, request))
+                for name, one in found.items()
+            }
+            rounds: dict[str, Rounds] = asyncio.run(take_rounds(ways, case.rounds))
+            what = "forward" if kind == "forward" else "forward + backward"
+            for way, taken in rounds.items():
+                rows.append(
+                    {
+                        "model": case.name, "dtype": case.dtype, "method": case.method,
+                        "work": what, "batch": batch, "way": way,
+                        "tokens_per_s": taken.median, "share": taken.over(rounds[ONE]),
+                        "client_peak_mb": round(figures.peaks[way]), **taken.cells(),
+                    }
+                )  # fmt: skip
+                details[f"{case.name}, {case.method}, {what}, {batch}, {way}"] = taken.details()
+    return rows, details
+
+
+def losses(case: Case, found: dict[str, Trainer]) -> list[dict[str, Any]]:
+    """Losses of the same optimiser steps in all ways, beside those of one process."""
+    request = {
+        "kind": "train", "batch": min(case.batches), "length": case.length, "steps": case.steps,
+    }  # fmt: skip
+    told = {name: asyncio.run(_losses(one, request)) for name, one in found.items()}
+    rows = []
+    for name, own in told.items():
+        worst = max(
+            abs(mine - other) / abs(other) for mine, other in zip(own, told[ONE], strict=True)
+        )
+        rows.append(
+            {
+                "model": case.name, "dtype": case.dtype, "method": case.method, "way": name,
+                "steps": case.steps, "first_loss": own[0], "last_loss": own[-1],
+                "worst_difference": f"{worst:.1e}",
+                "agrees": "yes" if worst <= LOSS_TOLERANCE else "NO",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def fairness(case: Case, found: dict[str, Trainer]) -> list[dict[str, Any]]:
+    """Times between tokens of a client that decodes, without and with one that trains."""
+    trainer = found["shoal, 1 server"]
+    arguments = ("decode", case.model, case.dtype, case.method, trainer.join)
+    with working(SCRIPT, *arguments, threads=1) as client:
+        ask = {"tokens": case.decoded}
+        asyncio.run(client.ask(ask))
+        quiet = asyncio.run(client.ask(ask))
+        busy, trained = asyncio.run(_beside(client, ask, trainer, case))
+    rows = []
+    for name, one in (("decode alone", quiet), ("decode beside training", busy)):
+        times = {key: f"{one[f'{key}_ms']:.1f}" for key in ("median", "p95", "longest")}
+        rows.append(
+            {"model": case.name, "dtype": case.dtype, "case": name,
+             "tokens_per_s": one["tokens_per_s"], **{f"{k}_ms": v for k, v in times.items()},
+             "trained_tokens_per_s": trained if one is busy else 0.0}
+        )  # fmt: skip
+    return rows
+
+
+async def _beside(
+    client: Worker, ask: dict[str, Any], trainer: Trainer, case: Case
+) -> tuple[dict[str, Any], float]:
+    """The decode figures while training runs all the time, and training's tokens/s."""
+    request = {"kind": "both", "batch": min(case.batches), "length": case.length}
+    decoding = asyncio.ensure_future(client.ask(ask))
+    passes = []
+    while not decoding.done():
+        passes.append(float((await trainer.worker.ask(request))["tokens_per_s"]))
+    return await decoding, sum(passes) / len(passes)
+
+
+async def _losses(trainer: Trainer, request: dict[str, Any]) -> list[float]:
+    found = await trainer.worker.ask(request)
+    return [float(loss) for loss in found["losses"]]
+
+
+def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
+    """What was asked for."""
+    model = options.model
+    if options.quick or model == "tiny":
+        save_tiny(folder)
+        model = str(folder)
+    elif model == "1.1b":
+        model = str(saved_folder("1.1b"))
+    batches = tuple(options.batches or ([2] if options.quick else [4, 16]))
+    for method in options.methods or ["prompt"]:
+        yield Case(
+            name="tiny" if options.quick else options.model,
+            model=model,
+            dtype=options.dtype,
+            method=method,
+            servers=tuple(options.servers or (1, 2, 3)),
+            batches=batches,
+            length=32 if options.quick else options.length,
+            steps=3 if options.quick else options.steps,
+            rounds=1 if options.quick else options.rounds,
+            decoded=8 if options.quick else options.decoded,
+        )
+
+
+def main() -> None:
+    """The demo model in float32 with prompt tuning, unless told otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, 1 round")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--model", default=REAL, help="a name, a folder, tiny or 1.1b (random)")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--methods", nargs="*", choices=("prompt", "deep-prompt", "lora"))
+    parser.add_argument("--servers", nargs="*", type=int, help="counts (default: 1 2 3)")
+    parser.add_argument("--batches", nargs="*", type=int, help="sizes (default: 4 16)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=2, help="that count, of every way")
+    parser.add_argument("--steps", type=int, default=5, help="optimiser steps to compare")
+    parser.add_argument("--decoded", type=int, default=60, help="tokens of the decoding client")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+    options = parser.parse_args()
+    facts = environment()
+    details: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    others: dict[str, list[dict[str, Any]]] = {"training_losses": [], "training_fairness": []}
+    with TemporaryDirectory() as folder:
+        for case in cases(options, Path(folder)):
+            with trainers(case) as found:
+                taken, rounds = speeds(case, found)
+                rows += taken
+                details |= rounds
+                others["training_losses"] += losses(case, found)
+                if 1 in case.servers and case.decoded:
+                    others["training_fairness"] += fairness(case, found)
+    publish("training", rows, facts, details, options.out)
+    for theme, more in others.items():
+        if more:
+            publish(theme, more, facts, None, options.out)
+    print(PETALS, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

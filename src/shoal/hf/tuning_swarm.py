@@ -1,0 +1,116 @@
+"""A swarm's model as a base for tuning: embedding, norm and head here, blocks at servers.
+
+Shapes: B rows, S positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from shoal.base.errors import BadInput
+from shoal.base.spans import Span
+from shoal.hf.model import DistributedModelForCausalLM
+from shoal.hf.training import Tuning, run_blocks
+from shoal.hf.tuning_base import Pass
+from shoal.model.lora import targets_of
+from shoal.model.parts import Parts, meta_model
+
+
+class SwarmBase:
+    """A model whose blocks are at servers. It does not close the model."""
+
+    def __init__(self, model: DistributedModelForCausalLM, *, is_rounded: bool = True) -> None:
+        """`is_rounded`: what is learned in the blocks travels in bfloat16, half the bytes."""
+        self.model = model
+        self._is_rounded = is_rounded
+
+    @property
+    def num_blocks(self) -> int:
+        """L."""
+        return self.model.num_blocks
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.model.head.hidden_size
+
+    @property
+    def model_name(self) -> str:
+        """The model's hash."""
+        return self.model.model_name
+
+    def token_table(self) -> torch.Tensor:
+        """(V, D) embeddings of all tokens."""
+        table = self.model.get_input_embeddings().weight
+        if not isinstance(table, torch.Tensor):
+            raise BadInput("this model keeps no table of embeddings")
+        return table
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) float32 token embeddings as they are looked up.
+
+        Raises:
+            BadInput: a token outside the vocabulary.
+        """
+        return self.model.head.look_up(ids).float()
+
+    def states(self, embeddings: torch.Tensor, given: Pass) -> torch.Tensor:
+        """(B, S, D) hidden states behind the final norm, 0 for padding.
+
+        Raises:
+            BadInput: shapes that don't fit.
+            NoRouteError, PeerError: the swarm could not do it.
+        """
+        head = self.model.head
+        entering = head.enter_blocks(embeddings)
+        is_kept = _kept(given.lengths, int(embeddings.shape[1]))
+        rows = run_blocks(
+            self.model,
+            entering[is_kept],
+            given.lengths,
+            Span(0, self.num_blocks),
+            self._tuning(given),
+        )
+        states = head.leave_blocks(rows)
+        batch = torch.zeros(*embeddings.shape, dtype=states.dtype)
+        return batch.index_put((is_kept,), states)
+
+    def scores(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., V) float32 scores of states behind the final norm."""
+        return self.model.head.score_states(states)
+
+    def linear_layers(self) -> Mapping[int, Mapping[str, tuple[int, int]]]:
+        """(inputs, outputs) of each block's linear layers by their path in the block."""
+        return self._layers
+
+    @cached_property
+    def _layers(self) -> dict[int, dict[str, tuple[int, int]]]:
+        blocks = Parts(meta_model(self.model.config, torch.float32)).blocks
+        return {index: targets_of(block) for index, block in enumerate(blocks)}
+
+    def _tuning(self, given: Pass) -> Tuning | None:
+        lora = given.lora
+        if lora is None and given.deep is None:
+            return None
+        key = None if lora is None else lora.dropout
+        return Tuning(
+            prompts=given.deep,
+            lora={}
+            if lora is None
+            else {
+                block: {target: (pair.a, pair.b) for target, pair in pairs.items()}
+                for block, pairs in lora.pairs.items()
+            },
+            config=None if lora is None else lora.config,
+            encoding="bfloat16" if self._is_rounded else "float32",
+            seed=None if key is None else key.seed,
+            step=0 if key is None else key.step,
+        )
+
+
+def _kept(lengths: tuple[int, ...], columns: int) -> torch.Tensor:
+    """(B, S) bool: what is no padding."""
+    return torch.arange(columns)[None] < torch.tensor(lengths)[:, None]

@@ -1,0 +1,130 @@
+"""Training through servers is training: losses and gradients of the whole model in one process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.base.adapters import DropoutKey
+from shoal.hf import AutoDistributedModelForCausalLM, DistributedModelForCausalLM, LocalSwarm
+from shoal.hf.tuning_build import build
+from shoal.hf.tuning_classes import AutoDistributedModelForSequenceClassification
+from shoal.hf.tuning_examples import make_batch
+from shoal.hf.tuning_loop import TuningRun
+from shoal.hf.tuning_settings import TuningSettings
+from shoal.hf.tuning_swarm import SwarmBase
+from shoal.hf.tuning_whole import load_whole
+from tests.models import tiny_source
+from tests.tuning_cases import METHODS, letters, shaken, tiny_examples
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[DistributedModelForCausalLM]:
+    source = tiny_source("llama")
+    with (
+        LocalSwarm(source) as swarm,
+        AutoDistributedModelForCausalLM.from_pretrained(source, join=swarm) as opened,
+    ):
+        yield opened
+
+
+def pair(method: str, model: DistributedModelForCausalLM):
+    """The same beginning at servers and here."""
+    whole = load_whole(tiny_source("llama"), model.model_name)
+    bases = (SwarmBase(model, is_rounded=False), whole)
+    return [shaken(build(base, METHODS[method], num_classes=3, seed=4)) for base in bases]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients_are_those_of_one_process(
+    method: str, model: DistributedModelForCausalLM
+) -> None:
+    ours, whole = pair(method, model)
+    batch = make_batch(tiny_examples(5).examples, is_classes=METHODS[method].name == "classifier")
+    key = DropoutKey(seed=3, step=7)
+    losses = [tuned.train()(batch, key) for tuned in (ours, whole)]
+    assert losses[0].num_counted == losses[1].num_counted
+    torch.testing.assert_close(losses[0].total, losses[1].total, rtol=1e-5, atol=1e-5)
+    for loss in losses:
+        loss.total.backward()
+    for (name, mine), other in zip(ours.named_parameters(), whole.parameters(), strict=True):
+        assert mine.grad is not None, name
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+    ids = torch.tensor([[5, 6, 7], [9, 8, 0]])
+    logits = [tuned.eval().logits(ids, (3, 2)) for tuned in (ours, whole)]
+    torch.testing.assert_close(logits[0][1, :2], logits[1][1, :2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "deep-prompt", "lora", "classifier"])
+def test_a_run_is_that_of_one_process(method: str, model: DistributedModelForCausalLM) -> None:
+    settings = TuningSettings(num_steps=5, batch_size=3, learning_rate=1e-2, accumulate=2)
+    runs = [
+        TuningRun(tuned, settings, tiny_examples(), tiny_examples(3, seed=8), lambda: 0.0)
+        for tuned in pair(method, model)
+    ]
+    for run in runs:
+        list(run.advance())
+    ours, whole = (run.history for run in runs)
+    losses = [[one.loss for one in history.steps] for history in (ours, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] != pytest.approx(losses[0][0], rel=1e-3)
+    assert ours.evaluations[-1].loss == pytest.approx(whole.evaluations[-1].loss, rel=1e-3)
+
+
+def test_what_travels_in_bfloat16_learns_as_well(model: DistributedModelForCausalLM) -> None:
+    tuned = build(SwarmBase(model), METHODS["lora"], num_classes=0, seed=4)
+    settings = TuningSettings(num_steps=8, batch_size=12, learning_rate=1e-2)
+    run = TuningRun(tuned, settings, tiny_examples(), None, lambda: 0.0)
+    list(run.advance())
+    losses = [one.loss for one in run.history.steps]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_dead_server_changes_no_number() -> None:
+    """A span's only other server takes over, between steps and in their middle."""
+    source = tiny_source("llama")
+    settings = TuningSettings(num_steps=4, batch_size=4, learning_rate=1e-2)
+    histories = []
+    for crashes in (False, True):
+        with (
+            LocalSwarm(source, replicas=2) as swarm,
+            AutoDistributedModelForCausalLM.from_pretrained(source, join=swarm) as opened,
+        ):
+            tuned = build(SwarmBase(opened), METHODS["deep-prompt"], num_classes=0, seed=4)
+            run = TuningRun(tuned, settings, tiny_examples(), None, lambda: 0.0)
+            victims = random.Random(5).sample(swarm.peers[:3], 2) if crashes else []
+            for _ in run.advance():
+                if victims:
+                    swarm.crash(victims.pop())
+            histories.append(run.history)
+    assert histories[0] == histories[1]
+
+
+def test_telling_classes(tmp_path: Path) -> None:
+    source = tiny_source("llama")
+    texts = ["rain", "rainy", "sun", "sunny"]
+    tokenizer = letters()
+    tokenizer.pad_token = tokenizer.eos_token
+    with LocalSwarm(source) as swarm:
+        with AutoDistributedModelForSequenceClassification.from_pretrained(
+            source, join=swarm, label_names=("dry", "wet"), prompt_tokens=2
+        ) as model:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+            inputs = tokenizer(
+                texts, padding=True, return_tensors="pt", return_token_type_ids=False
+            )
+            for _ in range(20):
+                loss = model(**inputs, labels=torch.tensor([1, 1, 0, 0])).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert model.tell(texts, tokenizer) == ["wet", "wet", "dry", "dry"]
+            model.save_pretrained(tmp_path)
+        with AutoDistributedModelForSequenceClassification.from_pretrained(
+            source, join=swarm, learned=tmp_path
+        ) as again:
+            assert again.tell(texts, tokenizer) == ["wet", "wet", "dry", "dry"]

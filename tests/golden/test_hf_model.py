@@ -125,14 +125,10 @@ def test_blocks_that_are_no_span_are_refused(llama: Pair, index: slice) -> None:
         llama.ours.blocks[NUM_BLOCKS]
 
 
-def test_gradients_are_refused_not_lost(llama: Pair) -> None:
+def test_sessions_refuse_gradients_and_weights_are_frozen(llama: Pair) -> None:
     states = torch.zeros(1, 2, 48, requires_grad=True)
-    with pytest.raises(BadInput, match="gradients don't flow"):
-        llama.ours.blocks(states)
-    with pytest.raises(BadInput, match="gradients don't flow"):
-        llama.ours(inputs_embeds=states)
-    with torch.no_grad():
-        llama.ours.blocks[0:1](states)
+    with llama.ours.session() as session, pytest.raises(BadInput, match="gradients don't flow"):
+        session.step(states)
     assert not any(weight.requires_grad for weight in llama.ours.parameters())
 
 

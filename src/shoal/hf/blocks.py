@@ -13,15 +13,16 @@ import torch
 
 from shoal.base.errors import BadInput
 from shoal.base.spans import Span
-from shoal.hf.padding import RowPart
-from shoal.hf.sessions import check_inference
+from shoal.hf.padding import RowPart, row_parts
+from shoal.hf.training import Tuning
+from shoal.hf.training_forward import run_padded
 
 if TYPE_CHECKING:
     from shoal.hf.model import DistributedModelForCausalLM
 
 
 class RemoteBlocks(torch.nn.Module):
-    """The blocks [start, end) of a model. Inference only."""
+    """The blocks [start, end) of a model, frozen. Gradients flow through them."""
 
     def __init__(self, model: DistributedModelForCausalLM, span: Span) -> None:
         super().__init__()
@@ -46,22 +47,28 @@ class RemoteBlocks(torch.nn.Module):
         start = self.span.start + chosen.start
         return RemoteBlocks(self._owner[0], Span(start, start + len(chosen)))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What leaves the last of these blocks.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        tuning: Tuning | None = None,
+    ) -> torch.Tensor:
+        """What leaves the last of these blocks. Differentiable.
 
         Args:
-            hidden_states: (B, S, D) or (S, D), each row a sequence from position 0. Without
-                padding.
+            hidden_states: (B, S, D) or (S, D), each row a sequence from position 0.
+            attention_mask: (B, S), 0 for padding, which comes back as 0.
+            tuning: what is trained inside these blocks; default: the model's.
 
         Returns:
             The same shape, dtype and place.
 
         Raises:
-            BadInput: a wrong shape, values that are not finite, or gradients wanted.
+            BadInput: a wrong shape, or values that are not finite.
             NoRouteError, PeerError, SessionError: the swarm could not do it.
         """
-        check_inference(hidden_states)
         model = self._owner[0]
+        tuning = tuning or model.tuning
         size = model.head.hidden_size
         batch = hidden_states[None] if hidden_states.dim() == 2 else hidden_states
         if batch.dim() != 3 or batch.shape[2] != size or not batch.numel():
@@ -70,6 +77,11 @@ class RemoteBlocks(torch.nn.Module):
                 f"{size})"
             )
         rows, count = int(batch.shape[0]), int(batch.shape[1])
+        wants = torch.is_grad_enabled() and hidden_states.requires_grad
+        if wants or tuning is not None or attention_mask is not None:
+            parts = row_parts(attention_mask, pads=[0] * rows, past=0, new=count, is_kept=False)
+            whole = run_padded(model, batch, parts, self.span, tuning)
+            return whole.reshape(hidden_states.shape)
         cache = model.new_cache((self.span.start, self.span.end))
         try:
             parts = [RowPart(start=0, end=count)] * rows

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shoal.base.errors import BadInput, ConfigError, ModelUnsupported
 from shoal.base.spans import Span
+from shoal.client.training import TrainConfig, TrainingClient
 from shoal.hf.blocks import RemoteBlocks
 from shoal.hf.chain_cache import ChainCache
 from shoal.hf.chain_row import Chains, open_row
@@ -41,6 +42,8 @@ from shoal.hf.model_inputs import (
 )
 from shoal.hf.padding import RowPart, check_positions, row_parts
 from shoal.hf.sessions import Session
+from shoal.hf.training import Tuning
+from shoal.hf.training_forward import forward_whole
 
 CONVERSATIONS_MAX: Final = 64
 """Calls of `generate_async` that run at the same time, each on a thread that mostly waits."""
@@ -84,6 +87,11 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         self._borders = borders
         self._load_tokenizer = load_tokenizer
         self._threads: ThreadPoolExecutor | None = None
+        self.tuning: Tuning | None = None
+        """What is trained inside blocks, for calls without a cache that give none themselves."""
+        self.training_steps = TrainConfig()
+        """How batches are cut and spread; to be set before the first of them."""
+        self._training: TrainingClient | None = None
         self._finalizer = weakref.finalize(self, connection.close)
         self.eval()
 
@@ -134,13 +142,16 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache_position: torch.Tensor | None = None,
+        tuning: Tuning | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As transformers' models; what differs:
 
         Padding is not sent: where `attention_mask` is 0, logits and hidden states are 0 too.
         `output_hidden_states` gives the embedding, the states at the borders between spans
         and, last, those after the final norm; see `hidden_borders`.
-        `labels` give a loss without gradients. `cache_position` is not needed.
+        Gradients reach `inputs_embeds` and what is trained inside blocks (`tuning`, default:
+        the model's); such calls run whole sequences and leave no cache. `cache_position` is
+        not needed.
 
         Raises:
             BadInput: a mask with holes, positions or a cache that sessions can't have,
@@ -149,6 +160,14 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         if output_attentions:
             raise BadInput("attentions stay at the servers: leave output_attentions out")
+        tuning = tuning if past_key_values is not None else tuning or self.tuning
+        if tuning is not None or (torch.is_grad_enabled() and _wants(inputs_embeds)):
+            if past_key_values is not None or output_hidden_states:
+                raise BadInput("tuning runs whole sequences: no past_key_values, nor hidden states")
+            output = forward_whole(
+                self, input_ids, inputs_embeds, attention_mask, labels, logits_to_keep, tuning
+            )
+            return output.to_tuple() if return_dict is False else output
         kind, values = the_input(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
@@ -279,6 +298,18 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """(..., V) float32 scores for (..., D) hidden states that left the last block."""
         return self.head.scores(hidden_states).to(self.device)
 
+    @property
+    def training_client(self) -> TrainingClient:
+        """Runs training steps; see `shoal.hf.training.run_blocks`."""
+        if self._training is None:
+            self._training = TrainingClient(self.connection.visit.client, self.training_steps)
+        return self._training
+
+    @property
+    def training_encoding(self) -> str:
+        """How rows and their gradients travel: as the servers compute."""
+        return self._chains.encoding
+
     def hidden_borders(self) -> tuple[int, ...]:
         """Where `output_hidden_states` looks: the borders given to `from_pretrained`, or
         those between the servers of the chain that a session would take now."""
@@ -395,6 +426,10 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if position_ids is not None:
             check_positions(position_ids, parts, cache.lengths(batch))
         return parts
+
+
+def _wants(values: torch.Tensor | None) -> bool:
+    return values is not None and values.requires_grad
 
 
 class _StopWhen(StoppingCriteria):  # type: ignore[misc]

@@ -165,6 +165,7 @@ class Visitor:
     async def _say_alive(self) -> None:
         while True:
             await asyncio.sleep(ALIVE_PERIOD_S)
+            self._server.kept.expire(asyncio.get_running_loop().time())
             if (self._jobs or self._uploads) and self._answers.empty():
                 self._post(Training(self._server.steps))
 

@@ -106,7 +106,7 @@ STUDIES: Final[dict[str, Study]] = {
         Study(
             name="helix",
             title="Placements for throughput on 24 machines of three kinds",
-            source="Helix (Mei et al., ASPLOS'25, arXiv 2406.01566), single cluster",
+            source="Helix (Mei et al., ASPLOS'25, arXiv 2406.01566), one cluster and three",
             run=study_helix.helix,
             seeds=20,
             quick_seeds=5,

@@ -12,9 +12,12 @@ from typing import Any
 
 from shoal.base.errors import NoRouteError
 from shoal.base.ids import peer_text, short
+from shoal.cli.adapters import ChosenAdapter, adapter_to_resume, choose_adapter
 from shoal.cli.answer_file import AnswerFile, keeping, name_of
 from shoal.cli.joining import SwarmChoice, Visitor, visit, wall_clock
 from shoal.cli.models import OpenModel
+from shoal.cli.speakers import ChainSpeaker, Speaker, ThinSpeaker
+from shoal.cli.thin_host import open_swarm_thin_client
 from shoal.cli.waiting import with_hint
 from shoal.client.client import Client, open_client
 from shoal.client.config import ClientConfig
@@ -25,8 +28,8 @@ from shoal.discovery.directory import Snapshot
 from shoal.hf import connection
 from shoal.hf.connection import common_encoding as common_encoding
 from shoal.hf.detokenize import Detokenizer
-from shoal.hf.generation import Answer, Speed, Token, generate, summarize
-from shoal.hf.head import Head, load_head
+from shoal.hf.generation import Answer, Speed, Token, summarize
+from shoal.hf.head import load_head
 from shoal.hf.sampling import Sampler
 from shoal.hf.saved_answer import SavedAnswer, block_classes
 from shoal.wire.tensors import INT8_BLOCK
@@ -58,6 +61,10 @@ class GenerateSettings:
     on_waiting: OnWaiting | None = None
     standby: int = 0
     """Standbys for each hop."""
+    is_thin: bool = False
+    """Whether a server embeds and chooses tokens."""
+    adapter: str | None = None
+    """The LoRA adapter that all tokens go through, as the person named it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,23 +125,27 @@ async def answer_prompt(
         begun = task
         if isinstance(begun, Question):
             prompt_ids = [int(token) for token in tokenizer(begun.prompt)["input_ids"]]
-            begun = _begin(begun, prompt_ids, model, snapshot)
-        head = load_head(model.source, dtype=begun.encoding)
+            adapter = choose_adapter(settings.adapter, model, snapshot)
+            begun = _begin(begun, prompt_ids, model, snapshot, adapter)
+        else:
+            adapter = adapter_to_resume(settings.adapter, begun, model, snapshot)
         async with (
             keeping(settings.save, begun) as file,
-            open_swarm_client(
-                visitor, model, settings.patience_s, settings.on_waiting, settings.standby
-            ) as client,
+            _speaking(settings, model, visitor, begun, adapter) as speaker,
         ):
             try:
-                answer = await _go_on(begun, client, head, eos_ids, page, file)
+                answer = await _go_on(begun, speaker, eos_ids, page, file)
             except NoRouteError as error:
                 raise with_hint(error, model.given) from error
     return Written(text=page.finish(), answer=answer, num_resumed=len(begun.token_ids))
 
 
 def _begin(
-    question: Question, prompt_ids: list[int], model: OpenModel, snapshot: Snapshot
+    question: Question,
+    prompt_ids: list[int],
+    model: OpenModel,
+    snapshot: Snapshot,
+    adapter: ChosenAdapter,
 ) -> SavedAnswer:
     """An answer without tokens."""
     return SavedAnswer(
@@ -146,13 +157,38 @@ def _begin(
         sampler=question.sampler,
         encoding=question.dtype or common_encoding(snapshot, model.name),
         is_compressed=question.is_compressed,
+        adapter=adapter.name.hex(),
     )
+
+
+@asynccontextmanager
+async def _speaking(
+    settings: GenerateSettings,
+    model: OpenModel,
+    visitor: Visitor,
+    begun: SavedAnswer,
+    adapter: ChosenAdapter,
+) -> AsyncIterator[Speaker]:
+    """Who makes the tokens: this process, or a server with a head."""
+    patience_s, on_waiting = settings.patience_s, settings.on_waiting
+    if settings.is_thin:
+        async with open_swarm_thin_client(
+            visitor, model, patience_s, encoding=begun.encoding,
+            is_compressed=begun.is_compressed, on_waiting=on_waiting,
+        ) as thin:  # fmt: skip
+            yield ThinSpeaker(thin)
+        return
+    head = load_head(model.source, dtype=begun.encoding)
+    async with open_swarm_client(
+        visitor, model, patience_s, on_waiting, settings.standby
+    ) as client:
+        inner = INT8_BLOCK if begun.is_compressed else None
+        yield ChainSpeaker(client, head, begun.encoding, inner, adapter.offered_by(client))
 
 
 async def _go_on(
     begun: SavedAnswer,
-    client: Client,
-    head: Head,
+    speaker: Speaker,
     eos_ids: Collection[int],
     page: _Page,
     file: AnswerFile | None,
@@ -160,17 +196,14 @@ async def _go_on(
     """The rest of the answer; what comes back has all of it."""
     tokens: list[Token] = []
     started_s = asyncio.get_running_loop().time()
-    async with await client.open_session(
-        begun.encoding, inner_encoding=INT8_BLOCK if begun.is_compressed else None
-    ) as session:
+    async with await speaker.open_session() as session:
 
         def so_far() -> SavedAnswer:
-            classes = block_classes(session.chain, client.view())
+            classes = block_classes(session.chain, speaker.view())
             return begun.grown([token.id for token in tokens], session.numerics, classes)
 
-        async for token in generate(
+        async for token in speaker.tokens(
             session,
-            head,
             begun.prompt_ids,
             max_new_tokens=begun.tokens_left,
             sampler=begun.sampler,

@@ -7,28 +7,34 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import shoal
+from shoal.base.adapters import AdapterPart
 from shoal.base.backend import BackendFacts, BlockBackend
-from shoal.base.errors import ConfigError, ShoalError
+from shoal.base.errors import ConfigError
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
+from shoal.cli.adapters import adapter_limits, read_served
 from shoal.cli.bounds import Bounds
+from shoal.cli.head_host import serving_head
 from shoal.cli.joining import SwarmChoice, keep_on_lan, wall_clock
 from shoal.cli.loading import load_blocks
+from shoal.cli.metrics_host import ServerParts, serving_metrics
 from shoal.cli.models import OpenModel
 from shoal.cli.moving import keep_placed, loader, mover_of
-from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
+from shoal.cli.peer_weights import Swarm, fetch_items, head_items, span_items, weight_store
 from shoal.cli.placing import PlaceChoice, find_place
 from shoal.cli.recorder import server_maker
 from shoal.cli.shelves import ThreadedShelf
 from shoal.cli.tracing import TraceChoice
+from shoal.client.head_service import HeadService
+from shoal.client.weight_ledger import Item
 from shoal.discovery.gossip import GossipConfig, GossipDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.quantize import quantization
@@ -37,11 +43,13 @@ from shoal.model.shelf import ModelShelf
 from shoal.model.store_source import StoreSource
 from shoal.model.torch_backend import BackendConfig, exact_choice
 from shoal.net.address import Address, parse_listen
-from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_WEIGHTS
+from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_HEAD, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
+from shoal.net.metering import MeteredTransport
 from shoal.net.tasks import first_failure
 from shoal.net.tcp import TcpTransport
+from shoal.server.adapters import BYTES_MAX
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
 from shoal.server.config import StreamService
 from shoal.server.door import Door
@@ -80,11 +88,19 @@ class ServeSettings:
     threads: int
     cache_tokens: int
     bounds: Bounds
+    has_head: bool
+    """Whether it answers thin clients."""
+    metrics: tuple[str, int] | None
+    """Host and port for Prometheus."""
     drain_s: float
     """How long a server that is told to stop waits for its sessions to be moved."""
     weights_bytes_per_s: int
     """At which others may fetch weights from here; 0: not at all."""
     trace: TraceChoice | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """Directories of the LoRA adapters that it serves to everybody, by name."""
+    adapter_bytes: int = BYTES_MAX
+    """Memory for adapters that clients bring; 0: none are taken."""
 
 
 async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None:
@@ -107,14 +123,18 @@ async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None
 
 
 async def _serve(settings: ServeSettings, model: OpenModel) -> None:
+    own_adapters = await asyncio.to_thread(read_served, settings.adapters, model)
     settings = await _placed(settings, model)
     facts, config = _plan(settings, model)
-    identity = _identity(settings.identity)
+    identity, head_identity = _identity(settings.identity), Identity.generate()
+    allow = settings.bounds.allow
     swarm_pass = replace(
-        settings.swarm.pass_for(identity), allow=settings.bounds.allow, deny=settings.bounds.deny
+        settings.swarm.pass_for(identity),
+        allow=allow and allow | {head_identity.peer},
+        deny=settings.bounds.deny,
     )
     async with AsyncExitStack() as stack:
-        transport = TcpTransport(identity)
+        transport = MeteredTransport(TcpTransport(identity))
         stack.push_async_callback(transport.close)
         gossip = GossipConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
         directory = GossipDirectory(transport, gossip, random.SystemRandom())
@@ -139,22 +159,39 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         peers = Swarm(transport, swarm_pass, directory.snapshot)
         fetch = partial(_fetch, model, swarm=peers, stack=stack)
         await fetch(facts.span)
+        if settings.has_head and model.is_from_peers:
+            await _fetch_items(model, await asyncio.to_thread(head_items, model), peers, stack)
         loop, since_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         backend = SwitchingBackend(await _load(model, facts.span, config))
         load_s = loop.time() - since_s
         stack.push_async_callback(backend.aclose)
+        heads: HeadService | None = None
+        if settings.has_head:
+            heads = await stack.enter_async_context(
+                serving_head(model, settings.dtype, settings.swarm, directory, head_identity)
+            )
+            announcement = replace(announcement, head=heads.head.facts.numerics)
         announcer.restate(await _measured(announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        bounds = settings.bounds.server_config(services)
+        served = services if heads is None else {**services, PURPOSE_HEAD: heads.serve}
+        bounds = replace(
+            settings.bounds.server_config(served), adapters=adapter_limits(settings.adapter_bytes)
+        )
         make = server_maker(settings.trace, identity.peer, backend.facts, bounds)
         server = await stack.enter_async_context(
             open_server(backend, transport, swarm_pass, book, bounds, make=make)
         )
+        await _serve_adapters(own_adapters, server, announcer)
         if weights is not None:
             weights.yield_to(lambda: server.engine.running_tokens > 0)
         door.open(server)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         stack.push_async_callback(_drain, server, announcer, settings.drain_s)
+        if heads is not None:
+            stack.callback(heads.leave)
+        if settings.metrics is not None:
+            parts = ServerParts(server=server, transport=transport, heads=heads)
+            await stack.enter_async_context(serving_metrics(settings.metrics, parts))
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={addresses[0]} blocks={facts.span}", flush=True)
@@ -176,6 +213,17 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
             stack.push_async_callback(_end, [placing])
             keeping.append(placing)
         await first_failure(*map(_wait_for, keeping), server.wait_broken())
+
+
+async def _serve_adapters(
+    adapters: Mapping[str, AdapterPart], server: Server, announcer: Announcer
+) -> None:
+    """Load adapters of our own, and say so from the next record on."""
+    for label, part in adapters.items():
+        await server.adapters.add_own(label, part)
+        logger.info("adapter served label=%s name=%s", label, part.manifest.name.hex())
+    said = tuple(server.adapters.labels.items())
+    announcer.restate(replace(announcer.announcement, adapters=said))
 
 
 def _addresses(
@@ -221,7 +269,16 @@ async def _fetch(model: OpenModel, span: Span, swarm: Swarm, stack: AsyncExitSta
     """Get the span's tensors if others have them; nobody removes them while we live."""
     if not model.is_from_peers:
         return
-    items = await asyncio.to_thread(span_items, model, span)
+    await _fetch_items(model, await asyncio.to_thread(span_items, model, span), swarm, stack, span)
+
+
+async def _fetch_items(
+    model: OpenModel,
+    items: Sequence[Item],
+    swarm: Swarm,
+    stack: AsyncExitStack,
+    span: Span | None = None,
+) -> None:
     stack.enter_context(weight_store().pinned(item.content.hex() for item in items))
     await fetch_items(model, items, swarm, span)
 

@@ -49,6 +49,7 @@ class _Note(msgspec.Struct, frozen=True, kw_only=True):
     is_compressed: bool
     numerics: str
     classes: list[BlockClass]
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,8 @@ class SavedAnswer:
     encoding: str
     is_compressed: bool
     """Whether servers sent each other compressed rows."""
+    adapter: str = ""
+    """Name of the LoRA adapter that all tokens go through, as 32 hex characters; empty: none."""
     numerics: str = "exact"
     """What changes of servers did to the numbers so far."""
     classes: tuple[BlockClass, ...] = ()
@@ -135,6 +138,7 @@ def pack_answer(answer: SavedAnswer) -> bytes:
         is_compressed=answer.is_compressed,
         numerics=answer.numerics,
         classes=list(answer.classes),
+        adapter=answer.adapter,
     )
     saved = SavedSession(
         model=answer.model,
@@ -187,6 +191,7 @@ def unpack_answer(data: bytes) -> SavedAnswer:
         is_compressed=note.is_compressed,
         numerics=note.numerics,
         classes=tuple(note.classes),
+        adapter=note.adapter,
     )
 
 

@@ -166,6 +166,7 @@ class HeadService:
             await channel.refuse(PeerBusy("has enough guests now", retry_after_s=BUSY_RETRY_S))
             return
         self._streams[peer] += 1
+        logger.info("guest came peer=%s", short(peer))
         guest = _Guest(self, channel)
         self._guests.add(guest)
         try:

@@ -49,6 +49,10 @@ LIVE_REQUESTS: Final = 12
 LIVE_SEEDS_MAX: Final = 3
 """Each run of the real code takes up to a minute: sessions that wait ask all the time."""
 
+LIVE_LIMIT_S: Final = 4 * 3600.0
+"""Who is not answered by then, never is: a placement made for short requests may have no room
+for the longest anywhere."""
+
 PAGE_TOKENS: Final = 16
 
 
@@ -159,7 +163,8 @@ def live(problem: Problem, requests: tuple[Request, ...], seed: int, page_tokens
         return simulate_live(
             Scenario(
                 problem=changed, requests=requests, placement=placed(problem, "proposed", seed)
-            )
+            ),
+            limit_s=LIVE_LIMIT_S,
         )
 
 

@@ -1,0 +1,158 @@
+"""Recorded data for studies: what is read from files, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from shoal.base.errors import ConfigError
+from shoal.base.spans import Span
+from shoal.cli.app import run
+from shoal.lab.study import Task
+from shoal.lab.study_data import NO_DATA, load_data, load_requests, load_rtts, stretch
+from shoal.lab.study_real import (
+    BEDS,
+    DRAWN,
+    PAGE_TOKENS,
+    for_longest,
+    live,
+    made_for,
+    on_hosts,
+    real_rows,
+    reserved,
+)
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def hosts(path: Path, count: int) -> Path:
+    """A table of so many hosts on a line, 10 ms from each to the next."""
+    rows = [[10.0 * abs(one - other) for other in range(count)] for one in range(count)]
+    return written(path, "\n".join(",".join(map(str, row)) for row in rows) + "\n")
+
+
+def recorded(path: Path, count: int) -> Path:
+    """One request a second in Azure's columns; every tenth far too long."""
+    rng = random.Random(0)
+    lines = [AZURE]
+    for number in range(count):
+        tokens_in = 9000 if number % 10 == 9 else rng.randrange(10, 300)
+        when = f"2023-11-16 18:{number // 60:02}:{number % 60:02}.1234567"
+        lines.append(f"{when},{tokens_in},{rng.randrange(5, 60)}")
+    return written(path, "\n".join(lines) + "\n")
+
+
+def test_round_trips_are_seconds_and_say_where_they_come_from(tmp_path: Path):
+    path = hosts(tmp_path / "lab_rtt.csv", 4)
+    unknown = load_rtts(path)
+    assert unknown.num_hosts == 4
+    assert unknown.rtt_s[0] == pytest.approx((0.0, 0.01, 0.02, 0.03))
+    assert "no README.md beside it" in unknown.provenance
+    written(tmp_path / "README.md", "# Data\n- `lab_rtt.csv`: measured in our lab, CC0.\n")
+    known = load_rtts(path).provenance
+    assert known.startswith("`lab_rtt.csv`: measured in our lab, CC0. SHA-256 ")
+
+
+def test_requests_of_azure_and_our_own_are_the_same(tmp_path: Path):
+    azure = written(
+        tmp_path / "azure.csv",
+        f"{AZURE}\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:48.1805900,2,0\n"
+        "2023-11-16 18:15:50.1805900,396,109\n",
+    )
+    own = written(tmp_path / "own.csv", "at_s,tokens_in,tokens_out\n7,374,44\n10.5,396,109\n")
+    for path in (azure, own):
+        requests = load_requests(path).requests
+        assert [one.at_s for one in requests] == pytest.approx([0.0, 3.5])
+        assert [(one.tokens_in, one.tokens_out) for one in requests] == [(374, 44), (396, 109)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0,1\n1\n", "no square table"),
+        ("0\n", "no square table"),
+        ("0,a\n1,0\n", "line 1: not all are numbers"),
+        ("0,-1\n1,0\n", "line 1: round trips are milliseconds from 0 on"),
+        ("0,nan\n1,0\n", "line 1: round trips are milliseconds from 0 on"),
+        ("", "no square table"),
+    ],
+)
+def test_bad_round_trips_are_refused(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_rtts(written(tmp_path / "rtts.csv", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "has columns a, b; requests need TIMESTAMP"),
+        ("", "without names"),
+        (f"{AZURE}\nyesterday,1,1\n", "line 2"),
+        (f"{AZURE}\n2023-11-16 18:15:46.0,one,1\n", "line 2"),
+        (f"{AZURE}\n2023-11-16 18:15:46.0,1\n", "line 2"),
+        ("at_s,tokens_in,tokens_out\nnan,1,1\n", "line 2: 'nan' is no time"),
+        (f"{AZURE}\n", "no request with a prompt and an answer"),
+    ],
+)
+def test_bad_requests_are_refused(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_requests(written(tmp_path / "requests.csv", text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ConfigError, match="can't read"):
+        load_rtts(tmp_path / "none.csv")
+    path = recorded(tmp_path / "requests.csv", 20)
+    assert run(["study", "realism", "--quick", "--requests", str(path)]) == 2
+    assert "add --rtts FILE" in capsys.readouterr().err
+
+
+def test_a_stretch_keeps_order_and_lengths_and_takes_the_rate(tmp_path: Path):
+    known = load_requests(recorded(tmp_path / "requests.csv", 60)).within(2048, 1024)
+    assert len(known) == 54
+    taken = stretch(known, 11, 0.1, random.Random(1))
+    assert taken[0].at_s == 0.0
+    assert taken[-1].at_s == pytest.approx(10 / 0.1)
+    lengths = [(one.tokens_in, one.tokens_out) for one in known]
+    start = lengths.index((taken[0].tokens_in, taken[0].tokens_out))
+    assert lengths[start : start + 11] == [(one.tokens_in, one.tokens_out) for one in taken]
+    with pytest.raises(ConfigError, match="100 requests are wanted, and 54 were recorded"):
+        stretch(known, 100, 0.1, random.Random(1))
+
+
+def test_reserving_for_the_longest_costs_waiting(tmp_path: Path):
+    data = load_data(hosts(tmp_path / "rtts.csv", 30), recorded(tmp_path / "requests.csv", 200))
+    assert data.rtts is not None
+    assert data.requests is not None
+    known = data.requests.within(2048, 1024)
+    requests = stretch(known, 60, 0.5, random.Random(0))
+    problem = made_for(on_hosts(data.rtts, BEDS[0], DRAWN, 0), known, 0.5)
+    whole = Span(0, problem.num_blocks)
+    assert problem.session_bytes(whole) < for_longest(problem).session_bytes(whole)
+    longest, usual = (
+        reserved(problem, requests, "proposed", 0, is_longest=is_longest).summary()
+        for is_longest in (True, False)
+    )
+    assert longest["wait_s_mean"] > usual["wait_s_mean"]
+    assert longest["failed"] == usual["failed"] == 0
+
+
+def test_recorded_requests_are_answered_by_the_real_client_and_servers(tmp_path: Path):
+    rtts = load_rtts(hosts(tmp_path / "rtts.csv", 30))
+    known = load_requests(recorded(tmp_path / "requests.csv", 100)).within(2048, 1024)
+    problem = made_for(on_hosts(rtts, BEDS[0], DRAWN, 0), known, 0.2)
+    requests = stretch(known, 4, 0.2, random.Random(0))
+    result = live(problem, requests, 0, PAGE_TOKENS)
+    assert len(result.ended) == 4
+    assert all(one.first_token_s > 0 for one in result.ended)
+
+
+def test_without_data_nothing_is_invented():
+    assert real_rows(Task(seeds=1, data=NO_DATA)) == ([], [])

@@ -6,6 +6,7 @@ import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.lab.study import Report, Task, between, falling, mean, within
+from shoal.lab.study_acceptance import ACCEPTANCE, acceptance_markdown, judged
 from shoal.lab.study_churn import churned
 from shoal.lab.study_exactness import bad_example
 from shoal.lab.study_failures import EVENT_KINDS
@@ -19,6 +20,11 @@ def assert_holds(report: Report) -> None:
     assert report.checks
     missed = [f"{check.name}; found {check.found}" for check in report.checks if not check.holds]
     assert not missed
+
+
+def shows(report: Report, *numbers: int) -> bool:
+    """Whether each of these acceptance figures finds its checks there."""
+    return all(ACCEPTANCE[number - 1].checks(report) for number in numbers)
 
 
 def quick(name: str, seeds: int | None = None) -> Report:
@@ -49,11 +55,14 @@ def test_checks_say_what_was_expected():
 
 
 def test_order_and_numbers_carry_the_gain():
-    assert_holds(quick("bprr-ablation"))
+    report = quick("bprr-ablation")
+    assert_holds(report)
+    assert shows(report, 3, 4)
 
 
 def test_with_their_constants_the_published_table_comes_out():
     report = quick("bprr-scattered", seeds=2)
+    assert shows(report, 1, 2)
     for rate, tokens, published in (("0.1", "64", 1.41), ("0.5", "128", 0.92)):
         row = report.row("s/token", map="BellCanada", **{"req/s": rate, "tokens": tokens})
         assert row.value("proposed with their constants") == pytest.approx(published, rel=0.03)
@@ -79,7 +88,9 @@ def test_the_example_in_which_cgbp_is_as_bad_as_one_likes():
 
 @pytest.mark.slow
 def test_annealing_is_near_the_optimum_and_both_programs_agree():
-    assert_holds(quick("exactness", seeds=1))
+    report = quick("exactness", seeds=1)
+    assert_holds(report)
+    assert shows(report, 5, 6)
 
 
 def test_one_swarm_with_churn_answers_faster_when_servers_place_for_latency():
@@ -120,6 +131,23 @@ def test_who_is_killed_costs_little_and_who_is_silent_costs_a_deadline():
 
 def test_throughput_is_near_what_nothing_can_beat():
     assert_holds(quick("helix"))
+
+
+def test_networks_are_as_published_between_relaying_and_pushing():
+    report = quick("wan")
+    assert_holds(report)
+    far = report.row("steps per second", network="100 Mbit/s, 100 ms", tokens="128")
+    assert far.value("push, 0.3 ms a hop, steps/s") > far.value("hub, 0.3 ms a hop, steps/s")
+
+
+def test_every_acceptance_figure_has_a_verdict():
+    assert [one.number for one in ACCEPTANCE] == list(range(1, 14))
+    assert all(one.study in STUDIES or one.elsewhere for one in ACCEPTANCE)
+    good, bad = between("the bad example: a", 1, 0, 2), between("programs: b", 2, 0, 1)
+    verdicts = judged({"exactness": Report(rows=(), checks=(good, bad))})
+    words = {one.figure.number: one.word for one in verdicts}
+    assert (words[5], words[6], words[7]) == ("DIFFERS", "holds", "not run")
+    assert "| 5 | both programs agree" in acceptance_markdown(verdicts)
 
 
 def test_the_gain_outlives_the_assumptions():

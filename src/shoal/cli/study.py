@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal.base.errors import ConfigError
 from shoal.cli.logs import progress_bar
+
+if TYPE_CHECKING:
+    from shoal.lab.study import Report
 
 
 def _known_studies(incomplete: str) -> list[str]:
@@ -78,6 +82,7 @@ def study(
     simulated by us or measured by us, then what was expected and what was found. With --out
     the same goes into NAME.csv and NAME.json (with versions and seeds), and figures where
     matplotlib is installed. The same seeds give the same simulated figures on any machine.
+    `all` ends with the figures that Shoal is held to, and whether each holds.
     docs/studies explains every study and why some figures differ from those published.
     No recorded data comes with Shoal: `realism` says which files it was given, and what the
     README.md beside them tells of their origin.
@@ -104,15 +109,18 @@ def study(
     data = load_data(rtts, requests)
     if out is not None:
         _make_folder(out)
+    reports: dict[str, Report] = {}
     for one in chosen:
         with progress_bar() as progress:
             count = seeds or (one.quick_seeds if quick else one.seeds)
             task = Task(seeds=count, is_quick=quick, progress=progress, data=data)
-            report = one.run(task)
+            report = reports[one.name] = one.run(task)
         print(f"# {one.name}\n\n{one.title}. Source: {one.source}. Seeds: {count}.\n")
         print(f"{markdown(report)}\n", flush=True)
         if out is not None:
             write_report(out, one, task, report)
+    if name == "all":
+        _accept(reports, out)
 
 
 def _listed() -> str:
@@ -120,6 +128,17 @@ def _listed() -> str:
 
     width = max(map(len, STUDIES))
     return "\n".join(f"{one.name:{width}}  {one.title}" for one in STUDIES.values())
+
+
+def _accept(reports: Mapping[str, Report], out: Path | None) -> None:
+    """The verdict on all that is held to a figure."""
+    from shoal.lab.sim_result import write_summary
+    from shoal.lab.study_acceptance import acceptance_content, acceptance_markdown, judged
+
+    verdicts = judged(reports)
+    print(f"# acceptance\n\n{acceptance_markdown(verdicts)}", flush=True)
+    if out is not None:
+        write_summary(out / "acceptance.json", acceptance_content(verdicts))
 
 
 def _make_folder(out: Path) -> None:

@@ -18,6 +18,7 @@ from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import CacheLimitOption, InviteOption, JsonOption
 from shoal.cli.ring_config import AUTO, RingConfig, parse_split, read_config
 from shoal.cli.ring_file import RingOption, find_ring, ring_path
+from shoal.cli.ring_memory import give_back_early
 from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 
@@ -203,6 +204,7 @@ def _up(said: RingConfig, ring: Path | None) -> Coroutine[Any, Any, None]:
     if not said.nodes and starter_blocks == 0:
         raise ConfigError("a ring of 0 nodes: add --starter-blocks auto, or nodes")
     thread_count = set_threads(said.threads or 1)
+    give_back_early()
     from shoal.cli.models import open_model
     from shoal.cli.ring_host import HostSettings
     from shoal.cli.ring_up import UpSettings, keep_up
@@ -294,6 +296,7 @@ def _join(
     if choice.name is None and choice.invite is None:
         raise ConfigError("add --invite TEXT, as shoal ring up prints it: rings are private")
     thread_count = set_threads(threads or 1)
+    give_back_early()
     from shoal.cli.ring_host import HostSettings
     from shoal.cli.ring_join import JoinSettings, join_until_over
 

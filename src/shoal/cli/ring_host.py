@@ -23,7 +23,7 @@ from shoal.cli.joining import wall_clock
 from shoal.cli.loading import load_blocks
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
-from shoal.cli.ring_memory import RESERVE_BYTES, memory_left, process_memory
+from shoal.cli.ring_memory import RESERVE_BYTES, memory_left, process_memory, trim
 from shoal.cli.ring_sizes import ring_sizes
 from shoal.cli.sizes import size_text
 from shoal.discovery.gossip import GossipDirectory
@@ -195,7 +195,9 @@ class RingHost:
         async def load(span: Span) -> BlockBackend:
             check_room(sizes, span, self._free(), f"blocks {span}")
             await self._fetch(opened, span, footing)
-            return await load_blocks(opened.source, span, config)
+            backend = await load_blocks(opened.source, span, config)
+            trim()
+            return backend
 
         self._running = _Running(
             server=server,
@@ -296,6 +298,7 @@ async def _probe(opened: OpenModel, config: BackendConfig) -> tuple[BackendFacts
 
 async def _tidy() -> None:
     await asyncio.to_thread(gc.collect)  # modules hold each other in circles
+    trim()
 
 
 def _bounds(footing: Footing) -> ServerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from shoal.cli.machine import look_at_machine
 RESERVE_BYTES: Final = 96 << 20
 """Kept free of blocks and caches: buffers of the engine and the network, what allocators round
 up. docs/ring.md says what was measured."""
+
+_MALLOC: Final = ((-3, 1 << 20), (-1, 1 << 20), (-8, 2))
+"""M_MMAP_THRESHOLD, M_TRIM_THRESHOLD (both also stop it from learning), M_ARENA_MAX."""
 
 _STATUS: Final = Path("/proc/self/status")
 _CGROUPS: Final = Path("/proc/self/cgroup")
@@ -44,6 +48,26 @@ def process_memory(path: Path = _STATUS) -> ProcessMemory:
     return ProcessMemory(
         resident=size("VmRSS"), peak=size("VmHWM"), data=size("VmData"), mapped=size("VmSize")
     )
+
+
+def give_back_early() -> None:
+    """Have the allocator return large pieces to the system as soon as they are free.
+
+    By default it learns to keep them (up to 32 MiB each), and each thread has a heap of its own:
+    loading 20 blocks of SmolLM2 then held 55 MB more. No effect where there is no glibc.
+    """
+    libc = ctypes.CDLL(None)
+    tune = getattr(libc, "mallopt", None)
+    if tune is not None:
+        for option, value in _MALLOC:
+            tune(option, value)
+
+
+def trim() -> None:
+    """Give the system back what is free at the end of the heap."""
+    shrink = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if shrink is not None:
+        shrink(0)
 
 
 def memory_left(limit_bytes: int | None = None) -> int:

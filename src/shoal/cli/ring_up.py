@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import ConfigError, PeerTimeout, PeerUnreachable
 from shoal.cli.joining import keep_on_lan, wall_clock
 from shoal.cli.models import OpenModel, cache_dir
 from shoal.cli.peer_weights import Swarm
@@ -167,8 +167,12 @@ async def _own_blocks(
 
     async def dial() -> Channel:
         near, far = loopback(footing.identity.peer)
-        tasks.spawn(desk.serve(Channel(far)), "own node")
+        tasks.spawn(serve(Channel(far)), "own node")
         return Channel(near)
+
+    async def serve(channel: Channel) -> None:
+        with suppress(PeerUnreachable, PeerTimeout):  # its other end was closed
+            await desk.serve(channel)
 
     async with RingHost(settings.host, get_model, peers) as host:
         await RingMember(host, "starter").run(dial)

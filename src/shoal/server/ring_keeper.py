@@ -68,7 +68,11 @@ class RingKeeper:
         """Of a new split: tasks that begin when those before are done."""
         self._since_s: float | None = None
         """Since when another split is better."""
+        self._is_proposed = False
+        """Whether the person was told, for this split."""
         self._said = ""
+        self._met: set[PeerId] = set()
+        """Whom the person knows of."""
         self.up = asyncio.Event()
         """Set while every block is served."""
 
@@ -87,6 +91,7 @@ class RingKeeper:
     def look(self) -> None:
         """Look once, and tell nodes what to do."""
         self._say_failures()
+        self._say_standbys()
         self._see_whether_up()
         try:
             tasks = after_loss(self._model, self._views(), batch=self._wish.batch)
@@ -128,6 +133,7 @@ class RingKeeper:
         tasks = tasks_of(self._model, chosen, split)
         for view, stage_s in zip(chosen, split.stages_s, strict=True):
             logger.info("planned node=%s stage_s=%.5f", view.spec.name, stage_s)
+        self._met.update(one.spec.peer for one in chosen)
         self._start(tasks, "split")
 
     def _first_split(self, specs: Sequence[NodeSpec], has_starter: bool) -> RingSplit:
@@ -197,11 +203,19 @@ class RingKeeper:
             if node.is_failed and node.lost_s is None:
                 self._say_once(f"{node.name} can't take its blocks: {node.report.detail}")
 
+    def _say_standbys(self) -> None:
+        """Who came after blocks were dealt out."""
+        for node in self._desk.here:
+            if node.peer not in self._met:
+                self._met.add(node.peer)
+                if node.span is None:
+                    self._say(f"{node.name} stands by")
+
     # --- doing -------------------------------------------------------------------------
 
     def _start(self, tasks: Sequence[Task], what: str) -> None:
         self._desk.turn += 1
-        self._since_s, self._desk.proposal = None, ""
+        self._since_s, self._desk.proposal, self._is_proposed = None, "", False
         texts = [f"{self._desk.nodes[one.peer].name} {one.span or 'stands by'}" for one in tasks]
         self._say(f"{what}: {', '.join(texts)}")
         for task in tasks:
@@ -243,7 +257,9 @@ class RingKeeper:
         if now_s - self._since_s < SLOW_FOR_S:
             return
         if not self._wish.is_resplitting:
-            self._say_once(self._desk.proposal + " (--auto-resplit would change it)")
+            if not self._is_proposed:
+                self._say(self._desk.proposal + " (--auto-resplit would change it)")
+            self._is_proposed = True
             return
         tasks = growing_first(ordered, tasks_of(self._model, ordered, split))
         self._start(tasks[:1], "resplit")

@@ -335,6 +335,8 @@ NOTES: Final = (
     "sizes are exponential, as Theorem 4 assumes; its bounds are scaled by the mean size drawn.",
     "petals: joins in random order, fixed cache of 4,096 tokens, its own router, back-off. bprr: "
     "CG-BP, WS-RR, back-off. composed: GBP-CR, GCA, JFFC with all servers placed.",
+    "Blocks take what the paper's roofline says of the slices (90 and 178 ms for a request); its "
+    "text has 109 and 175.",
     "Petals: whether its sessions wait hangs on the order in which servers joined. Most seeds do "
     "well, some are many times slower, and the mean is theirs.",
     "Expected figures are those of an earlier implementation of ours on the published round "

@@ -37,12 +37,14 @@ PREFILL_S: Final = 0.12e-3
 
 CHANCES: Final = ("0", "1e-3", "1e-2")
 
-PUBLISHED: Final[Mapping[str, Mapping[int, tuple[float, float, float]]]] = {
-    "restart": {128: (17.1, 12.0, 0.18), 1024: (15.5, 0.48, 0.0)},
+Column = tuple[float, float | None, float | None]
+
+PUBLISHED: Final[Mapping[str, Mapping[int, Column]]] = {
+    "restart": {128: (17.1, 12.0, 0.18), 1024: (15.5, 0.48, None)},
     "no cache": {128: (3.44, 3.44, 3.44), 1024: (0.89, 0.89, 0.89)},
     "petals": {128: (11.4, 10.6, 3.38), 1024: (10.7, 7.76, 2.17)},
 }
-"""Steps per second by tokens, in the order of `CHANCES`; 0: not within an hour."""
+"""Steps per second by tokens, in the order of `CHANCES`; None: not within an hour."""
 
 
 def swarm(tokens_out: int) -> Problem:
@@ -157,8 +159,9 @@ def _row(tokens_out: int, chance: str, death: Death, runs: Sequence[Served], cle
     repairs = mean([float(run.repairs) for run in ended])
     index = CHANCES.index(chance)
     figures = [
-        Figure(name=f"{name}, steps/s", value=columns[tokens_out][index], origin="published")
+        Figure(name=f"{name}, steps/s", value=value, origin="published")
         for name, columns in PUBLISHED.items()
+        if (value := columns[tokens_out][index]) is not None
     ]
     figures.append(Figure(name="ours, steps/s", value=tokens_out / total_s))
     figures.append(Figure(name="ours, repairs per step", value=repairs / tokens_out))

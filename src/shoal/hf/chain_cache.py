@@ -55,6 +55,11 @@ class ChainCache(Cache):  # type: ignore[misc]
         return tuple(self._rows)
 
     @property
+    def adapter(self) -> bytes:
+        """Name of the LoRA adapter that its rows go through; empty: none."""
+        return self._chains.adapter
+
+    @property
     def is_closed(self) -> bool:
         """Whether its sessions were closed."""
         return self._is_closed

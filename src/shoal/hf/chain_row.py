@@ -63,6 +63,8 @@ class Chains:
     head: Head
     encoding: str
     inner_encoding: str | None
+    adapter: bytes = b""
+    """Name of the LoRA adapter that all rows go through; empty: none."""
 
     def rows(self, chunk: Chunk, position: int, count: int) -> bytes:
         """Rows [position, position + count) of a chunk, as they enter the first block."""
@@ -248,7 +250,10 @@ async def open_row(
         for start, end in pairwise(borders if with_states else (borders[0], borders[-1])):
             made.append(
                 await chains.client.open_session(
-                    chains.encoding, Span(start, end), inner_encoding=chains.inner_encoding
+                    chains.encoding,
+                    Span(start, end),
+                    inner_encoding=chains.inner_encoding,
+                    adapter=chains.adapter,
                 )
             )
     except BaseException:

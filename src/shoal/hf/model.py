@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from shoal.base.errors import BadInput, ConfigError, ModelUnsupported
 from shoal.base.spans import Span
 from shoal.client.training import TrainConfig, TrainingClient
+from shoal.hf.adapters import WithAdapters
 from shoal.hf.blocks import RemoteBlocks
 from shoal.hf.chain_cache import ChainCache
 from shoal.hf.chain_row import Chains, open_row
@@ -55,7 +56,7 @@ _made_caches: ContextVar[weakref.WeakSet[ChainCache] | None] = ContextVar(
 context that they were started in, and would keep it."""
 
 
-class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DistributedModelForCausalLM(WithAdapters, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Made by `AutoDistributedModelForCausalLM.from_pretrained`. A context manager.
 
     Calls block; `generate_async` and sessions are for async code. Several threads may use
@@ -205,11 +206,13 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """Not here."""
         raise ConfigError("call AutoDistributedModelForCausalLM.from_pretrained(MODEL, join=...)")
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter: str | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`; sessions that it opened and doesn't return are closed.
 
+        `adapter` is one that was loaded, or "" for none (default: the active one).
+
         Raises:
-            ConfigError: a cache implementation: the cache is at the servers.
+            ConfigError: a cache implementation: the cache is at the servers; no such adapter.
             BadInput: `past_key_values` hold the whole input already.
         """
         if kwargs.get("cache_implementation") is not None:
@@ -219,7 +222,8 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         token = _made_caches.set(made)
         result: Any = None
         try:
-            result = super().generate(*args, **kwargs)
+            with self._using(adapter):
+                result = super().generate(*args, **kwargs)
         finally:
             _made_caches.reset(token)
             kept = getattr(result, "past_key_values", None)
@@ -256,11 +260,16 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
     # --- for loops of one's own --------------------------------------------------------
 
     def new_cache(
-        self, borders: Sequence[int] | None = None, *, with_states: bool = False
+        self,
+        borders: Sequence[int] | None = None,
+        *,
+        with_states: bool = False,
+        adapter: str | None = None,
     ) -> ChainCache:
         """An unused cache over the blocks between `borders` (default: all blocks).
 
-        `with_states` it is for hidden states at all of them, see `hidden_borders`.
+        `with_states` it is for hidden states at all of them, see `hidden_borders`. `adapter` as
+        in `generate`.
 
         Raises:
             ConfigError: borders that are none.
@@ -268,19 +277,28 @@ class DistributedModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         self.connection.check_open()
         chosen = self._check_borders(borders or (0, self.num_blocks))
-        return ChainCache(self.connection.loop, self._chains, chosen, with_states=with_states)
+        chains = self._chains_with(adapter)
+        return ChainCache(self.connection.loop, chains, chosen, with_states=with_states)
 
     def session(
-        self, start: int = 0, end: int | None = None, *, cache: ChainCache | None = None
+        self,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        cache: ChainCache | None = None,
+        adapter: str | None = None,
     ) -> Session:
         """A session over blocks [start, end) (default: all), or the one that `cache` holds.
+
+        `adapter` as in `generate`.
 
         Raises:
             ConfigError: no such blocks.
             NoRouteError, PeerError: no chain within the patience.
         """
         if cache is None:
-            cache = self.new_cache((start, self.num_blocks if end is None else end))
+            borders = (start, self.num_blocks if end is None else end)
+            cache = self.new_cache(borders, adapter=adapter)
             self.connection.loop.run(cache.open())
         return Session(self, cache)
 

@@ -39,6 +39,8 @@ class SavedSession:
     generation_config: dict[str, Any] | None
     rng_state: torch.Tensor | None
     """torch's, of the CPU."""
+    adapter: str = ""
+    """Name of the LoRA adapter, as 32 hex characters; empty: none."""
     note: str | None = None
     """Whatever else its writer wants to read again (`saved_answer.py`)."""
 
@@ -71,6 +73,8 @@ def pack(saved: SavedSession) -> bytes:
         "borders": json.dumps(saved.borders),
         "generation_config": generation_config,
     }
+    if saved.adapter:
+        header["adapter"] = saved.adapter
     if saved.note is not None:
         header["note"] = saved.note
     header["digest"] = _digest(header, tensors)
@@ -109,6 +113,7 @@ def unpack(data: bytes, hidden_size: int | None = None) -> SavedSession:
         chunks=chunks,
         generation_config=generation_config,
         rng_state=rng_state,
+        adapter=header.get("adapter", ""),
         note=header.get("note"),
     )
 

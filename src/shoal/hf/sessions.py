@@ -179,6 +179,7 @@ class Session:
             chunks=self._row.chunks,
             generation_config=config.to_diff_dict(),
             rng_state=torch.get_rng_state(),
+            adapter=self._cache.adapter.hex(),
         )
         write_file(Path(path), pack(saved))
 
@@ -193,6 +194,7 @@ class Session:
 
         Raises:
             ConfigError: no such file, or it was saved with another model.
+            NoRouteError: it has an adapter that is neither loaded here nor at servers.
             NoRouteError, PeerError, SessionError: the swarm could not do it.
         """
         saved = unpack(read_file(Path(path)), model.head.hidden_size)
@@ -201,7 +203,9 @@ class Session:
                 f"{path} was saved with model {saved.model}, this is {model.model_name}: load it "
                 "with the model it belongs to"
             )
-        cache = model.new_cache(saved.borders, with_states=len(saved.borders) > 2)
+        cache = model.new_cache(
+            saved.borders, with_states=len(saved.borders) > 2, adapter=saved.adapter
+        )
         model.connection.loop.run(_replayed(cache, saved))
         session = cls(model, cache)
         if saved.generation_config is not None:

@@ -69,6 +69,7 @@ def run_padded(
     tuning: Tuning | None,
 ) -> torch.Tensor:
     """(B, S, D) behind the blocks of `span`; padding is not sent, and comes back as 0."""
+    model._check_no_adapter()
     is_token = _tokens(parts, int(hidden.shape[1])).to(hidden.device)
     rows = run_blocks(model, hidden[is_token], [part.count for part in parts], span, tuning)
     return torch.zeros_like(hidden).index_put((is_token,), rows)

@@ -20,7 +20,7 @@ from shoal.gateway.line import LineConfig
 from shoal.gateway.opening import GatewayConfig
 from tests.gateway_cases import Gate, gate
 
-ALICE, BOB = "a" * 20, "b" * 20
+ALICE, BOB, CAROL = "a" * 20, "b" * 20, "c" * 20
 SEA = [{"role": "user", "content": "The sea"}]
 
 
@@ -29,6 +29,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     keys = Keys(
         {
             hash_of(ALICE): Caller(name="alice"),
+            hash_of(CAROL): Caller(name="carol", tokens_per_minute=10),
             hash_of(BOB): Caller(name="bob", at_once=1, requests_per_minute=3),
         }
     )
@@ -219,3 +220,17 @@ def test_a_gateway_without_a_template(tmp_path: Path) -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model="tiny", prompt="y", temperature=0)
         assert caught.value.status_code == 503
+
+
+def test_who_leaves_before_the_end_has_used_its_tokens(running: Gate) -> None:
+    client = running.openai(api_key=CAROL)
+    stream = client.chat.completions.create(model="tiny", stream=True, **chat(max_tokens=400))
+    next(iter(stream))
+    stream.close()
+
+    def ask() -> None:
+        for _ in range(100):  # until it is noticed that it left
+            client.chat.completions.create(model="tiny", **chat(max_tokens=1))
+
+    with pytest.raises(openai.RateLimitError, match="tokens per minute"):
+        ask()

@@ -134,8 +134,8 @@ class Api:
                 return
             stream = EventStream(send)
             events = ChatStream(form, stream, has_usage=_wants_usage(body))
-            async with _told_in_stream(stream, scope):
-                (done,) = await self._answer(caller, [(job, events)])
+            async with _told_in_stream(stream, scope), stream.kept_alive():
+                (done,) = await self._answer(caller, [(job, events)], stream)
                 await events.end(done)
 
         await while_connected(receive, work())
@@ -158,8 +158,8 @@ class Api:
                 return
             stream = EventStream(send)
             taker = events = CompletionStream(form, stream, has_usage=_wants_usage(body))
-            async with _told_in_stream(stream, scope):
-                dones = await self._answer(caller, self._parted(jobs, taker, settings))
+            async with _told_in_stream(stream, scope), stream.kept_alive():
+                dones = await self._answer(caller, self._parted(jobs, taker, settings), stream)
                 await events.end(dones)
 
         await while_connected(receive, work())
@@ -180,7 +180,9 @@ class Api:
     ) -> Job:
         # Before it stands in line with it.
         self._parts.engine.check_length(len(ids), settings.max_tokens)
+        clock = asyncio.get_running_loop().time
         return Job(
+            on_used=lambda count: self._allowance.use_tokens(caller, count, clock()),
             owner=caller.name,
             prompt_ids=tuple(ids),
             settings=settings,
@@ -219,13 +221,17 @@ class Api:
     ) -> list[tuple[Job, Sink]]:
         return [(job, Part(whole, at * settings.num_choices)) for at, job in enumerate(jobs)]
 
-    async def _answer(self, caller: Caller, jobs: Sequence[tuple[Job, Sink]]) -> list[Done]:
+    async def _answer(
+        self, caller: Caller, jobs: Sequence[tuple[Job, Sink]], stream: EventStream | None = None
+    ) -> list[Done]:
         """All jobs at the same time, once there are places for them."""
         engine, clock = self._parts.engine, asyncio.get_running_loop().time
         places = sum(job.settings.num_choices for job, _ in jobs)
         asked_s = clock()
         async with self._parts.line.place(caller, places):
             self._parts.meter.waiting_s.observe(clock() - asked_s)
+            if stream is not None:
+                stream.may_open = True
             works = [asyncio.ensure_future(engine.answer(job, sink)) for job, sink in jobs]
             try:
                 dones = await asyncio.gather(*works)
@@ -233,8 +239,6 @@ class Api:
                 for work in works:
                     work.cancel()
                 await asyncio.gather(*works, return_exceptions=True)
-        tokens = sum(done.prompt_tokens + done.answer_tokens for done in dones)
-        self._allowance.use_tokens(caller, tokens, clock())
         return dones
 
     def _envelope(self, prefix: str, kind: str, body: Sampling) -> Envelope:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.gateway.errors import ApiError, as_api_error
-from shoal.gateway.http import CallerGone, header, json_bytes, send_whole
+from shoal.gateway.http import CallerGone, header, json_bytes, send_in_time, send_whole
 from shoal.gateway.keys import ANYBODY, Keys
 from shoal.gateway.meter import Meter
 
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 _COUNTED: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"})
+
+PATH_CHARS_SHOWN: Final = 200
+"""Of a path in the log."""
 
 GONE: Final = 499
 """In logs and counts, as nginx has it: the caller left before the answer."""
@@ -71,7 +74,7 @@ class Front:
                     *message["headers"], (b"x-request-id", request_id.encode()),
                     *_SAFETY,
                 ]  # fmt: skip
-            await send(message)
+            await send_in_time(send, message)
 
         try:
             self._check_origin(scope)
@@ -85,7 +88,7 @@ class Front:
             self._meter.requests.labels(_known(scope), str(status)).inc()
             logger.info(
                 "request id=%s caller=%s path=%s status=%d duration_s=%.3f",
-                request_id, getattr(scope.get("shoal.caller"), "name", ""), scope["path"],
+                request_id, getattr(scope.get("shoal.caller"), "name", ""), _shown(scope["path"]),
                 status, asyncio.get_running_loop().time() - asked_s,
             )  # fmt: skip
 
@@ -107,11 +110,11 @@ class Front:
 
     def _check_origin(self, scope: Scope) -> None:
         host = header(scope, "host") or ""
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _host_name(f"//{host}")
         if self._config.hosts is not None and name not in self._config.hosts:
             raise ApiError(403, f"this gateway is not {host!r}", code="wrong_host")
         origin = header(scope, "origin")
-        if origin not in (None, "null") and urlsplit(origin).netloc == host:
+        if origin not in (None, "null") and _net_place(origin) == host:
             return
         if origin is not None:
             raise ApiError(403, f"pages of {origin} may not ask here", code="wrong_origin")
@@ -135,6 +138,28 @@ def _request_id(scope: Scope) -> str:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
     return f"req_{secrets.token_hex(12)}"
+
+
+def _host_name(url: str) -> str:
+    """The host of a URL; empty: it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # such as an open bracket
+        return ""
+
+
+def _net_place(url: str) -> str | None:
+    """Host and port of a URL; None: it is none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
+
+
+def _shown(path: str) -> str:
+    """A path for the log: strangers must not write lines of their own there."""
+    shown = path[:PATH_CHARS_SHOWN].encode("unicode_escape").decode("ascii")
+    return shown if len(path) <= PATH_CHARS_SHOWN else f"{shown}..."
 
 
 def _known(scope: Scope) -> str:

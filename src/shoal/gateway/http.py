@@ -20,6 +20,10 @@ BODY_S: Final = 30.0
 WRITE_S: Final = 30.0
 """A reader that takes nothing for so long is gone: its session is needed elsewhere."""
 
+COMMENT_S: Final = 10.0
+"""A stream without an event for so long gets a comment: proxies and clients give up on silence
+after half a minute or more, and long prompts and repairs take longer."""
+
 BODIES_BYTES_MAX: Final = 256 << 20
 """Bodies of all requests that are being read or turned into tokens."""
 
@@ -159,27 +163,67 @@ async def send_in_time(send: Send, message: Message) -> None:
 
 
 class EventStream:
-    """Server-sent events, as OpenAI streams."""
+    """Server-sent events, as OpenAI streams. Comments fill pauses inside `kept_alive`."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._sending = asyncio.Lock()
+        self._clock = asyncio.get_running_loop().time
+        self._sent_s = self._clock()
         self.is_open = False
         """Whether the status has gone out: errors must go into the stream."""
+        self.may_open = False
+        """Whether a long pause may send the status: the request is at work, not in a line."""
 
     async def open(self) -> None:
-        """Send the status."""
-        self.is_open = True
-        await send_in_time(self._send, _start(200, STREAM_HEADERS))
+        """Send the status, unless it has gone out."""
+        async with self._sending:
+            await self._open()
 
     async def event(self, value: Any) -> None:
         """One object."""
-        data = b"data: " + json_bytes(value) + b"\n\n"
-        message = {"type": "http.response.body", "body": data, "more_body": True}
-        await send_in_time(self._send, message)
+        await self._write(b"data: " + json_bytes(value) + b"\n\n", has_more=True)
 
     async def close(self) -> None:
         """The end that clients wait for."""
-        await send_in_time(self._send, {"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await self._write(b"data: [DONE]\n\n", has_more=False)
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Send a comment whenever nothing else was sent for a while."""
+        beating = asyncio.ensure_future(self._beat())
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        """What is wrong with the reader is seen with the next event."""
+        while True:
+            await asyncio.sleep(max(0.01, self._sent_s + COMMENT_S - self._clock()))
+            if self._clock() - self._sent_s < COMMENT_S:
+                continue
+            if not self.may_open and not self.is_open:
+                self._sent_s = self._clock()
+                continue
+            async with self._sending:
+                await self._open()
+                await self._body(b": still here\n\n", has_more=True)
+
+    async def _open(self) -> None:
+        if not self.is_open:
+            self.is_open = True
+            await send_in_time(self._send, _start(200, STREAM_HEADERS))
+
+    async def _write(self, data: bytes, *, has_more: bool) -> None:
+        async with self._sending:
+            await self._body(data, has_more=has_more)
+
+    async def _body(self, data: bytes, *, has_more: bool) -> None:
+        self._sent_s = self._clock()
+        message = {"type": "http.response.body", "body": data, "more_body": has_more}
+        await send_in_time(self._send, message)
 
 
 def _start(status: int, headers: Mapping[str, str]) -> Message:

@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from shoal.base.errors import ConfigError
+from shoal.gateway.connection import TimedConnection
 
 CONNECTIONS_MAX: Final = 1024
 """Open at a time; further ones are answered 503."""
@@ -80,7 +81,7 @@ async def serving(app: ASGIApp, listening: Listening) -> AsyncIterator[str]:
     try:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=TimedConnection,
             ws="none",
             loop="none",
             lifespan="off",

@@ -30,6 +30,9 @@ JOINING = {
 }
 """What each prints, besides texts that nobody can read."""
 
+TUNING = ("finetune_classify", "finetune_chat", "finetune_own_modules", "finetune_trainer")
+"""Run by `test_finetune_examples.py`."""
+
 Run = Callable[..., str]
 
 
@@ -53,7 +56,7 @@ def join(serve, model) -> str:
 
 def test_all_examples_are_run_and_short() -> None:
     paths = sorted(EXAMPLES.glob("*.py"))
-    assert {path.stem for path in paths} == {*JOINING, "private_swarm"}
+    assert {path.stem for path in paths} == {*JOINING, *TUNING, "private_swarm"}
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
     assert max(lengths.values()) <= LINES_MAX, lengths
 

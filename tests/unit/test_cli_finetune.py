@@ -17,7 +17,8 @@ from shoal.cli.app import run
 from shoal.cli.finetune_curve import smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
 from shoal.cli.finetune_spec import Asked, DataChoice
-from shoal.cli.finetuning import Place, begin
+from shoal.cli.finetuning import begin
+from shoal.cli.tuning_place import Place
 from shoal.hf.tuning_build import Method
 from shoal.hf.tuning_checkpoint import StepDone
 from shoal.hf.tuning_settings import TuningSettings

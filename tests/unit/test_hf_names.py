@@ -13,8 +13,10 @@ from shoal.hf import connection
 
 PUBLIC_NAMES = [
     "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
     "ChainCache",
     "DistributedModelForCausalLM",
+    "DistributedModelForSequenceClassification",
     "LocalSwarm",
     "Session",
 ]

@@ -12,10 +12,14 @@ import typer
 from shoal.base.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from shoal.base.adapters import AdapterPart
     from shoal.cli.models import OpenModel
     from shoal.client.client import Client
     from shoal.discovery.directory import Snapshot
+    from shoal.hf.generation import TokenHead
+    from shoal.hf.head import Head
     from shoal.hf.saved_answer import SavedAnswer
     from shoal.server.adapters import AdapterLimits
 
@@ -26,7 +30,8 @@ AdapterOption = Annotated[
     typer.Option(
         metavar="DIR|NAME",
         help="A LoRA adapter that all tokens go through: a directory as PEFT saves it, which is "
-        "sent to the servers, or the name of one that they serve (see: shoal status).",
+        "sent to the servers, or the name of one that they serve (see: shoal status). generate "
+        "also takes directories with prompts and classifiers (see: shoal finetune).",
     ),
 ]
 ServedAdaptersOption = Annotated[
@@ -95,14 +100,35 @@ class ChosenAdapter:
     """Empty: none."""
     part: AdapterPart | None = None
     """Its tensors, where we bring them; None: servers have them."""
+    prompt: torch.Tensor | None = None
+    """(P, D) instead: embeddings that stand before the text. They stay here."""
+
+    def ids_before(self, vocabulary: int) -> tuple[int, ...]:
+        """Tokens that stand for the prompt; see `shoal.hf.tuning_prompted`."""
+        count = 0 if self.prompt is None else len(self.prompt)
+        return tuple(range(vocabulary, vocabulary + count))
+
+    def around(self, head: Head) -> TokenHead:
+        """A head that embeds the prompt's tokens as well."""
+        if self.prompt is None:
+            return head
+        from shoal.hf.tuning_prompted import PromptedHead
+
+        return PromptedHead(head, self.prompt)
 
     def offered_by(self, client: Client) -> bytes:
-        """Its name, once the client can bring it."""
+        """Its name, once the client can bring it; empty where servers need none."""
+        if self.prompt is not None:
+            return b""
         return self.name if self.part is None else client.adapters.add(self.part)
 
 
-def choose_adapter(given: str | None, model: OpenModel, snapshot: Snapshot) -> ChosenAdapter:
+def choose_adapter(
+    given: str | None, model: OpenModel, snapshot: Snapshot, *, takes_prompts: bool = False
+) -> ChosenAdapter:
     """The adapter that a person means: a directory, or what servers call so.
+
+    With `takes_prompts` a directory may hold a prompt (prompt tuning) instead.
 
     Raises:
         AdapterBad: the directory holds none that can be used.
@@ -112,6 +138,12 @@ def choose_adapter(given: str | None, model: OpenModel, snapshot: Snapshot) -> C
         return ChosenAdapter()
     directory = Path(given)
     if directory.is_dir():
+        if takes_prompts:
+            from shoal.cli.learned import is_learned, read_prompt_of
+
+            if is_learned(directory):
+                name, prompt = read_prompt_of(directory, model)
+                return ChosenAdapter(name=name, prompt=prompt)
         from shoal.model.adapter_files import read_peft
 
         part = read_peft(directory, model.source.config)
@@ -130,7 +162,7 @@ def adapter_to_resume(
     Raises:
         ConfigError: another one is given, or nobody has it.
     """
-    chosen = choose_adapter(given or answer.adapter, model, snapshot)
+    chosen = choose_adapter(given or answer.adapter, model, snapshot, takes_prompts=True)
     if chosen.name.hex() != answer.adapter:
         began = f"adapter {answer.adapter}" if answer.adapter else "no adapter"
         raise ConfigError(f"the answer began with {began}: give --adapter as it was then")

@@ -125,7 +125,8 @@ async def answer_prompt(
         begun = task
         if isinstance(begun, Question):
             prompt_ids = [int(token) for token in tokenizer(begun.prompt)["input_ids"]]
-            adapter = choose_adapter(settings.adapter, model, snapshot)
+            adapter = choose_adapter(settings.adapter, model, snapshot, takes_prompts=True)
+            prompt_ids[:0] = adapter.ids_before(int(model.source.config.vocab_size))
             begun = _begin(begun, prompt_ids, model, snapshot, adapter)
         else:
             adapter = adapter_to_resume(settings.adapter, begun, model, snapshot)
@@ -178,7 +179,7 @@ async def _speaking(
         ) as thin:  # fmt: skip
             yield ThinSpeaker(thin)
         return
-    head = load_head(model.source, dtype=begun.encoding)
+    head = adapter.around(load_head(model.source, dtype=begun.encoding))
     async with open_swarm_client(
         visitor, model, patience_s, on_waiting, settings.standby
     ) as client:

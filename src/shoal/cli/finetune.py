@@ -77,7 +77,7 @@ MaxLengthOption = Annotated[
 ]
 RateOption = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Default: 0.001 for lora, 0.01 for the others."),
+    typer.Option(metavar="X", help="Default: by method (see docs/finetuning.md)."),
 ]
 ScheduleOption = Annotated[
     str, typer.Option(metavar="NAME", help="The learning rate: constant, linear or cosine (to 0).")
@@ -201,7 +201,8 @@ def finetune(
     elif model is None or data is None or out is None:
         raise ConfigError("give MODEL, --data FILE and --out DIR, or --resume DIR")
     with noticing_interrupts(signal.SIGINT):
-        from shoal.cli.finetuning import Place, begin, go_on
+        from shoal.cli.finetuning import begin, go_on
+        from shoal.cli.tuning_place import Place
 
         place = Place(swarm=choice, patience_s=patience)
         if resume is None:

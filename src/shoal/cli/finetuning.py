@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,33 +14,17 @@ from shoal.base.errors import ConfigError, ShoalError
 from shoal.cli.finetune_curve import draw_curve, smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
 from shoal.cli.finetune_spec import Asked, Examples, RunSpec, read_examples
-from shoal.cli.joining import SwarmChoice
 from shoal.cli.models import OpenModel, open_model
-from shoal.cli.options import DEFAULT_SWARM
-from shoal.discovery.lan import find_on_lan, none_found
-from shoal.hf.auto import AutoDistributedModelForCausalLM
-from shoal.hf.connection import Joining
+from shoal.cli.tuning_place import Place, open_base
 from shoal.hf.saved_session import write_file
-from shoal.hf.tuning_base import TuningBase
 from shoal.hf.tuning_build import build
 from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_checkpoint
 from shoal.hf.tuning_files import write_result
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import steps_of
-from shoal.hf.tuning_swarm import SwarmBase
-from shoal.hf.tuning_whole import load_whole
 
 RECORD: Final = "training.json"
 CURVE: Final = "loss.png"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where the blocks are."""
-
-    swarm: SwarmChoice | None
-    """None: here, the whole model."""
-    patience_s: float
 
 
 class Finetuning:
@@ -230,7 +213,7 @@ def _opened(
     checkpoint: Checkpoint | None,
 ) -> Finetuning:
     with ExitStack() as stack:
-        base = _base(place, model, stack)
+        base = open_base(place, model, stack)
         tuned = build(
             base, spec.method, num_classes=len(examples.label_names), seed=spec.settings.seed
         )
@@ -242,23 +225,3 @@ def _opened(
         work = Finetuning(spec, out, examples, run, model.source.config)
         work.stack = stack.pop_all()
     return work
-
-
-def _base(place: Place, model: OpenModel, stack: ExitStack) -> TuningBase:
-    if place.swarm is None:
-        return load_whole(model.source, model.name)
-    choice = place.swarm
-    joins = choice.joins
-    if choice.is_lan:
-        swarm = choice.name or DEFAULT_SWARM
-        joins = (*joins, *asyncio.run(find_on_lan(swarm)))
-        if not joins:
-            raise none_found(swarm)
-    opened = stack.enter_context(
-        AutoDistributedModelForCausalLM.from_pretrained(
-            model.source,
-            join=Joining(joins=joins, swarm=choice.name, invite=choice.invite),
-            patience_s=place.patience_s,
-        )
-    )
-    return SwarmBase(opened)

@@ -32,7 +32,7 @@ from shoal.cli.threads import set_threads
 from shoal.cli.waiting import WaitingLine
 
 if TYPE_CHECKING:
-    from shoal.cli.answering import GenerateSettings, Written
+    from shoal.cli.answering import GenerateSettings, Question, Written
     from shoal.cli.models import OpenModel
     from shoal.hf.saved_answer import SavedAnswer
 
@@ -208,6 +208,10 @@ def generate(
             if model is None or "model" not in given:
                 model = model_of(task, resume, is_from_peers=weights_from_peers)
         opened = _open(model or "", choice, limit_bytes, is_thin=thin)
+    if isinstance(task, Question) and _is_whole(adapter):
+        _check_whole(given)
+        _answer_whole(task, opened, choice, str(adapter), patience, as_json=as_json)
+        return
     if resume is not None and not isinstance(task, Question):
         check_model_of(task, opened, resume)
     line = WaitingLine()
@@ -222,6 +226,50 @@ def generate(
         adapter=check_adapter(adapter, is_thin=thin),
     )
     _answer(settings, opened, line, as_json=as_json)
+
+
+def _is_whole(adapter: str | None) -> bool:
+    """Whether `--adapter` names something that has no sessions: deep prompts, classes."""
+    if adapter is None or not Path(adapter).is_dir():
+        return False
+    from shoal.cli.learned import runs_whole
+
+    return runs_whole(adapter)
+
+
+def _check_whole(given: frozenset[str]) -> None:
+    """See that nothing is asked which only sessions can do.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for name in ("save", "thin", "standby", "compress", "dtype", "weights_from_peers"):
+        if name in given:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: not with deep prompts or classes; leave it out")
+
+
+def _answer_whole(
+    task: Question,
+    model: OpenModel,
+    choice: SwarmChoice,
+    directory: str,
+    patience_s: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Print a text's class, or what goes on behind a deep prompt."""
+    from shoal.cli.learned import WholeQuestion, answer_whole
+    from shoal.cli.tuning_place import Place
+
+    question = WholeQuestion(
+        text=task.prompt,
+        max_new_tokens=task.max_new_tokens,
+        sampler=task.sampler,
+        is_json=as_json,
+    )
+    place = Place(swarm=choice, patience_s=patience_s)
+    answer_whole(question, Path(directory), model, place)
 
 
 def check_thin(standby: int, *, is_thin: bool) -> int:

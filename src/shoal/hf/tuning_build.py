@@ -26,7 +26,7 @@ LEARNING_RATES: Final[Mapping[str, float]] = {
     "lora": 1e-3,
     "prompt": 1e-2,
     "deep-prompt": 1e-2,
-    "classifier": 1e-2,
+    "classifier": 3e-3,
 }
 """Tried on the demo model: docs/finetuning.md."""
 

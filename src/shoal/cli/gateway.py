@@ -89,6 +89,14 @@ ExactOption = Annotated[
         "several times the work (float32 on CPUs): with auto it may.",
     ),
 ]
+DispatchOption = Annotated[
+    str,
+    typer.Option(
+        metavar="each|chains",
+        help="Who chooses servers: each answer for itself, or one dispatcher that puts each on "
+        "the fastest chain with a free place and has the rest wait here.",
+    ),
+]
 CertificateOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Answer HTTPS with this certificate (PEM).")
 ]
@@ -115,6 +123,7 @@ def gateway(
     wait: WaitOption = WAIT_S,
     keep: KeepOption = None,
     exact: ExactOption = "auto",
+    dispatch: DispatchOption = "each",
     template: TemplateOption = None,
     tls_certificate: CertificateOption = None,
     tls_key: KeyOption = None,
@@ -187,8 +196,19 @@ def gateway(
         patience_s=patience,
         standby=check_thin(standby, is_thin=thin),
         is_thin=thin,
+        dispatch=_dispatch(dispatch, is_thin=thin),
     )
     asyncio.run(run_until_stopped(settings))
+
+
+def _dispatch(text: str, *, is_thin: bool) -> Literal["each", "chains"]:
+    if text == "each":
+        return "each"
+    if text != "chains":
+        raise ConfigError(f"--dispatch {text!r}: each or chains")
+    if is_thin:
+        raise ConfigError("--dispatch chains: with --thin the servers with heads choose chains")
+    return "chains"
 
 
 def _exactness(text: str) -> Literal["auto", "always"]:

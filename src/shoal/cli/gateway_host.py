@@ -58,6 +58,8 @@ class GatewaySettings:
     """Standbys for each hop."""
     is_thin: bool = False
     """Whether servers embed and choose tokens."""
+    dispatch: Literal["each", "chains"] = "each"
+    """Who chooses chains."""
 
 
 def check_open(host: str, *, is_open: bool) -> None:
@@ -123,6 +125,7 @@ async def _run(settings: GatewaySettings) -> None:
             exactness=settings.exactness,
             template=settings.template,
             # A key is more than any page of another site has; a proxy before us has its own name.
+            dispatch=settings.dispatch,
             hosts=LOOPBACK if is_loopback(host) and not settings.is_open else None,
         )
         observer = await stack.enter_async_context(observing(looking(visitor), wall_clock))

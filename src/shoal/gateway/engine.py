@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from shoal.base.errors import SessionTooLong, ShoalError
 from shoal.gateway.answering import Piece, Words, Writing
+from shoal.gateway.dispatch import EachForItself, Seats
 from shoal.gateway.errors import ApiError, too_long
 from shoal.gateway.grammars import Grammars
 from shoal.gateway.kept import Kept, KeptSessions, Match
 from shoal.gateway.meter import Meter
 from shoal.gateway.requests import Settings
 from shoal.gateway.sequences import TokenSequence
+from shoal.plan.dispatching import Stages
 from shoal.plan.view import Stage
 
 if TYPE_CHECKING:
@@ -38,10 +40,13 @@ STALL_S_PER_TOKEN: Final = 0.1
 class Served:
     """A model that a swarm runs, as the gateway uses it."""
 
-    open_sequence: Callable[[], Awaitable[TokenSequence]]
+    open_sequence: Callable[[Stages], Awaitable[TokenSequence]]
+    """A new one; it begins on the chain that is given, if that will do."""
     words: Words
     context_tokens: int
     """The longest session, prompt and answer."""
+    seats: Seats = field(default_factory=EachForItself)
+    """Where answers find a place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,8 @@ class Job:
     """See `Words.keeps_special`."""
     param: str = "response_format"
     """What to name when the schema is no good."""
+    on_used: Callable[[int], None] = lambda count: None
+    """Told how many tokens were read and written, however it ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +133,13 @@ class Engine:
         async with self._sequence(job) as (session, kept_tokens):
             before = len(session.recoveries)
             rest = job.prompt_ids[kept_tokens:]
-            await self._in_time(session.read(rest), len(rest))
-            await sink.begun(Begun(chain=session.chain, kept_tokens=kept_tokens))
-            self._meter.first_token_s.observe(self._clock() - started_s)
-            forked = await self._write_all(session, writings, sink)
+            try:
+                await self._in_time(session.read(rest), len(rest))
+                await sink.begun(Begun(chain=session.chain, kept_tokens=kept_tokens))
+                self._meter.first_token_s.observe(self._clock() - started_s)
+                forked = await self._write_all(session, writings, sink)
+            finally:  # who leaves before the end has had them all the same
+                job.on_used(len(job.prompt_ids) + sum(one.num_tokens for one in writings))
             recoveries = (*session.recoveries[before:], *forked)
             self._keep(job, session, writings[0].tokens)
             return self._done(job, session, kept_tokens, writings, recoveries)
@@ -151,20 +161,27 @@ class Engine:
     @asynccontextmanager
     async def _sequence(self, job: Job) -> AsyncIterator[tuple[TokenSequence, int]]:
         """A session that holds a beginning of the prompt; closed unless all goes well."""
-        session, kept_tokens = await self._begin(job)
-        try:
-            yield session, kept_tokens
-        except BaseException:
-            session.close()
-            raise
+        async with AsyncExitStack() as stack:
+            session, kept_tokens = await self._begin(job, stack)
+            try:
+                yield session, kept_tokens
+            except BaseException:
+                session.close()
+                raise
 
-    async def _begin(self, job: Job) -> tuple[TokenSequence, int]:
+    async def _begin(self, job: Job, stack: AsyncExitStack) -> tuple[TokenSequence, int]:
+        """The session, and how much of the prompt it holds; its place is in `stack`."""
+        seats, count = self.served.seats, job.settings.num_choices
         match = self._kept.find(job.owner, job.prompt_ids, self._clock())
         if match is not None:
             found = await self._continued(match)
             if found is not None:
+                stack.enter_context(seats.beside(found, count))
                 return found, match.length
-        return await self._opened(), 0
+        seat = await stack.enter_async_context(seats.seat(count))
+        session = await self._opened(seat.chain)
+        seat.follow(session)
+        return session, 0
 
     async def _continued(self, match: Match) -> TokenSequence | None:
         """The kept session, cut to what is in common; None: it failed while it was at rest."""
@@ -178,8 +195,8 @@ class Engine:
             return None
         return session
 
-    async def _opened(self) -> TokenSequence:
-        opening = asyncio.ensure_future(self.served.open_sequence())
+    async def _opened(self, chain: Stages) -> TokenSequence:
+        opening = asyncio.ensure_future(self.served.open_sequence(chain))
         try:
             done, _ = await asyncio.wait({opening}, timeout=ROOM_S)
             if not done:

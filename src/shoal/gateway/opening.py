@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -15,12 +15,14 @@ from shoal.base.errors import ConfigError
 from shoal.base.limits import SESSION_TOKENS_MAX
 from shoal.base.spans import Span, missing_blocks
 from shoal.client.client import Client
+from shoal.client.dispatch import open_dispatcher
 from shoal.client.session import Recovery
 from shoal.client.thin import ThinClient
 from shoal.discovery.directory import Snapshot
 from shoal.discovery.records import Record
 from shoal.gateway.answering import Words
 from shoal.gateway.app import Api, ModelFacts, Parts
+from shoal.gateway.dispatch import Dispatch, EachForItself, Seats
 from shoal.gateway.encoding import Encoder
 from shoal.gateway.engine import Engine, Served
 from shoal.gateway.front import Front, FrontConfig
@@ -33,6 +35,9 @@ from shoal.gateway.sequences import ChainSequence, ThinSequence, TokenSequence
 from shoal.hf.head import Head
 from shoal.hf.head_batch import HeadBatch, Progress, find_head_tiles
 from shoal.model.row_tiles import TILE_ROWS_MAX, RowTiles
+from shoal.plan.dispatching import Stages
+from shoal.plan.live_problem import SESSION_TOKENS
+from shoal.plan.routing import Wanted
 
 Exactness = Literal["auto", "always"]
 """Whether company may change the last bits of the head's scores where keeping them costs
@@ -84,6 +89,8 @@ class GatewayConfig:
     """In place of the model's own."""
     hosts: frozenset[str] | None = None
     """See `FrontConfig`."""
+    dispatch: Dispatch = "each"
+    """Who chooses chains; thin clients leave that to the servers with heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,9 @@ async def open_gateway(
     """A gateway as an ASGI application, on the client's event loop.
 
     Answers that are being written when it closes are not waited for: stop serving first.
+
+    Raises:
+        ConfigError: a dispatcher before a thin client.
     """
     model = backing.client.config.model
     records = _records(backing.snapshot(), model)
@@ -121,10 +131,12 @@ async def open_gateway(
         end_ids=frozenset(backing.end_ids),
         vocab_size=mind.vocab_size,
     )
+    stack = AsyncExitStack()
     served = Served(
         open_sequence=mind.open_sequence,
         words=words,
         context_tokens=context,
+        seats=await _seats(backing, config.dispatch, context, stack),
     )
     kept_tokens = config.kept_tokens
     if kept_tokens is None:
@@ -159,13 +171,28 @@ async def open_gateway(
         await asyncio.gather(sweeping, return_exceptions=True)
         kept.clear()
         encoder.close()
+        await stack.aclose()
+
+
+async def _seats(
+    backing: Backing, dispatch: Dispatch, context: int, stack: AsyncExitStack
+) -> Seats:
+    if dispatch == "each":
+        return EachForItself()
+    if isinstance(backing.client, ThinClient):
+        raise ConfigError("--dispatch chains: with --thin the servers with heads choose chains")
+    tokens = min(SESSION_TOKENS, context)
+    wanted = Wanted(
+        encoding=backing.encoding, inner_encoding=backing.inner_encoding or backing.encoding
+    )
+    return await stack.enter_async_context(open_dispatcher(backing.client, wanted, tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mind:
     """Where tokens come from."""
 
-    open_sequence: Callable[[], Awaitable[TokenSequence]]
+    open_sequence: Callable[[Stages], Awaitable[TokenSequence]]
     vocab_size: int
     batch: HeadBatch | None = None
 
@@ -175,7 +202,7 @@ async def _mind(backing: Backing, exactness: Exactness, progress: Progress | Non
     if isinstance(client, ThinClient):
         thin = client
 
-        async def open_thin() -> TokenSequence:
+        async def open_thin(chain: Stages) -> TokenSequence:
             return ThinSequence(await thin.open_session())
 
         return _Mind(open_sequence=open_thin, vocab_size=thin.config.vocab_size)
@@ -184,8 +211,10 @@ async def _mind(backing: Backing, exactness: Exactness, progress: Progress | Non
     batch = await asyncio.to_thread(_head_batch, head, exactness, progress)
     whole, mine = client, head
 
-    async def open_chain() -> TokenSequence:
-        session = await whole.open_session(backing.encoding, inner_encoding=backing.inner_encoding)
+    async def open_chain(chain: Stages) -> TokenSequence:
+        session = await whole.open_session(
+            backing.encoding, inner_encoding=backing.inner_encoding, chain=chain
+        )
         return ChainSequence(session, mine, batch)
 
     return _Mind(open_sequence=open_chain, vocab_size=head.vocab_size, batch=batch)

@@ -3,8 +3,8 @@
 Nothing of them is modelled: routes, batches, growing caches, parked sessions, repairs and
 replays are those of the code that serves people. Modelled are blocks (`cost_backend`) and the
 network. The client chooses chains by itself and opens sessions as it does, so a scenario's
-router, `waiting`, `setup_s` and `detect_s` don't count here. Every row that comes back is
-checked.
+router, `waiting`, `setup_s` and `detect_s` don't count here; but with the router `gca-jffc` each
+client has the real dispatcher before it. Every row that comes back is checked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Coroutine
-from typing import Any
+from contextlib import AsyncExitStack
+from typing import Any, Final
 
 from shoal.base.errors import ConfigError
+from shoal.client.client import Client
+from shoal.client.dispatch import Dispatcher, open_dispatcher
 from shoal.lab.clock import VIRTUAL_LIMIT_S, run_virtual
 from shoal.lab.sim_result import Result, Sample
 from shoal.lab.sim_scenario import Event, Scenario
@@ -24,6 +27,9 @@ from shoal.lab.sim_swarm import LiveServer, LiveSwarm
 from shoal.lab.sim_user import Place, User, ask, warm_up
 from shoal.plan.placement import Placement
 from shoal.server.config import ServerConfig
+
+DISPATCHED: Final = "gca-jffc"
+"""The router that stands for a dispatcher."""
 
 Progress = Callable[[int, int], None]
 """Told how many requests are done, and of how many."""
@@ -121,15 +127,18 @@ class _Run:
 
     async def run(self) -> Result:
         self._failure = asyncio.get_running_loop().create_future()
-        async with self._swarm as swarm:
+        async with self._swarm as swarm, AsyncExitStack() as stack:
             for server in swarm.servers:
                 await server.start(self._servers.loaded)
             for client in swarm.clients:
                 await warm_up(client)
+            dispatchers = [await self._dispatcher(client, stack) for client in swarm.clients]
             self._zero_s = asyncio.get_running_loop().time()
             self._servers.start()
             self._spawn(swarm.keep_hub())
-            asking = asyncio.gather(*(self._play(user) for user in self._users))
+            asking = asyncio.gather(
+                *(self._play(user, dispatchers[user.request.client]) for user in self._users)
+            )
             try:
                 await self._first_of(asking)
                 last_s = max((event.at_s for event in self.scenario.events), default=0.0)
@@ -155,13 +164,22 @@ class _Run:
             if future.done():
                 future.result()
 
-    async def _play(self, user: User) -> None:
+    async def _dispatcher(self, client: Client, stack: AsyncExitStack) -> Dispatcher | None:
+        """Where the scenario routes by a dispatcher: a real one for each client."""
+        if self.scenario.router != DISPATCHED:
+            return None
+        workload = self.scenario.problem.workload
+        tokens = workload.tokens_in + workload.tokens_out
+        return await stack.enter_async_context(open_dispatcher(client, session_tokens=tokens))
+
+    async def _play(self, user: User, dispatcher: Dispatcher | None) -> None:
         request = user.request
         await asyncio.sleep(max(0.0, request.at_s - self.now_s))
         servers = {server.peer: server.number for server in self._swarm.servers}
         client = self._swarm.clients[request.client]
         self._sample()
-        await ask(user, Place(client=client, servers=servers, now=lambda: self.now_s))
+        place = Place(client=client, servers=servers, now=lambda: self.now_s, dispatcher=dispatcher)
+        await ask(user, place)
         self._done += 1
         self._sample()
         if self._progress is not None:

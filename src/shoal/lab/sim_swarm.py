@@ -17,7 +17,7 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import Client, open_client
 from shoal.client.config import ClientConfig
-from shoal.discovery.records import Record, RecordState, sign_record
+from shoal.discovery.records import DECODE_POINTS_MAX, Record, RecordState, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
 from shoal.lab.cost_backend import MODEL, CostBackend, CostConfig
@@ -210,6 +210,7 @@ class LiveServer:
             encodings=list(facts.encodings),
             cache_tokens=facts.cache_tokens,
             decode_s_per_block=spec.decode.at(1),
+            decode_s_by_batch=list(spec.decode.points[:DECODE_POINTS_MAX]),
             prefill_s_per_block_token=spec.prefill_s_per_block_token,
         )
         now_s = asyncio.get_running_loop().time()

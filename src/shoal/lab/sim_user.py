@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from shoal.base.errors import ShoalError
@@ -15,11 +16,13 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client
+from shoal.client.dispatch import Dispatcher
 from shoal.lab.cost_backend import ENCODINGS, CostSequence, number_of, prompt_number, row_of
 from shoal.lab.script import WrongText
 from shoal.lab.sim_result import Served
 from shoal.lab.sim_scenario import Request
 from shoal.plan.cost import Chain, Hop
+from shoal.plan.view import Stage
 
 ENCODING = ENCODINGS[0]
 """Of rows on all links."""
@@ -72,6 +75,8 @@ class Place:
     """Their numbers in the problem."""
     now: Callable[[], float]
     """The scenario's time."""
+    dispatcher: Dispatcher | None = None
+    """None: each session finds its way by itself."""
 
 
 async def ask(user: User, place: Place) -> None:
@@ -82,7 +87,15 @@ async def ask(user: User, place: Place) -> None:
     """
     user.has_come = True
     try:
-        async with await place.client.open_session(ENCODING) as session:
+        async with AsyncExitStack() as stack:
+            chain: tuple[Stage, ...] = ()
+            if place.dispatcher is not None:
+                seat = await stack.enter_async_context(place.dispatcher.seat())
+                chain = seat.chain
+            session = await place.client.open_session(ENCODING, chain=chain)
+            await stack.enter_async_context(session)
+            if place.dispatcher is not None:
+                seat.follow(session)
             user.start_s = place.now()
             await _converse(user, place, session)
     except WrongText:

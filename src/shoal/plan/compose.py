@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from shoal.plan.cost import Batch, Chain, Currency, Prices, chain_s, mean_prices, prices
@@ -72,10 +72,36 @@ def compose_chains(
     return tuple(_fill(problem, placement, price, room_of(problem, placement), sessions))
 
 
-def composed(problem: Problem, placement: Placement) -> tuple[Seated, ...]:
-    """GCA chains of whole requests for the average client, fastest first."""
-    chains = compose_chains(problem, placement, mean_prices(problem, "request"))
-    return tuple(sorted(chains, key=lambda one: one.seconds))
+def composed(
+    problem: Problem, placement: Placement, batches: Sequence[int] = ()
+) -> tuple[Seated, ...]:
+    """GCA chains of whole requests for the average client, fastest first.
+
+    As published a request's time does not depend on company. With `batches` (rising) it does:
+    first as many sessions find a place as make passes of the first batch, at the time of such
+    passes, then those that make the next one, and so on up to the last. A chain then comes
+    back, slower and with more seats; its seats count all that run on it.
+    """
+    left = room_of(problem, placement)
+    if not batches:
+        batches, levels = (1,), [left]
+    else:
+        needs = [0 if span is None else problem.session_bytes(span) for span in placement.spans]
+        levels = [[batch * need for need in needs] for batch in batches]
+    chains: list[Seated] = []
+    taken = [0] * len(left)
+    for batch, most in zip(batches, levels, strict=True):
+        free = [min(a, b) - c for a, b, c in zip(left, most, taken, strict=True)]
+        before = list(free)
+        price = mean_prices(problem, "request", batch=batch)
+        chains += _fill(problem, placement, price, free, SEATS_MAX)
+        taken = [a + b - c for a, b, c in zip(taken, before, free, strict=True)]
+    seats: Counter[Chain] = Counter()
+    found = []
+    for one in sorted(chains, key=lambda one: one.seconds):
+        seats[one.chain] += one.seats
+        found.append(replace(one, seats=seats[one.chain]))
+    return tuple(found)
 
 
 class Score(NamedTuple):

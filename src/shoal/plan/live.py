@@ -1,12 +1,13 @@
 """Placement in a swarm that runs: the rules of `petals` and `place/latency` on live records.
 
 A server decides for itself only, from what records say: spans, measured speeds, room for
-sessions. Round trips between strangers it can't know; all hops count alike. Whether it may
-leave its blocks at all is a matter of `shoal.plan.rebalance`.
+sessions, and where it is among round trips. Whether it may leave its blocks at all is a matter
+of `shoal.plan.rebalance`.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,19 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.plan import petals
 from shoal.plan.compose import scorer
-from shoal.plan.cost import DECODE_UNKNOWN_S, HOP_S, RTT_UNKNOWN_S
-from shoal.plan.memory import CacheShape
+from shoal.plan.cost import HOP_S, RTT_UNKNOWN_S
+from shoal.plan.live_problem import (
+    SESSION_TOKENS,
+    between_s,
+    know_places,
+    live_problem,
+    push_links,
+)
 from shoal.plan.petals import Hosting, block_throughputs, choose_span, server_throughput
 from shoal.plan.place import latency
 from shoal.plan.place.latency import Goal, SwitchCost
 from shoal.plan.placement import Placement
-from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
+from shoal.plan.spec import Links
 from shoal.plan.view import ServerView, SwarmView
 
 LivePolicy = Literal["petals", "latency"]
@@ -33,8 +40,8 @@ LivePolicy = Literal["petals", "latency"]
 UNKNOWN_ROWS_PER_S: Final = 1.0
 """Throughput of every server while nobody has measured: then they count alike."""
 
-SESSION_TOKENS: Final = 1024
-"""Positions of a session that room is reckoned for."""
+CLIENTS_MAX: Final = 4
+"""Places that clients are taken to be at; more take longer and say little more."""
 
 SESSIONS_MAX: Final = 64
 """More sessions are not reckoned with: a decision must take milliseconds."""
@@ -177,42 +184,27 @@ def goal_of(swarm: Swarm) -> tuple[Goal, Placement]:
     """Mean seconds per token of a half-full swarm, and where everybody is now.
 
     Every server decodes the rows of all sessions that fill half of its cache in one pass, at
-    its time for that batch. A session takes `SESSION_TOKENS` of a server's cache, however many
-    of its blocks it runs: that is how servers count. So it is modelled as a log, and weights
-    as one byte.
+    its time for that batch. Round trips are those between coordinates, seen from clients at
+    the places of some servers; where too few are known all hops count alike.
     """
-    decode = [one.decode_s_per_block for one in swarm.servers if one.decode_s_per_block > 0]
-    unknown_s = median(decode) if decode else DECODE_UNKNOWN_S
     seats = sum(one.cache_tokens * len(one.span) for one in swarm.servers)
     sessions = seats // (2 * SESSION_TOKENS * max(1, swarm.num_blocks))
-    problem = Problem(
-        model=uniform_model(
-            swarm.num_blocks, 1, CacheShape(values_per_token=0), row_bytes=1, keeps_logs=True
-        ),
-        servers=tuple(
-            ServerSpec(
-                name=str(index),
-                memory_bytes=len(one.span) + one.cache_tokens,
-                decode=_decode_times(one, unknown_s),
-            )
-            for index, one in enumerate(swarm.servers)
-        ),
-        links=Links(client_rtt_s=((swarm.rtt_s,) * len(swarm.servers),), handling_s=HOP_S),
-        workload=Workload(
-            tokens_in=SESSION_TOKENS // 2,
-            tokens_out=SESSION_TOKENS // 2,
-            sessions=max(1, min(SESSIONS_MAX, sessions)),
-        ),
+    problem = live_problem(
+        swarm.num_blocks, swarm.servers, _links(swarm), max(1, min(SESSIONS_MAX, sessions))
     )
     batches = [max(1.0, one.cache_tokens / (2 * SESSION_TOKENS)) for one in swarm.servers]
     goal = Goal(score=scorer(problem, batch=batches), danger_s=DANGER_S)
     return goal, Placement(spans=tuple(one.span for one in swarm.servers))
 
 
-def _decode_times(server: ServerView, unknown_s: float) -> DecodeTimes:
-    if server.decode_s_by_batch:
-        return DecodeTimes(points=server.decode_s_by_batch)
-    return DecodeTimes(points=((1, server.decode_s_per_block or unknown_s),))
+def _links(swarm: Swarm) -> Links:
+    """Clients may be anywhere: where servers are, for all that can be known."""
+    servers = swarm.servers
+    if not know_places(servers):
+        return Links(client_rtt_s=((swarm.rtt_s,) * len(servers),), handling_s=HOP_S)
+    placed = [one.coordinate for one in servers if one.coordinate is not None]
+    clients = placed[:: max(1, math.ceil(len(placed) / CLIENTS_MAX))]
+    return push_links(servers, between_s(clients, servers, swarm.rtt_s), swarm.rtt_s)
 
 
 def _where_it_will_be(server: ServerView, before: tuple[int, bytes]) -> ServerView:

@@ -8,6 +8,8 @@ the first place that is freed. That is throughput-optimal (lemma 3 there).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shoal.plan.compose import composed
 from shoal.plan.placement import Placement
 from shoal.plan.route.contract import Choice, Load, Router, no_chain
@@ -16,12 +18,14 @@ from shoal.plan.spec import Problem
 
 def route_dispatch(problem: Problem, placement: Placement) -> Router:
     """Join the fastest free chain; None: queue until a session ends."""
-    return _Dispatcher(problem, placement)
+    return FastestFree(problem, placement)
 
 
-class _Dispatcher:
-    def __init__(self, problem: Problem, placement: Placement) -> None:
-        self.chains = composed(problem, placement)
+class FastestFree:
+    """The rule for one placement; `batches` as `shoal.plan.compose.composed` takes them."""
+
+    def __init__(self, problem: Problem, placement: Placement, batches: Sequence[int] = ()) -> None:
+        self.chains = composed(problem, placement, batches)
         if not self.chains:
             raise no_chain(problem, placement)
 

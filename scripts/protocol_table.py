@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import inspect as types
 
-from shoal.wire import adapters, gossip, head, messages, training, weights
+from shoal.wire import adapters, directory, gossip, head, messages, ring, training, weights
 from shoal.wire.fields import WireMessage
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
@@ -27,7 +27,7 @@ def wire_structs() -> list[type[msgspec.Struct]]:
     """Every struct that travels, tagged messages first by tag, then their parts."""
     found = {
         value: None
-        for module in (messages, gossip, weights, adapters, head, training)
+        for module in (messages, directory, gossip, weights, adapters, head, training, ring)
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, WireMessage) and value is not WireMessage
     }
@@ -68,6 +68,8 @@ def type_text(kind: types.Type) -> str:
             return kind.cls.__name__
         case types.ListType():
             return f"list{_bounds(kind.min_length, kind.max_length)} of {type_text(kind.item_type)}"
+        case types.TupleType():
+            return f"({', '.join(type_text(item) for item in kind.item_types)})"
         case types.UnionType():
             return " or ".join(type_text(option) for option in kind.types)
         case types.NoneType():

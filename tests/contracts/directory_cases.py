@@ -20,7 +20,7 @@ from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Stream
-from shoal.wire.messages import GetRecords, Publish
+from shoal.wire.directory import GetRecords, Publish
 from tests.unit.discovery_cases import SWARM, identity, signed
 
 Kind = Literal["static", "gossip"]

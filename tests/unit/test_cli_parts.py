@@ -16,7 +16,7 @@ from shoal.discovery.records import Record
 from shoal.hf.connection import check_served
 from shoal.hf.generation import Answer, Speed, Token, measure
 from shoal.plan.view import Stage
-from shoal.wire.messages import Load
+from shoal.wire.directory import Load
 
 A, B = PeerId(bytes([1]) * 32), PeerId(bytes([2]) * 32)
 MODEL = OpenModel(given="./mine", source=None, name="abc", num_blocks=6, hidden_size=16)

@@ -19,14 +19,12 @@ from shoal.discovery.exchange import (
 )
 from shoal.discovery.store import RecordStore
 from shoal.lab.clock import run_virtual
+from shoal.wire.directory import GetRecords, Publish, Records
 from shoal.wire.messages import (
     Alive,
     Error,
-    GetRecords,
     Message,
     Ping,
-    Publish,
-    Records,
     decode,
     encode,
 )

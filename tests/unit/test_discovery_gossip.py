@@ -25,8 +25,9 @@ from shoal.net.membership import SwarmPass
 from shoal.net.memory import MemoryNetwork
 from shoal.net.tcp import TcpTransport
 from shoal.net.transport import Stream
+from shoal.wire.directory import GetRecords, Publish, Records
 from shoal.wire.gossip import Offer, Suspects, Taken
-from shoal.wire.messages import GetRecords, Message, Publish, Records
+from shoal.wire.messages import Message
 from tests.contracts.directory_cases import (
     PASS,
     Member,

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable
-from typing import TypeVar
-
 import pytest
 
 from shoal.base.errors import PeerMisbehaved, ProtocolError
-from shoal.base.ids import PeerId
 from shoal.base.limits import GOSSIP_BEAT_S, RECORD_TTL_S
 from shoal.discovery.allowance import RECORDS_BURST, UPDATES_BURST
 from shoal.discovery.gossiper import (
@@ -21,18 +16,14 @@ from shoal.discovery.gossiper import (
     SILENCE_S,
     SUSPECTS_GAP_S,
     TICK_S,
-    Gossiper,
 )
 from shoal.discovery.neighbourhood import (
     SUSPECTS_BURST,
     Action,
     Dial,
     Drop,
-    Send,
-    name_of,
 )
 from shoal.discovery.neighbours import SERVER_DIALS
-from shoal.discovery.positioning import ASK_PERIOD_S, ASK_SOON_S, SOON_COUNT
 from shoal.discovery.spreading import (
     BAD_MAX,
     DIGEST_PERIOD_S,
@@ -40,58 +31,11 @@ from shoal.discovery.spreading import (
     WANT_TIMEOUT_S,
 )
 from shoal.discovery.store import RESTORE_AFTER_S, SUSPECT_S, RecordStore
-from shoal.plan import coordinates as plan
-from shoal.wire.fields import Coordinate
+from shoal.wire.directory import Records
 from shoal.wire.gossip import Beat, Digest, Offer, Part, RecordName, Suspects, Taken, WantRecords
-from shoal.wire.messages import Message, Ping, Records
+from shoal.wire.messages import Ping
 from tests.unit.discovery_cases import SWARM, identity, signed
-
-ME, ANN, BOB, CAT, DAN, EVE = (identity(number) for number in range(1, 7))
-T = TypeVar("T", bound=Message)
-
-
-class Scene:
-    """One Gossiper with neighbours that only listen."""
-
-    def __init__(self, *neighbours: PeerId, is_reader: bool = False) -> None:
-        self.store = RecordStore(SWARM)
-        self.gossiper = Gossiper(ME.peer, self.store, random.Random(1), is_reader=is_reader)
-        self.now_s = 1000.0
-        for peer in neighbours:
-            self.gossiper.joined(peer, self.now_s, is_dialled=False)
-
-    def hear(self, peer: PeerId, message: Message) -> list[Action]:
-        return self.gossiper.receive(peer, message, self.now_s)
-
-    def wait(self, seconds: float, hears: Iterable[PeerId] = ()) -> list[Action]:
-        """Ticks, with beats from those who live."""
-        actions: list[Action] = []
-        for _ in range(round(seconds / TICK_S)):
-            self.now_s += TICK_S
-            for peer in hears:
-                actions += self.hear(peer, Beat())
-            actions += self.gossiper.tick(self.now_s)
-        return actions
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return dict(self.gossiper.around.counts)
-
-
-def said(actions: list[Action], kind: type[T]) -> list[tuple[PeerId, T]]:
-    return [
-        (a.peer, a.message) for a in actions if isinstance(a, Send) and isinstance(a.message, kind)
-    ]
-
-
-def dials(actions: list[Action]) -> list[PeerId]:
-    return [action.peer for action in actions if isinstance(action, Dial)]
-
-
-def name(data: bytes) -> RecordName:
-    store = RecordStore(SWARM)
-    store.accept(data, 0.0)
-    return name_of(next(iter(store.snapshot().records)))
+from tests.unit.gossip_cases import ANN, BOB, CAT, DAN, EVE, ME, Scene, dials, name, said
 
 
 def test_news_are_offered_to_all_but_who_brought_them() -> None:
@@ -451,54 +395,3 @@ def test_a_server_of_which_nothing_was_heard_for_long_is_suspected_when_dialling
     assert dials(scene.wait(TICK_S, [ANN.peer])) == [EVE.peer]
     accusation = said(scene.gossiper.undialled(EVE.peer, scene.now_s), Suspects)
     assert accusation == [(ANN.peer, Suspects([name(signed(EVE, 1))]))]
-
-
-def asks(actions: list[Action]) -> list[tuple[PeerId, int]]:
-    return [(peer, beat.ask) for peer, beat in said(actions, Beat) if beat.ask]
-
-
-def test_neighbours_are_asked_for_round_trips_often_at_first_then_seldom() -> None:
-    scene = Scene(ANN.peer)
-    actions: list[Action] = []
-    for _ in range(round(120 / TICK_S)):
-        new = scene.wait(TICK_S, [ANN.peer])
-        for _, ask in asks(new):
-            scene.now_s += 0.04
-            scene.hear(ANN.peer, Beat(echo=ask, coordinate=Coordinate([0.0] * 3, 0.001, 0.2)))
-        actions += new
-    assert len(asks(actions)) == pytest.approx(
-        SOON_COUNT + (120 - SOON_COUNT * ASK_SOON_S) / ASK_PERIOD_S, abs=2
-    )
-    mine = scene.gossiper.coordinate
-    assert mine is not None
-    there = plan.Coordinate(point=(0.0,) * 3, height=0.001, error=0.2)
-    assert plan.distance_s(mine, there) == pytest.approx(0.04, rel=0.2)
-
-
-def test_who_asks_is_answered_but_not_faster_than_beats() -> None:
-    scene = Scene(ANN.peer)
-    assert said(scene.hear(ANN.peer, Beat(ask=7)), Beat) == [(ANN.peer, Beat(echo=7))]
-    assert not said(scene.hear(ANN.peer, Beat(ask=8)), Beat)
-    scene.now_s += GOSSIP_BEAT_S
-    assert said(scene.hear(ANN.peer, Beat(ask=9)), Beat) == [(ANN.peer, Beat(echo=9))]
-
-
-def test_echoes_that_nobody_asked_for_say_nothing() -> None:
-    scene = Scene(ANN.peer, BOB.peer)
-    (_, ask), *_ = asks(scene.wait(TICK_S, [ANN.peer, BOB.peer]))
-    scene.hear(BOB.peer, Beat(echo=ask + 17))
-    scene.hear(BOB.peer, Beat(echo=0))
-    assert scene.gossiper.coordinate is None
-    scene.now_s += 0.05
-    scene.hear(ANN.peer, Beat(echo=ask))
-    first = scene.gossiper.coordinate
-    assert first is not None
-    scene.now_s += 1.0
-    scene.hear(ANN.peer, Beat(echo=ask))
-    assert scene.gossiper.coordinate == first, "an echo counts once"
-
-
-def test_a_client_answers_and_does_not_ask() -> None:
-    scene = Scene(ANN.peer, is_reader=True)
-    assert not asks(scene.wait(60.0, [ANN.peer]))
-    assert said(scene.hear(ANN.peer, Beat(ask=7)), Beat) == [(ANN.peer, Beat(echo=7))]

@@ -40,6 +40,8 @@ def values(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
         case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
             size = min(high or LIST_MAX, LIST_MAX)
             return st.lists(values(item), min_size=low or 0, max_size=size)
+        case msgspec.inspect.TupleType(item_types=items):
+            return st.tuples(*map(values, items))
         case msgspec.inspect.StructType(cls=cls):
             return structs(cls)
     raise TypeError(f"no values known for {kind}: add a case")

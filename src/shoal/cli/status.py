@@ -20,7 +20,8 @@ from shoal.cli.options import InviteOption, JoinOption, JsonOption, LanOption, S
 from shoal.discovery.records import Record
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_CONTROL, Channel, open_channel
-from shoal.wire.messages import GetLoad, Load, Ping
+from shoal.wire.directory import GetLoad, Load
+from shoal.wire.messages import Ping
 
 RTT_PINGS: Final = 5
 """The quickest of these counts: the others met other traffic."""

@@ -9,7 +9,8 @@ from shoal.base.ids import SessionId
 from shoal.base.limits import ALIVE_MISSED_MAX, ALIVE_PERIOD_S
 from shoal.client.experience import ExperienceBook
 from shoal.client.server_link import ServerLink
-from shoal.wire.messages import GetHeld, GetLoad, Load, Ping, Routed
+from shoal.wire.directory import GetLoad, Load
+from shoal.wire.messages import GetHeld, Ping, Routed
 
 
 async def answers(link: ServerLink) -> bool:

@@ -17,7 +17,6 @@ from typing import Final
 
 from shoal.base.errors import (
     BadInput,
-    ConfigError,
     PeerMisbehaved,
     PeerUnreachable,
     ProtocolError,
@@ -27,23 +26,17 @@ from shoal.base.errors import (
     error_from_code,
 )
 from shoal.base.ids import NONCE_BYTES, PeerId, SessionId, session_id, short
-from shoal.base.limits import (
-    KEEP_PERIOD_S,
-)
+from shoal.base.limits import KEEP_PERIOD_S
 from shoal.base.spans import Span
 from shoal.client import asking
 from shoal.client.adapters import AdapterBook, send_route_with_adapter
 from shoal.client.chain_session import ChainSession
 from shoal.client.config import ClientConfig
+from shoal.client.dialling import dial_server
 from shoal.client.experience import ExperienceBook
 from shoal.client.news import News
 from shoal.client.repair import Supervisor
-from shoal.client.routing import (
-    Followed,
-    RouteFacts,
-    SignedRoute,
-    sign_route,
-)
+from shoal.client.routing import Followed, RouteFacts, SignedRoute, senders_to, sign_route
 from shoal.client.server_link import ServerLink
 from shoal.client.session import SessionState, Trouble
 from shoal.client.tending import lose_standby
@@ -53,8 +46,7 @@ from shoal.discovery.directory import Directory
 from shoal.link.outbound import Outbound
 from shoal.link.pool import SenderPool
 from shoal.link.receiver import Answer
-from shoal.net.address import parse_address
-from shoal.net.channel import PURPOSE_ROWS_OUT, Channel, open_channel
+from shoal.net.channel import PURPOSE_ROWS_OUT, Channel
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.tasks import TaskSet
@@ -240,26 +232,17 @@ class Client:
         epoch = state.epoch + 1
         for outbound in state.follow(chain, epoch, self.me, standbys):
             self._senders.detach(outbound)
+        servers = sorted(state.servers)
         known = {s.peer: s for s in self.view().servers if s.peer in state.peers}
-        records = {peer: server.record for peer, server in known.items()}
         for peer, server in known.items():  # a standby's record may be gone when it takes over
             state.classes.setdefault(peer, server.numerics)
-        servers = sorted(state.servers)
-        route = sign_route(
-            self._identity, facts, epoch, chain,
-            [records[peer] for peer in sorted(state.peers) if peer in records], state.distrusted,
-            standbys,
-        )  # fmt: skip
+        records = [known[peer].record for peer in sorted(known)]
+        route = sign_route(self._identity, facts, epoch, chain, records, state.distrusted, standbys)
         for peer in sorted(state.standby_peers - state.servers):
             self._tasks.spawn(self._prepare(state, route, peer), f"standby {short(peer)}")
-        receive_from = frozenset(
-            chain[index].peer
-            for index in range(len(chain))
-            if index + 1 == len(chain) or chain[index + 1].peer == self.me
-        )
         links = [self.link(peer) for peer in servers]
         followed = await send_route_with_adapter(
-            route, links, receive_from, self.adapters, state.adapter
+            route, links, senders_to(self.me, chain), self.adapters, state.adapter
         )
         state.held = followed.held
         if state.failure is not None:  # closed meanwhile: nobody may keep it
@@ -313,15 +296,9 @@ class Client:
     # --- streams -----------------------------------------------------------------------
 
     async def dial(self, peer: PeerId, purpose: str) -> Channel:
+        """A new stream to a server. Raises ShoalError."""
         found = self._directory.snapshot().find(peer)
-        error: ShoalError = PeerUnreachable(f"no record of peer {short(peer)}")
-        for text in found.record.addresses if found is not None else ():
-            try:
-                address = parse_address(text)
-                return await open_channel(self._transport, address, purpose, self._swarm_pass)
-            except (ShoalError, ConfigError) as failure:
-                error = failure
-        raise error
+        return await dial_server(self._transport, self._swarm_pass, peer, found, purpose)
 
     async def _dial_rows(self, peer: PeerId) -> Channel:
         return await self.dial(peer, PURPOSE_ROWS_OUT)

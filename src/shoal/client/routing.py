@@ -44,6 +44,16 @@ class SignedRoute:
         return Route(call, self.body, self.signature, self.records)
 
 
+def senders_to(me: PeerId, chain: Sequence[Stage]) -> frozenset[PeerId]:
+    """Who of the chain sends to `me`: its last server, and those before links via the client."""
+    ends = (*chain[1:], None)
+    return frozenset(
+        stage.peer
+        for stage, after in zip(chain, ends, strict=True)
+        if after is None or after.peer == me
+    )
+
+
 def sign_route(
     identity: Identity,
     facts: RouteFacts,

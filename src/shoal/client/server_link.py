@@ -23,6 +23,7 @@ from shoal.link.pool import HEALTHY_S
 from shoal.link.receiver import Answer, ReceiverEvents, RowReceiver
 from shoal.net.channel import PURPOSE_CONTROL, PURPOSE_ROWS_IN, Channel
 from shoal.net.tasks import TaskSet
+from shoal.wire.directory import GetLoad, GetRecords, Publish
 from shoal.wire.messages import (
     Alive,
     Broken,
@@ -31,12 +32,9 @@ from shoal.wire.messages import (
     Error,
     Failed,
     GetHeld,
-    GetLoad,
-    GetRecords,
     Keep,
     Leaving,
     Ping,
-    Publish,
     Room,
     Route,
 )

@@ -29,7 +29,8 @@ from shoal.discovery.allowance import (
 from shoal.discovery.records import claimed_peer, claimed_sequence
 from shoal.discovery.store import RecordStore
 from shoal.net.channel import error_message
-from shoal.wire.messages import Error, GetRecords, Message, Publish, Records
+from shoal.wire.directory import GetRecords, Publish, Records
+from shoal.wire.messages import Error, Message
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from shoal.base.ids import PeerId, short
 from shoal.base.limits import HEADER_BYTES_MAX
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
+from shoal.wire.directory import Records
 from shoal.wire.gossip import Part
-from shoal.wire.messages import Message, Records
+from shoal.wire.messages import Message
 
 logger = logging.getLogger(__name__)
 

@@ -41,8 +41,9 @@ from shoal.discovery.positioning import Positioning
 from shoal.discovery.spreading import Spreading
 from shoal.discovery.store import RecordStore
 from shoal.plan.coordinates import Coordinate
+from shoal.wire.directory import Records
 from shoal.wire.gossip import Beat, Digest, Offer, Part, RecordName, Suspects, Taken, WantRecords
-from shoal.wire.messages import Message, Records
+from shoal.wire.messages import Message
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from shoal.discovery.exchange import PAGE_BYTES_MAX, RECORD_OVERHEAD_BYTES
 from shoal.discovery.neighbourhood import Neighbour, Neighbourhood, name_of
 from shoal.discovery.records import claimed_peer
 from shoal.discovery.store import RecordStore
+from shoal.wire.directory import Records
 from shoal.wire.gossip import Digest, Offer, RecordName, Suspects, Taken, WantRecords
-from shoal.wire.messages import Records
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from shoal.net.address import Address, parse_address, parse_listen
 from shoal.net.identity import Identity
 from shoal.plan.coordinates import Coordinate
 from shoal.plan.view import Intent
-from shoal.wire.messages import ControlMessage, GetRecords, Publish
+from shoal.wire.directory import GetRecords, Publish
+from shoal.wire.messages import ControlMessage
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from shoal.server.adapters import AdapterLimits
 from shoal.server.engine import EngineLimits
 from shoal.server.quotas import Quotas
 from shoal.server.training_limits import TrainingLimits
-from shoal.wire.messages import ControlMessage, GetRecords, Publish
+from shoal.wire.directory import GetRecords, Publish
+from shoal.wire.messages import ControlMessage
 
 StreamService = Callable[[Channel], Awaitable[None]]
 """Serves one stream of its purpose until it ends; may raise PeerError or ProtocolError."""

@@ -24,18 +24,15 @@ from shoal.base.ids import PeerId, SessionId, short
 from shoal.base.limits import KEEP_PERIOD_S
 from shoal.net.channel import Channel, error_message
 from shoal.net.tasks import first_failure
+from shoal.wire.directory import GetLoad, GetRecords, Load, Publish
 from shoal.wire.messages import (
     Alive,
     Close,
     ControlMessage,
     GetHeld,
-    GetLoad,
-    GetRecords,
     Keep,
-    Load,
     Message,
     Ping,
-    Publish,
     Route,
     Routed,
 )

@@ -19,16 +19,8 @@ from shoal.net.transport import Stream
 from shoal.server.config import AddressBook, StreamService
 from shoal.server.control import ControlLink
 from shoal.server.server import Server
-from shoal.wire.messages import (
-    Alive,
-    ControlMessage,
-    GetHeld,
-    GetRecords,
-    Load,
-    Publish,
-    Route,
-    Routed,
-)
+from shoal.wire.directory import GetRecords, Load, Publish
+from shoal.wire.messages import Alive, ControlMessage, GetHeld, Route, Routed
 
 logger = logging.getLogger(__name__)
 

@@ -83,10 +83,10 @@ class ServerMeter:
     def _sessions(self) -> Iterator[Metric]:
         server = self._server
         hops, ledger = list(server.sessions), server.sessions.ledger
-        yield _counter("sessions_opened", "Sessions opened.", server.num_opened)
+        yield _counter("sessions_opened", "Sessions opened.", server.sessions.num_opened)
         yield _counter(
             "sessions_rebuilt", "Of these, after a repair: a replay fills their cache.",
-            server.num_rebuilt,
+            server.sessions.num_rebuilt,
         )  # fmt: skip
         yield _gauge("sessions", "Sessions.", len(hops))
         yield _gauge("sessions_parked", "Without cache.", sum(hop.is_parked for hop in hops))

@@ -9,7 +9,16 @@ from shoal.link.outbound import Outbound
 from shoal.server.engine import Engine
 from shoal.server.session import HopSession
 from shoal.server.sessions import SessionTable
-from shoal.wire.messages import Alive, Broken, Failed, GetHeld, Have, Held, Load, Routed
+from shoal.wire.directory import Load
+from shoal.wire.messages import (
+    Alive,
+    Broken,
+    Failed,
+    GetHeld,
+    Have,
+    Held,
+    Routed,
+)
 
 
 def alive(engine: Engine, call: int, now_s: float) -> Alive:

@@ -58,6 +58,7 @@ from shoal.server.session import HopPlan, HopSession
 from shoal.server.sessions import SessionTable
 from shoal.server.training import TrainingServer
 from shoal.server.upkeep import close_idle, reopen
+from shoal.wire.directory import GetRecords, Load, Publish
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import (
     Alive,
@@ -67,12 +68,9 @@ from shoal.wire.messages import (
     Failed,
     Fork,
     GetHeld,
-    GetRecords,
     Held,
     Leaving,
-    Load,
     Open,
-    Publish,
     Room,
     Route,
     Routed,
@@ -111,10 +109,6 @@ class Server:
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
         self._farewells = Farewells()
-        self.num_opened = 0
-        """Sessions opened, ever."""
-        self.num_rebuilt = 0
-        """Of these, those that a repair or a move brought: they are filled by replay."""
         self._departures = Departures(
             config.orphan_grace_s, self._controls.__contains__, self._free, self._tasks
         )
@@ -288,8 +282,6 @@ class Server:
             if old is not None:
                 self._forget(old)
             hop = self.sessions.open(plan, parent, now_s, adapter)
-            self.num_opened += 1
-            self.num_rebuilt += plan.epoch > 1
         self._call_waiting()
         logger.info("session opened session=%s span=%s epoch=%d held=%d",
                     short(plan.session), plan.span, plan.epoch, hop.inbound.have)  # fmt: skip

@@ -40,6 +40,10 @@ class SessionTable:
         self._window_bytes = window_bytes
         self.quotas = quotas or Quotas()
         self.line = Line()
+        self.num_opened = 0
+        """Sessions opened, ever."""
+        self.num_rebuilt = 0
+        """Of these, those that a repair or a move brought: they are filled by replay."""
         self._hops: dict[SessionKey, HopSession] = {}
         self._by_border: dict[SessionKey, HopSession] = {}
         """The same hops by (session, end block)."""
@@ -113,6 +117,8 @@ class SessionTable:
             self.close(old)
         self._hops[hop.key] = hop
         self._by_border[(plan.session, plan.span.end)] = hop
+        self.num_opened += 1
+        self.num_rebuilt += plan.epoch > 1
         return hop
 
     def _find_place(self, hop: HopSession, now_s: float) -> None:

@@ -25,6 +25,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
         "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
     },
+    "304m": {
+        "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 5632,
+        "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
+    },
     "110m": {
         "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048,
         "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12,

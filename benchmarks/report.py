@@ -66,8 +66,9 @@ def publish(
     rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     details: Mapping[str, Any] | None = None,
+    folder: Path = RESULTS,
 ) -> None:
-    """Print the table; write `theme_DATE.json` and `.md` into results/ unless told not to.
+    """Print the table; write `theme_DATE.json` and `.md` into `folder` unless told not to.
 
     `details` (every round of every way) go to the JSON only.
     """
@@ -75,13 +76,13 @@ def publish(
     print(text)
     if "--no-write" in sys.argv:
         return
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{theme}_cpu{facts['cpus']}_{date.today().isoformat()}"
     content = {"theme": theme, "environment": dict(facts), "rows": [dict(row) for row in rows]}
     if details is not None:
         content["rounds"] = dict(details)
-    (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     command = " ".join(["python", *sys.argv])
     machine = f"{facts['cpu']}, {facts['cpus']} CPUs, load before {facts['load_before'][0]}"
     note = f"# {theme}\n\n`{command}`\n{machine}\n\n{text}\n"
-    (RESULTS / f"{stem}.md").write_text(note, encoding="utf-8")
+    (folder / f"{stem}.md").write_text(note, encoding="utf-8")

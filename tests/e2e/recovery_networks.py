@@ -7,6 +7,7 @@ refused. All of it is gone when its processes are.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -77,6 +78,24 @@ class Networks:
             for pair in itertools.permutations((name, other)):
                 self._rule("add", *pair)
                 self._cuts.add(pair)
+
+    def shape(self, rate: str) -> None:
+        """Let each namespace send and receive at this rate (`50mbit`) and no faster."""
+        for index, name in enumerate(self._names, start=1):
+            for pid, device in ((self._pids[name], "eth0"), (self._router, f"v{index}")):
+                bucket = ["tbf", "rate", rate, "burst", "16kb", "latency", "400ms"]
+                command = [*_inside(pid), "tc", "qdisc", "add", "dev", device, "root", *bucket]
+                subprocess.run(command, check=True, timeout=10)
+
+    def sent_bytes(self, name: str) -> int:
+        """What a namespace has sent over its shaped link."""
+        command = [*self.inside(name), "tc", "-s", "-j", "qdisc", "show", "dev", "eth0"]
+        said = subprocess.run(command, check=True, timeout=10, capture_output=True, text=True)
+        return int(json.loads(said.stdout)[0]["bytes"])
+
+    def inside(self, name: str) -> list[str]:
+        """What to put before a command that is to run in a namespace."""
+        return _inside(self._pids[name])
 
     def isolate(self, name: str) -> None:
         """Nothing reaches or leaves a namespace, from clients neither."""

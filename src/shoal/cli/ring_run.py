@@ -29,6 +29,7 @@ from shoal.cli.options import (
     SwarmOption,
     ThreadsOption,
 )
+from shoal.cli.ring_file import RingOption, find_ring
 from shoal.cli.threads import set_threads
 
 PromptsOption = Annotated[
@@ -93,13 +94,7 @@ def run(
     dtype: DtypeOption = None,
     patience: PatienceOption = PATIENCE_S,
     threads: ThreadsOption = None,
-    ring: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What `shoal ring up` wrote (default: that of the ring on this machine).",
-        ),
-    ] = None,
+    ring: RingOption = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="With --join or --lan: the model that is served there."),
@@ -178,7 +173,5 @@ def _place(ring: Path | None, model: str | None, choice: SwarmChoice) -> tuple[S
         if model is None:
             raise ConfigError("which model is served there? Add --model MODEL")
         return choice, model
-    from shoal.cli.ring_file import find_ring
-
     found = find_ring(ring)
     return found.choice(), model or found.given

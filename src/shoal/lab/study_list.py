@@ -13,6 +13,7 @@ from shoal.lab import (
     study_failures,
     study_helix,
     study_realism,
+    study_ring,
     study_wan,
 )
 from shoal.lab.study import Study
@@ -118,6 +119,13 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_realism.realism,
             seeds=30,
             quick_seeds=5,
+        ),
+        Study(
+            name="ring",
+            title="A ring of small nodes: tokens per second by nodes and samples, uneven nodes",
+            source="MDI-LLM (Macario et al., arXiv 2505.18164), its boards; nodes are simulated",
+            run=study_ring.ring,
+            seeds=1,
         ),
     )
 }

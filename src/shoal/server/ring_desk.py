@@ -17,7 +17,6 @@ from shoal.base.limits import CALL_TIMEOUT_S, HOPS_MAX
 from shoal.base.spans import Span
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
-from shoal.server.weights import turn_away
 from shoal.wire.messages import Message
 from shoal.wire.ring import (
     GetRing,
@@ -164,7 +163,7 @@ class RingDesk:
     async def _keep(self, channel: Channel, message: JoinRing) -> None:
         before = self.nodes.get(channel.peer)
         if self._over is not None or (before is None and len(self.nodes) >= HOPS_MAX):
-            await turn_away(channel, PeerBusy("this ring takes no more nodes", retry_after_s=5.0))
+            await channel.refuse(PeerBusy("this ring takes no more nodes", retry_after_s=5.0))
             return
         if message.end < message.start:
             raise ProtocolError(f"blocks [{message.start},{message.end})")
@@ -223,7 +222,7 @@ class RingDesk:
 
     async def _answer(self, channel: Channel, message: Message) -> None:
         if self._visitors >= VISITORS_MAX:
-            await turn_away(channel, PeerBusy("enough others ask already", retry_after_s=5.0))
+            await channel.refuse(PeerBusy("enough others ask already", retry_after_s=5.0))
             return
         self._visitors += 1
         try:

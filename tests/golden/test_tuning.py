@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaForSequenceClassification
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import BadInput, ConfigError
 from shoal.hf.tuning_examples import Batch, make_batch
 from shoal.hf.tuning_files import (
     CONFIG,
@@ -27,6 +27,7 @@ from shoal.hf.tuning_files import (
     write_learned,
     write_result,
 )
+from shoal.hf.tuning_forward import TunedForward
 from shoal.hf.tuning_model import TunedModel
 from tests.models import tiny_config, tiny_model
 from tests.tuning_cases import shaken, tiny_examples, tiny_model_of, whole_base
@@ -121,6 +122,43 @@ def test_a_saved_classifier_runs_in_peft(tmp_path: Path) -> None:
         ids = batch.ids[row : row + 1, :length]
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(model.logits(ids, (length,)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_calls_are_those_of_transformers(side: str) -> None:
+    """Padding on either side, labels that are not shifted, the loss that peft's model gives."""
+    model = tiny_model_of("lora").eval()
+    batch = batch_of()
+    ids, labels, mask = (value.clone() for value in (batch.ids, batch.labels, mask_of(batch)))
+    if side == "left":
+        for row, length in enumerate(batch.lengths):
+            for values in (ids, labels, mask):
+                values[row] = values[row].roll(ids.shape[1] - length)
+    called = TunedForward(model)
+    reference = tiny_model("llama")
+    expected = reference(input_ids=ids, attention_mask=mask, labels=labels)
+    found = called(input_ids=ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    halved = called(ids, mask, labels, num_items_in_batch=2 * batch.num_counted)
+    assert float(halved.loss.detach()) < float(found.loss.detach())
+    with torch.no_grad():
+        logits = called(input_ids=ids, attention_mask=mask).logits
+    kept = mask.bool()
+    torch.testing.assert_close(logits[kept], expected.logits[kept], rtol=1e-4, atol=1e-5)
+    assert not bool(logits[~kept].any())
+
+
+def test_calls_that_cannot_be() -> None:
+    called = TunedForward(tiny_model_of("prompt"))
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(BadInput, match="give \\(rows, tokens\\)"):
+        called(input_ids=ids[0])
+    with pytest.raises(BadInput, match="labels of shape"):
+        called(input_ids=ids, labels=ids[:, :2])
+    with pytest.raises(BadInput, match="no label counts"):
+        called(input_ids=ids, labels=torch.full_like(ids, -100))
+    with pytest.raises(BadInput, match="hole"):
+        called(input_ids=ids, attention_mask=torch.tensor([[1, 0, 1]]))
 
 
 @pytest.mark.parametrize("method", ["prompt", "deep-prompt", "classifier", "head"])

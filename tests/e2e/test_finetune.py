@@ -1,0 +1,157 @@
+"""`shoal finetune` over real servers: the curve of one machine, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.hf.tuning_files import read_learned
+from shoal.hf.tuning_model import TunedModel
+from shoal.hf.tuning_whole import load_whole
+from shoal.model.source import open_source
+from tests.e2e.processes import Process, Server, error_line, generate, run
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 24
+TEXTS = [{"prompt": f"{at} and {at} is ", "completion": str(2 * at)} for at in range(1, 13)]
+MOODS = [{"text": f"{at} sun", "label": "dry"} for at in range(6)] + [
+    {"text": f"{at} rain", "label": "wet"} for at in range(6)
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    return path
+
+
+def command(model: Path, data: Path, out: Path, *extra: str) -> list[str]:
+    return [
+        "finetune", str(model), "--data", str(data), "--out", str(out), "--steps", str(STEPS),
+        "--batch-size", "3", "--eval-share", "0", "--threads", "1", "--learning-rate", "0.01",
+        *extra,
+    ]  # fmt: skip
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "training.json").read_text())["history"]
+    return [float(one["loss"]) for one in history["steps"]]
+
+
+@pytest.fixture
+def alone(model: Path, data: Path, tmp_path: Path) -> list[float]:
+    """The losses of one machine."""
+    assert run(*command(model, data, tmp_path / "alone", "--local")).returncode == 0
+    return losses(tmp_path / "alone")
+
+
+def test_servers_and_the_client_are_killed_and_the_curve_stays(
+    model: Path, data: Path, alone: list[float], nursery: Any, serve: Any, tmp_path: Path
+) -> None:
+    """One server is killed in mid-step, then the client; it goes on and ends as one machine."""
+    servers: list[Server] = serve(model, ["0:3", "3:7", "0:3", "3:7"])
+    join = servers[1].address
+    options = ("--join", join, "--method", "lora", "--save-every", "4")
+    out = tmp_path / "out"
+    client = Process(*command(model, data, out, *options), launch=nursery.launch())
+    client.wait_line(client.err, "step 3 of")
+    servers[0].signal(signal.SIGKILL)
+    client.wait_line(client.err, "step 9 of")
+    client.signal(signal.SIGKILL)
+    client.wait()
+    again = Process(
+        "finetune", "--resume", str(out), "--join", join, "--threads", "1",
+        launch=nursery.launch(),
+    )  # fmt: skip
+    again.wait_line(again.err, "going on after step ")
+    again.wait_line(again.err, "step 12 of")
+    servers[3].signal(signal.SIGKILL)
+    again.wait(100)
+    found = losses(out)
+    assert len(found) == STEPS
+    # What travels is rounded to bfloat16, which one machine's run does not do.
+    assert found == pytest.approx(alone, rel=5e-3)
+    answer = generate(model, join, "3 and 3 is ", "--adapter", str(out), "--max-new-tokens", "4")
+    assert len(answer["token_ids"]) == 4
+    for process in (client, again):
+        process.end()
+
+
+def test_interrupted_and_gone_on(model: Path, data: Path, serve: Any, tmp_path: Path) -> None:
+    """Ctrl-C saves; the end is that of a run nobody interrupted, bit by bit; prompts generate."""
+    join = serve(model, ["0:4", "4:7"])[0].address
+    options = ("--join", join, "--method", "prompt", "--prompt-tokens", "4")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(*command(model, data, whole, *options)).returncode == 0
+    client = Process(*command(model, data, cut, *options))
+    client.wait_line(client.err, "step 5 of")
+    client.signal(signal.SIGINT)
+    assert client.wait() == 130, client.report()
+    assert any("go on with: shoal finetune --resume" in line for line in client.err)
+    client.end()
+    result = run("finetune", "--resume", str(cut), "--join", join, "--threads", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    assert losses(cut) == losses(whole)
+    assert json.loads(result.stdout)["steps"] == STEPS
+    prompt = "2 and 2 is "
+    answer = generate(model, join, prompt, "--adapter", str(cut), "--max-new-tokens", "6")
+    assert answer["token_ids"] == whole_greedy(model, cut, prompt, 6)
+    # An answer behind a prompt is saved and resumed as any other.
+    saved = str(tmp_path / "answer")
+    half = generate(
+        model, join, prompt, "--adapter", str(cut), "--max-new-tokens", "3", "--save", saved
+    )
+    rest = run(
+        "generate", "--resume", saved, "--join", join, "--adapter", str(cut), "--json",
+        "--max-new-tokens", "6",
+    )  # fmt: skip
+    assert rest.returncode == 0, rest.stderr
+    assert json.loads(rest.stdout.splitlines()[-1])["token_ids"] == answer["token_ids"]
+    assert half["token_ids"] == answer["token_ids"][:3]
+    refused = run("generate", "--resume", saved, "--join", join, "--max-new-tokens", "9")
+    assert refused.returncode == 2
+    assert "adapter" in error_line(refused.stderr)
+
+
+def test_deep_prompts_and_classes_generate(model: Path, serve: Any, tmp_path: Path) -> None:
+    join = serve(model, ["0:4", "4:7"])[0].address
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    deep = tmp_path / "deep"
+    options = ("--join", join, "--method", "deep-prompt", "--prompt-tokens", "3")
+    assert run(*command(model, data, deep, *options)).returncode == 0
+    answer = generate(model, join, "4 and 4 is ", "--adapter", str(deep), "--max-new-tokens", "5")
+    assert answer["token_ids"] == whole_greedy(model, deep, "4 and 4 is ", 5)
+    data.write_text("".join(json.dumps(row) + "\n" for row in MOODS))
+    moods = tmp_path / "moods"
+    options = ("--join", join, "--method", "classifier", "--prompt-tokens", "2")
+    assert run(*command(model, data, moods, *options)).returncode == 0
+    told = generate(model, join, "9 rain", "--adapter", str(moods))
+    assert told["label"] == "wet"
+    assert sum(told["shares"].values()) == pytest.approx(1.0)
+    refused = run(
+        "generate", str(model), "--join", join, "--prompt", "9 rain", "--adapter", str(moods),
+        "--save", str(tmp_path / "answer"),
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "--save: not with deep prompts or classes" in error_line(refused.stderr)
+
+
+@torch.no_grad()
+def whole_greedy(model: Path, folder: Path, prompt: str, count: int) -> list[int]:
+    """What one machine says behind what was learned."""
+    source = open_source(model, folder)
+    prompt_module, classes = read_learned(folder).modules()
+    tuned = TunedModel(load_whole(source, "alone"), prompt=prompt_module, classes=classes).eval()
+    ids = [int(token) for token in source.tokenizer()(prompt)["input_ids"]]
+    start = len(ids)
+    for _ in range(count):
+        ids.append(int(tuned.logits(torch.tensor([ids]), (len(ids),))[0, -1].argmax()))
+    return ids[start:]

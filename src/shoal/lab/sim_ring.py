@@ -69,19 +69,19 @@ class RingCase:
         if self.speeds and len(self.speeds) != len(self.splits):
             raise ConfigError(f"{len(self.splits)} nodes need as many speeds")
 
-    def speed(self, node: int) -> float:
+    def speed(self, server: int) -> float:
         """How many times as fast as a node of speed 1."""
-        return self.speeds[node] if self.speeds else 1.0
+        return self.speeds[server] if self.speeds else 1.0
 
-    def stage(self, node: int) -> DecodeTimes:
+    def stage(self, server: int) -> DecodeTimes:
         """A pass through all that a node computes."""
         batches = sorted({rows for rows, _ in (*self.block.points, *self.head.points)})
         points = []
         for rows in batches:
-            seconds = self.splits[node] * self.block.at(rows)
-            if node == 0:
+            seconds = self.splits[server] * self.block.at(rows)
+            if server == 0:
                 seconds += self.head.at(rows)
-            points.append((rows, seconds / self.speed(node)))
+            points.append((rows, seconds / self.speed(server)))
         return DecodeTimes(points=tuple(points))
 
     def times(self) -> RingTimes:
@@ -268,9 +268,9 @@ def _problem(case: RingCase) -> Problem:
     )  # fmt: skip
 
 
-def _per_block(case: RingCase, node: int) -> DecodeTimes:
-    stage = case.stage(node)
-    blocks = case.splits[node]
+def _per_block(case: RingCase, server: int) -> DecodeTimes:
+    stage = case.stage(server)
+    blocks = case.splits[server]
     return DecodeTimes(points=tuple((rows, seconds / blocks) for rows, seconds in stage.points))
 
 

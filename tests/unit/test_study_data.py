@@ -11,7 +11,8 @@ from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
 from shoal.cli.app import run
 from shoal.lab.study import Task
-from shoal.lab.study_data import NO_DATA, load_data, load_requests, load_rtts, stretch
+from shoal.lab.study_data import NO_DATA, load_data, load_network, load_requests, load_rtts, stretch
+from shoal.lab.study_list import STUDIES
 from shoal.lab.study_real import (
     BEDS,
     DRAWN,
@@ -152,6 +153,50 @@ def test_recorded_requests_are_answered_by_the_real_client_and_servers(tmp_path:
     result = live(problem, requests, 0, PAGE_TOKENS)
     assert len(result.ended) == 4
     assert all(one.first_token_s > 0 for one in result.ended)
+
+
+GRAPH = """NODES 3
+label x y
+a 1.0 2.0
+b 1.0 2.0
+c 1.0 2.0
+
+EDGES 4
+label src dest weight bw delay
+e0 0 1 1 10000 1000
+e1 1 0 1 10000 1000
+e2 1 2 1 10000 500
+e3 2 1 1 10000 500
+"""
+
+
+def test_a_map_has_the_delays_of_its_file(tmp_path: Path):
+    network = load_network(written(tmp_path / "GTS-CE.graph", GRAPH))
+    assert network.map.name == "GTS-CE"
+    assert network.map.rtt_s(0, 2, "published") == pytest.approx(0.003)
+    assert network.map.rtt_s(0, 2, "fibre") == pytest.approx(0.003 * 2.95)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("NODES 3", "nodes", "no line `NODES COUNT`"),
+        ("EDGES 4", "EDGES 9", "ends before 9 lines of EDGES"),
+        ("e3 2 1", "e3 2 7", "is not `label from to"),
+        ("e3 2 1", "e3 -1 1", "is not `label from to"),
+        ("e2 1 2 1 10000 500", "e2 1 2 1 10000 nan", "is not `label from to"),
+        ("e2 1 2 1", "e2 1 0 1", "is not connected"),
+    ],
+)
+def test_bad_maps_are_refused(tmp_path: Path, old: str, new: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_network(written(tmp_path / "x.graph", GRAPH.replace(old, new)))
+
+
+def test_a_map_without_published_figures_is_refused(tmp_path: Path):
+    data = load_data(None, None, written(tmp_path / "Atlantis.graph", GRAPH))
+    with pytest.raises(ConfigError, match=r"name its file AboveNet\.graph, BellCanada\.graph, GTS"):
+        STUDIES["bprr-scattered"].run(Task(seeds=1, is_quick=True, data=data))
 
 
 def test_without_data_nothing_is_invented():

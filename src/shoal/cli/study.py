@@ -74,6 +74,16 @@ def study(
             "columns at_s, tokens_in, tokens_out. Needs --rtts.",
         ),
     ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            metavar="FILE",
+            show_default=False,
+            help="A map with delays for `bprr-scattered`, as REPETITA has them: GTS-CE.graph, or "
+            "one of the same name as ours.",
+        ),
+    ] = None,
 ) -> None:
     """Run a published experiment again, by our rules.
 
@@ -106,7 +116,7 @@ def study(
     chosen = list(STUDIES.values()) if name == "all" else [study_of(name)]
     if requests is not None and rtts is None:
         raise ConfigError("recorded requests are run on real hosts: add --rtts FILE")
-    data = load_data(rtts, requests)
+    data = load_data(rtts, requests, network)
     if out is not None:
         _make_folder(out)
     reports: dict[str, Report] = {}

@@ -1,4 +1,4 @@
-"""Recorded data for studies, read from files that the user has: round trips and requests.
+"""Data for studies, read from files that the user has: round trips, requests, a map.
 
 None is part of the package. A study that uses a file says what is in it and where it comes from:
 the line of the README.md beside it that names it, and the start of its SHA-256.
@@ -19,6 +19,7 @@ from typing import Final
 
 from shoal.base.errors import ConfigError
 from shoal.lab.sim_scenario import Request
+from shoal.lab.study_maps import Map, read_map
 
 BYTES_MAX: Final = 64_000_000
 """Files beyond this are not read: no table of round trips or requests is so large."""
@@ -65,28 +66,43 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A map with delays."""
+
+    map: Map
+    provenance: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """What the user gave."""
 
     rtts: Rtts | None = None
     requests: Recorded | None = None
+    network: Network | None = None
 
     @property
     def provenances(self) -> tuple[str, ...]:
         """Of what was given."""
-        given = (self.rtts, self.requests)
+        given = (self.rtts, self.requests, self.network)
         return tuple(one.provenance for one in given if one is not None)
 
 
 NO_DATA: Final = Data()
 
 
-def load_data(rtts: Path | None, requests: Path | None) -> Data:
-    """The files that the user names. Raises as `load_rtts` and `load_requests`."""
+def load_data(rtts: Path | None, requests: Path | None, network: Path | None = None) -> Data:
+    """The files that the user names. Raises as `load_rtts`, `load_requests` and `read_map`."""
     return Data(
         rtts=None if rtts is None else load_rtts(rtts),
         requests=None if requests is None else load_requests(requests),
+        network=None if network is None else load_network(network),
     )
+
+
+def load_network(path: Path) -> Network:
+    """A map from a file. Raises as `read_map`."""
+    return Network(map=read_map(path), provenance=_provenance(path, _read(path)))
 
 
 def load_rtts(path: Path) -> Rtts:
@@ -184,7 +200,7 @@ def _provenance(path: Path, content: str) -> str:
         lines = []
     said = next((line.lstrip("*- ").strip() for line in lines if path.name in line), None)
     if said is None:
-        said = f"`{path.name}`: no README.md beside it says where it comes from"
+        said = f"`{path.name}`: no README.md beside it says where it comes from."
     return f"{said} SHA-256 {digest}..."
 
 

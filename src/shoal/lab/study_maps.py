@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Final, Literal
 
 from shoal.base.errors import ConfigError
@@ -68,6 +69,52 @@ def load_map(key: str) -> Map:
     if any(math.isinf(km) for way in ways for km in way):
         raise ConfigError(f"the map {key!r} is not connected")
     return Map(name=key, km=ways)
+
+
+def read_map(path: Path) -> Map:
+    """A map from a file of the REPETITA kind, as the papers used: delays in microseconds.
+
+    Lines `NODES n`, a heading, n lines of nodes; `EDGES m`, a heading, m lines `label from to
+    weight bandwidth delay`. Kilometres are what its delays come to by `published`, so that these
+    are the file's own. Named by the file.
+
+    Raises:
+        ConfigError: it can't be read, or is no such map.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from error
+    nodes, edges = _section(path, lines, "NODES"), _section(path, lines, "EDGES")
+    cables: list[list[tuple[int, float]]] = [[] for _ in nodes]
+    for edge in edges:
+        try:
+            one, other, delay_us = int(edge[1]), int(edge[2]), float(edge[5])
+            if min(one, other) < 0 or not 0 <= delay_us < math.inf:
+                raise ValueError("numbers from 0 on")
+            cables[one].append((other, delay_us / 1e6 * KM_PER_S["published"]))
+            cables[other]  # That node must be there, too.
+        except (IndexError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: the edge {' '.join(edge)!r} is not `label from to weight bandwidth "
+                f"delay` between {len(nodes)} nodes"
+            ) from error
+    ways = tuple(_distances(cables, start) for start in range(len(nodes)))
+    if not nodes or any(math.isinf(km) for way in ways for km in way):
+        raise ConfigError(f"the map {path} is not connected")
+    return Map(name=path.stem, km=ways)
+
+
+def _section(path: Path, lines: list[str], word: str) -> list[list[str]]:
+    """The fields of the lines below `word` and the heading."""
+    start = next((at for at, line in enumerate(lines) if line.split()[:1] == [word]), None)
+    counts = [] if start is None else lines[start].split()[1:]
+    if start is None or not counts or not counts[0].isdigit():
+        raise ConfigError(f"{path} has no line `{word} COUNT`")
+    found = [line.split() for line in lines[start + 2 : start + 2 + int(counts[0])]]
+    if len(found) < int(counts[0]):
+        raise ConfigError(f"{path} ends before {counts[0]} lines of {word}")
+    return found
 
 
 def _distances(cables: list[list[tuple[int, float]]], start: int) -> tuple[float, ...]:

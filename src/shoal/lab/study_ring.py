@@ -183,8 +183,8 @@ def _uneven() -> list[Row]:
 def _checks(points: list[_Point], uneven: list[Row]) -> tuple[Check, ...]:
     found = {(point.shape, point.nodes, point.samples): point for point in points}
 
-    def gain(nodes: int, samples: int) -> float:
-        point = found["304M", nodes, samples]
+    def gain(servers: int, samples: int) -> float:
+        point = found["304M", servers, samples]
         return point.slots.tokens_per_s / point.alone.tokens_per_s
 
     even, by_speed = (row.value("tokens/s") for row in uneven)

@@ -25,6 +25,7 @@ from shoal.discovery.records import Record
 from shoal.net.address import parse_listen
 from shoal.plan.proposal import propose
 from shoal.plan.trying import Budget
+from shoal.wire.fields import Coordinate
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "examples" / "clusters" / "home.toml"
@@ -183,6 +184,20 @@ def test_measured_batches_go_before_guesses():
     measured = [(1, 0.002), (8, 0.003)]
     cluster, _ = plan_of([seen(1, 0, 8, decode_s_by_batch=measured)])
     assert cluster.problem.servers[0].decode.points == tuple(measured)
+
+
+def test_round_trips_between_servers_are_those_of_their_coordinates():
+    near = Coordinate([0.0, 0.0, 0.0], 0.002, 0.1)
+    far = Coordinate([0.05, 0.0, 0.0], 0.003, 0.1)
+    cluster, _ = plan_of([seen(1, 0, 4, coordinate=near), seen(2, 4, 8, coordinate=far)])
+    links = cluster.problem.links
+    assert links.flow == "push"
+    assert links.client_rtt_s == ((0.02, 0.02),)
+    assert links.server_rtt_s[0][1] == pytest.approx(0.055)
+    assert any("estimated from their coordinates" in note for note in cluster.notes)
+    lost = Coordinate([0.0, 0.0, 0.0], 0.002, 1.5)
+    cluster, _ = plan_of([seen(1, 0, 4, coordinate=lost), seen(2, 4, 8), seen(3, 4, 8)])
+    assert cluster.problem.links.flow == "hub"
 
 
 def test_who_leaves_or_is_silent_does_not_count():

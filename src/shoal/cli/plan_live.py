@@ -1,8 +1,9 @@
 """A live swarm as a problem of placement: what its records, loads and round trips say.
 
 A record tells a server's speed, its span and its cache, not its whole memory: planning
-gives it as much as it uses now. Round trips are measured from here; those between servers
-are not known, so chains are priced through the client (the hub), as the live router does.
+gives it as much as it uses now. Round trips are measured from here, those between servers
+estimated from the coordinates in their records; where most have none, chains are priced
+through the client (the hub).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from shoal.base.spans import Span
 from shoal.cli.plan_file import TOKENS_IN, TOKENS_OUT, Asked, Cluster, PlannedServer
 from shoal.cli.plan_model import BLOCKS_MAX, DTYPE_BYTES, PlannedModel, named_model
 from shoal.cli.status import Seen
+from shoal.discovery.coordinates import from_wire
 from shoal.net.address import parse_address
 from shoal.plan.change import LOAD_BYTES_PER_S
-from shoal.plan.cost import DECODE_UNKNOWN_S, HOP_S, RTT_UNKNOWN_S
+from shoal.plan.cost import DECODE_UNKNOWN_S, RTT_UNKNOWN_S
 from shoal.plan.devices import decode_between
+from shoal.plan.live_problem import push_links
 from shoal.plan.memory import mha
 from shoal.plan.placement import Placement
-from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
+from shoal.plan.spec import DecodeTimes, Problem, ServerSpec, Workload, uniform_model
 
 PARAMS_SHARE: Final = 12
 """Weights of a plain block, in squares of its hidden size: a guess where none is given."""
@@ -61,11 +64,12 @@ def observed(seen: Sequence[Seen], wanted: str | None, asked: Asked) -> Cluster:
     model = _model(usable, given)
     specs = tuple(_spec(one, model, is_guess=given is None) for one in usable)
     rtts = tuple(RTT_UNKNOWN_S if one.rtt_s is None else one.rtt_s for one in usable)
+    places = [from_wire(one.record.coordinate) for one in usable]
     running = max((one.load.sessions for one in usable if one.load is not None), default=1)
     problem = Problem(
         model=model.spec,
         servers=specs,
-        links=Links(client_rtt_s=(rtts,), handling_s=HOP_S, prefill_handling_s=HOP_S),
+        links=push_links(places, (rtts,), RTT_UNKNOWN_S),
         workload=Workload(
             tokens_in=asked.tokens_in or TOKENS_IN,
             tokens_out=asked.tokens_out or TOKENS_OUT,
@@ -80,7 +84,7 @@ def observed(seen: Sequence[Seen], wanted: str | None, asked: Asked) -> Cluster:
         load_bytes_per_s=(LOAD_BYTES_PER_S,) * len(usable),
         present=Placement(spans=tuple(Span(one.record.start, one.record.end) for one in usable)),
         objective=None,
-        notes=_notes(mine, usable, is_guess=given is None),
+        notes=_notes(mine, usable, is_guess=given is None, is_push=problem.links.flow == "push"),
     )
 
 
@@ -173,10 +177,14 @@ def _server(one: Seen) -> PlannedServer:
     )
 
 
-def _notes(mine: Sequence[Seen], usable: Sequence[Seen], *, is_guess: bool) -> tuple[str, ...]:
+def _notes(
+    mine: Sequence[Seen], usable: Sequence[Seen], *, is_guess: bool, is_push: bool
+) -> tuple[str, ...]:
+    between = "those between servers are estimated from their coordinates"
+    if not is_push:
+        between = "servers don't know their places yet, so chains are priced through this client"
     notes = [
-        "Memory is what each server uses now; round trips are those from here, and chains are "
-        "priced through this client."
+        f"Memory is what each server uses now; round trips are those from here, and {between}."
     ]
     left_out = len(mine) - len(usable)
     if left_out:

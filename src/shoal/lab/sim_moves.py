@@ -15,7 +15,6 @@ from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.spans import Span
 from shoal.lab.sim_scenario import Scenario, place_among
 from shoal.plan import petals
-from shoal.plan.compose import scorer
 from shoal.plan.place import latency
 from shoal.plan.place.petals import hosting, petals_blocks, petals_cache_bytes
 from shoal.plan.placement import Placement
@@ -144,12 +143,13 @@ class _Petals:
 
 
 class _Latency:
-    """`shoal.plan.place.latency`: mean response time, with the cost of moving."""
+    """`shoal.plan.place.latency` as live servers have it: mean response time, blocks in danger,
+    and the cost of moving."""
 
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
         self._problem = scenario.problem
-        self._goal = latency.Goal(score=scorer(self._problem, currency="request"))
+        self._goal = latency.careful_goal(self._problem, currency="request")
 
     def joined(self, layout: Layout, server: int, rng: random.Random) -> Targets:
         """Where responses get shortest."""

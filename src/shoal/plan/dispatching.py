@@ -86,7 +86,7 @@ def compose_live(
     if missing:
         raise no_route(view, missing, wanted)
     rtts = tuple(rtt_of(one, experience) for one in servers)
-    links = push_links(servers, (rtts,), RTT_UNKNOWN_S)
+    links = push_links([one.coordinate for one in servers], (rtts,), RTT_UNKNOWN_S)
     problem = live_problem(view.num_blocks, servers, links, 1, session_tokens)
     most = [batch_max(one.decode) for one in problem.servers]
     placement = Placement(

@@ -1,13 +1,13 @@
 """Placement in a swarm that runs: the rules of `petals` and `place/latency` on live records.
 
 A server decides for itself only, from what records say: spans, measured speeds, room for
-sessions, and where it is among round trips. Whether it may leave its blocks at all is a matter
-of `shoal.plan.rebalance`.
+sessions. All hops count alike: to reckon with the round trips between coordinates was measured
+to be no better (decision 19). Whether it may leave its blocks at all is a matter of
+`shoal.plan.rebalance`.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,8 @@ from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.plan import petals
-from shoal.plan.compose import scorer
 from shoal.plan.cost import HOP_S, RTT_UNKNOWN_S
-from shoal.plan.live_problem import (
-    SESSION_TOKENS,
-    between_s,
-    know_places,
-    live_problem,
-    push_links,
-)
+from shoal.plan.live_problem import SESSION_TOKENS, live_problem
 from shoal.plan.petals import Hosting, block_throughputs, choose_span, server_throughput
 from shoal.plan.place import latency
 from shoal.plan.place.latency import Goal, SwitchCost
@@ -40,14 +33,8 @@ LivePolicy = Literal["petals", "latency"]
 UNKNOWN_ROWS_PER_S: Final = 1.0
 """Throughput of every server while nobody has measured: then they count alike."""
 
-CLIENTS_MAX: Final = 4
-"""Places that clients are taken to be at; more take longer and say little more."""
-
 SESSIONS_MAX: Final = 64
 """More sessions are not reckoned with: a decision must take milliseconds."""
-
-DANGER_S: Final = 0.01
-"""Seconds per token that a block with a single replica counts for (after Borisov)."""
 
 HORIZON_S: Final = 600.0
 """A move must win back within this what it costs: swarms change as fast."""
@@ -184,27 +171,19 @@ def goal_of(swarm: Swarm) -> tuple[Goal, Placement]:
     """Mean seconds per token of a half-full swarm, and where everybody is now.
 
     Every server decodes the rows of all sessions that fill half of its cache in one pass, at
-    its time for that batch. Round trips are those between coordinates, seen from clients at
-    the places of some servers; where too few are known all hops count alike.
+    its time for that batch.
     """
     seats = sum(one.cache_tokens * len(one.span) for one in swarm.servers)
     sessions = seats // (2 * SESSION_TOKENS * max(1, swarm.num_blocks))
     problem = live_problem(
-        swarm.num_blocks, swarm.servers, _links(swarm), max(1, min(SESSIONS_MAX, sessions))
+        swarm.num_blocks,
+        swarm.servers,
+        Links(client_rtt_s=((swarm.rtt_s,) * len(swarm.servers),), handling_s=HOP_S),
+        max(1, min(SESSIONS_MAX, sessions)),
     )
     batches = [max(1.0, one.cache_tokens / (2 * SESSION_TOKENS)) for one in swarm.servers]
-    goal = Goal(score=scorer(problem, batch=batches), danger_s=DANGER_S)
+    goal = latency.careful_goal(problem, batch=batches)
     return goal, Placement(spans=tuple(one.span for one in swarm.servers))
-
-
-def _links(swarm: Swarm) -> Links:
-    """Clients may be anywhere: where servers are, for all that can be known."""
-    servers = swarm.servers
-    if not know_places(servers):
-        return Links(client_rtt_s=((swarm.rtt_s,) * len(servers),), handling_s=HOP_S)
-    placed = [one.coordinate for one in servers if one.coordinate is not None]
-    clients = placed[:: max(1, math.ceil(len(placed) / CLIENTS_MAX))]
-    return push_links(servers, between_s(clients, servers, swarm.rtt_s), swarm.rtt_s)
 
 
 def _where_it_will_be(server: ServerView, before: tuple[int, bytes]) -> ServerView:

@@ -65,39 +65,39 @@ def decode_times(server: ServerView, unknown_s: float = DECODE_UNKNOWN_S) -> Dec
     return DecodeTimes(points=((1, server.decode_s_per_block or unknown_s),))
 
 
-def know_places(servers: Sequence[ServerView]) -> bool:
+def know_places(places: Sequence[Coordinate | None]) -> bool:
     """Whether enough servers know where they are for links to be priced one by one."""
-    known = sum(estimate_s(one.coordinate, one.coordinate) is not None for one in servers)
-    return 0 < PLACED_SHARE * len(servers) <= known
+    known = sum(estimate_s(one, one) is not None for one in places)
+    return 0 < PLACED_SHARE * len(places) <= known
 
 
 def between_s(
-    some: Sequence[Coordinate | None], servers: Sequence[ServerView], unknown_s: float
+    some: Sequence[Coordinate | None], others: Sequence[Coordinate | None], unknown_s: float
 ) -> tuple[tuple[float, ...], ...]:
-    """Round trips from each of `some` to each server; `unknown_s` where coordinates don't tell."""
+    """Round trips from each of `some` to each other; `unknown_s` where coordinates don't tell."""
     return tuple(
         tuple(
             unknown_s if estimated is None else estimated
-            for estimated in (estimate_s(one, server.coordinate) for server in servers)
+            for estimated in (estimate_s(one, other) for other in others)
         )
         for one in some
     )
 
 
 def push_links(
-    servers: Sequence[ServerView],
+    places: Sequence[Coordinate | None],
     client_rtt_s: tuple[tuple[float, ...], ...],
     unknown_s: float,
 ) -> Links:
-    """Clients' round trips as given, servers' estimated: they send to each other.
+    """Clients' round trips as given, those between servers at `places` estimated.
 
     Where too few know their places chains are priced by way of the client, as it sees them.
     """
-    if not know_places(servers):
+    if not know_places(places):
         return Links(client_rtt_s=client_rtt_s, handling_s=HOP_S, prefill_handling_s=HOP_S)
     return Links(
         client_rtt_s=client_rtt_s,
-        server_rtt_s=between_s([one.coordinate for one in servers], servers, unknown_s),
+        server_rtt_s=between_s(places, places, unknown_s),
         flow="push",
         handling_s=HOP_S,
         prefill_handling_s=HOP_S,

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from shoal.base.spans import Span
 from shoal.plan.compose import Scorer, scorer
+from shoal.plan.cost import Batch, Currency
 from shoal.plan.petals import choose_span
 from shoal.plan.place.cgbp import amortised
 from shoal.plan.placement import Placement, covering, replicas
@@ -29,6 +30,10 @@ REPLICAS_MIN: Final = 2
 
 ROUNDS_MAX: Final = 10
 """Rounds of best responses. Each lowers the goal by `GAIN_MIN`; a few rounds are usual."""
+
+
+DANGER_S: Final = 0.01
+"""Seconds per token that a block with a single replica counts for (after Borisov)."""
 
 
 class Merit(NamedTuple):
@@ -53,6 +58,12 @@ class Goal:
             count = replicas(self.score.problem, placement)
             seconds += self.danger_s * sum(one < REPLICAS_MIN for one in count)
         return Merit(uncovered, unplaced, seconds)
+
+
+def careful_goal(problem: Problem, *, currency: Currency = "token", batch: Batch = 1) -> Goal:
+    """The goal of servers that may vanish: `DANGER_S` for each token and block in danger."""
+    tokens = 1 if currency == "token" else problem.workload.tokens_out
+    return Goal(score=scorer(problem, currency=currency, batch=batch), danger_s=DANGER_S * tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,11 @@ SmolLM2 in bfloat16. Ours: two `shoal serve` processes and a `shoal gateway`, on
 each. Theirs: `transformers serve`, the whole model in one process with as many threads as there
 are cores, one request after the other or with its continuous batching. The same prompts, greedy,
 streamed over HTTP by this process. The decode worker without HTTP shows what the gateway adds.
+
+The more streams, the fewer tokens of each (`--tokens` for all), so that a run ends within five
+minutes. Their continuous batching gets a cache of 16,384 positions: left alone it takes most of
+the machine's memory. Who answers one after the other is not asked 32 at once: its speed is that
+of one stream, and the 32nd waits for the 31 before it.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from report import environment, publish
+from report import RESULTS, environment, publish
 from rounds import Rounds, Way, take_rounds
 from shoal.model.known import default_cache_dir
 from shoal.model.source import open_source
@@ -39,6 +44,10 @@ from workers import environment as process_environment
 MODEL = "smollm2-135m-instruct"
 DTYPE = "bfloat16"
 STREAMS = (1, 8, 32)
+TOKENS = {1: 64, 8: 48}
+TOKENS_OF_MANY = 24
+STREAMS_IN_TURN_MAX = 8
+CACHE_FLAGS = ("--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "2048")
 START_S = 120.0
 DIRECT = "shoal, 2 servers, no HTTP"
 GATEWAY = "shoal gateway, 2 servers"
@@ -169,7 +178,7 @@ def transformers_serve(model: str, threads: int, *, is_batched: bool) -> Iterato
         port = probe.getsockname()[1]
     command = [str(Path(SHOAL).with_name("transformers")), "serve", model, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", DTYPE, "--device", "cpu"]
-    command += ["--continuous-batching"] if is_batched else []
+    command += ["--continuous-batching", *CACHE_FLAGS] if is_batched else []
     environ = process_environment(threads) | {"HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
     try:
@@ -212,7 +221,7 @@ def row(way: str, streams: int, server: Server, taken: Rounds) -> dict[str, Any]
     return cells | taken.cells()
 
 
-def measured(options: argparse.Namespace, tokens: int, wanted: int) -> tuple[Any, Any]:
+def measured(options: argparse.Namespace, wanted: int) -> tuple[Any, Any]:
     """Rows of the table, and every round."""
     model = str(saved_model())
     blocks = int(open_source(model, default_cache_dir(os.environ)).config.num_hidden_layers)
@@ -233,8 +242,11 @@ def measured(options: argparse.Namespace, tokens: int, wanted: int) -> tuple[Any
                 found[name] = (url, model, {"process": pid})
         worker = start(working("decode_worker.py", "chain", model, DTYPE, join, threads=1))
         for streams in options.streams:
+            tokens = options.tokens or TOKENS.get(streams, TOKENS_OF_MANY)
             servers = {
-                name: Server(url, served, tokens) for name, (url, served, _) in found.items()
+                name: Server(url, served, tokens)
+                for name, (url, served, _) in found.items()
+                if name != THEIRS or streams <= STREAMS_IN_TURN_MAX
             }
             ways = {
                 name: Way(workers=found[name][2], measure=server.asking(streams))
@@ -278,15 +290,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, 1 round, few streams")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--rounds", type=int, default=3, help="that count, of every way")
+    parser.add_argument("--rounds", type=int, default=2, help="that count, of every way")
+    parser.add_argument("--tokens", type=int, default=None, help="of each answer")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--ours-only", action="store_true", help="without transformers' server")
     parser.add_argument("--streams", type=int, nargs="*", default=None)
     options = parser.parse_args()
     options.streams = options.streams or ((1, 4) if options.quick else STREAMS)
     facts = environment()
-    tokens, wanted = (12, 1) if options.quick else (128, options.rounds)
-    rows, details = measured(options, tokens, wanted)
-    publish("gateway", rows, facts, details)
+    options.tokens = options.tokens or (12 if options.quick else None)
+    rows, details = measured(options, 1 if options.quick else options.rounds)
+    publish("gateway", rows, facts, details, options.out)
     added = overhead_ms(rows)
     print(f"gateway overhead per token: {'disturbed' if added is None else f'{added:.2f} ms'}")
 

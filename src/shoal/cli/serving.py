@@ -7,7 +7,7 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ import shoal
 from shoal.base.adapters import AdapterPart
 from shoal.base.backend import BackendFacts, BlockBackend
 from shoal.base.errors import ConfigError
-from shoal.base.ids import peer_text
+from shoal.base.ids import PeerId, peer_text
 from shoal.base.spans import Span
 from shoal.cli.adapters import adapter_limits, read_served
 from shoal.cli.bounds import Bounds
@@ -53,6 +53,7 @@ from shoal.server.adapters import BYTES_MAX
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
 from shoal.server.config import StreamService
 from shoal.server.door import Door
+from shoal.server.moving import SpanMover
 from shoal.server.refreshing import Refresher
 from shoal.server.server import Server, open_server
 from shoal.server.surroundings import Pinger, ServerSurroundings
@@ -122,41 +123,82 @@ async def serve_until_stopped(settings: ServeSettings, model: OpenModel) -> None
             loop.remove_signal_handler(number)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Joined:
+    """A server's part in the swarm, before it has any weights."""
+
+    swarm_pass: SwarmPass
+    transport: MeteredTransport
+    directory: GossipDirectory
+    book: StoreBook
+    door: Door
+    announcer: Announcer
+    services: dict[str, StreamService]
+    weights: WeightServer | None
+    addresses: tuple[Address, ...]
+    keeping: list[asyncio.Task[None]]
+    """They run until the end; the first that fails ends the server."""
+
+
+async def _join(
+    settings: ServeSettings,
+    model: OpenModel,
+    identity: Identity,
+    facts: BackendFacts,
+    known: Collection[PeerId],
+    stack: AsyncExitStack,
+) -> _Joined:
+    """Listen, find the others and say that we are coming; `known` peers are ours."""
+    allow = settings.bounds.allow
+    swarm_pass = replace(
+        settings.swarm.pass_for(identity),
+        allow=allow and allow.union(known),
+        deny=settings.bounds.deny,
+    )
+    transport = MeteredTransport(TcpTransport(identity))
+    stack.push_async_callback(transport.close)
+    gossip = GossipConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
+    directory = GossipDirectory(transport, gossip, random.SystemRandom())
+    book = StoreBook(directory.store)
+    services: dict[str, StreamService] = {PURPOSE_GOSSIP: directory.serve}
+    weights = _weight_server(settings, model)
+    services[PURPOSE_WEIGHTS] = hand_out_nothing if weights is None else weights.serve
+    door = Door(swarm_pass, book, facts, services)
+    listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
+    addresses, hosts = _addresses(settings, listener.address)
+    await stack.enter_async_context(directory)
+    announcer = Announcer(identity, directory, _announcement(swarm_pass, addresses, facts))
+    stack.push_async_callback(announcer.withdraw, FAREWELL_S)
+    await announcer.announce("joining")
+    keeping = [asyncio.create_task(announcer.keep(), name="announcer")]
+    if settings.swarm.is_lan:
+        said = (swarm_pass.name, facts.model)
+        on_lan = keep_on_lan(directory, listener.address, hosts, said)
+        keeping.append(asyncio.create_task(on_lan, name="lan"))
+    stack.push_async_callback(_end, keeping)
+    return _Joined(
+        swarm_pass=swarm_pass,
+        transport=transport,
+        directory=directory,
+        book=book,
+        door=door,
+        announcer=announcer,
+        services=services,
+        weights=weights,
+        addresses=addresses,
+        keeping=keeping,
+    )
+
+
 async def _serve(settings: ServeSettings, model: OpenModel) -> None:
     own_adapters = await asyncio.to_thread(read_served, settings.adapters, model)
     settings = await _placed(settings, model)
     facts, config = _plan(settings, model)
     identity, head_identity = _identity(settings.identity), Identity.generate()
-    allow = settings.bounds.allow
-    swarm_pass = replace(
-        settings.swarm.pass_for(identity),
-        allow=allow and allow | {head_identity.peer},
-        deny=settings.bounds.deny,
-    )
     async with AsyncExitStack() as stack:
-        transport = MeteredTransport(TcpTransport(identity))
-        stack.push_async_callback(transport.close)
-        gossip = GossipConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
-        directory = GossipDirectory(transport, gossip, random.SystemRandom())
-        book = StoreBook(directory.store)
-        services: dict[str, StreamService] = {PURPOSE_GOSSIP: directory.serve}
-        weights = _weight_server(settings, model)
-        services[PURPOSE_WEIGHTS] = hand_out_nothing if weights is None else weights.serve
-        door = Door(swarm_pass, book, facts, services)
-        listener = await transport.listen(parse_listen(settings.listen), door.serve_stream)
-        addresses, hosts = _addresses(settings, listener.address)
-        await stack.enter_async_context(directory)
-        announcement = _announcement(swarm_pass, addresses, facts)
-        announcer = Announcer(identity, directory, announcement)
-        stack.push_async_callback(announcer.withdraw, FAREWELL_S)
-        await announcer.announce("joining")
-        keeping = [asyncio.create_task(announcer.keep(), name="announcer")]
-        if settings.swarm.is_lan:
-            said = (swarm_pass.name, facts.model)
-            on_lan = keep_on_lan(directory, listener.address, hosts, said)
-            keeping.append(asyncio.create_task(on_lan, name="lan"))
-        stack.push_async_callback(_end, keeping)
-        peers = Swarm(transport, swarm_pass, directory.snapshot)
+        here = await _join(settings, model, identity, facts, [head_identity.peer], stack)
+        announcer, directory, services = here.announcer, here.directory, here.services
+        peers = Swarm(here.transport, here.swarm_pass, directory.snapshot)
         fetch = partial(_fetch, model, swarm=peers, stack=stack)
         await fetch(facts.span)
         if settings.has_head and model.is_from_peers:
@@ -170,49 +212,58 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
             heads = await stack.enter_async_context(
                 serving_head(model, settings.dtype, settings.swarm, directory, head_identity)
             )
-            announcement = replace(announcement, head=heads.head.facts.numerics)
-        announcer.restate(await _measured(announcement, backend))
+            announcer.restate(replace(announcer.announcement, head=heads.head.facts.numerics))
+            services = {**services, PURPOSE_HEAD: heads.serve}
+        announcer.restate(await _measured(announcer.announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        served = services if heads is None else {**services, PURPOSE_HEAD: heads.serve}
         bounds = replace(
-            settings.bounds.server_config(served), adapters=adapter_limits(settings.adapter_bytes)
+            settings.bounds.server_config(services), adapters=adapter_limits(settings.adapter_bytes)
         )
         make = server_maker(settings.trace, identity.peer, backend.facts, bounds)
         server = await stack.enter_async_context(
-            open_server(backend, transport, swarm_pass, book, bounds, make=make)
+            open_server(backend, here.transport, here.swarm_pass, here.book, bounds, make=make)
         )
         await _serve_adapters(own_adapters, server, announcer)
-        if weights is not None:
-            weights.yield_to(lambda: server.engine.running_tokens > 0)
-        door.open(server)
+        if here.weights is not None:
+            here.weights.yield_to(lambda: server.engine.running_tokens > 0)
+        here.door.open(server)
         stack.push_async_callback(announcer.withdraw, FAREWELL_S)
         stack.push_async_callback(_drain, server, announcer, settings.drain_s)
         if heads is not None:
             stack.callback(heads.leave)
         if settings.metrics is not None:
-            parts = ServerParts(server=server, transport=transport, heads=heads)
+            parts = ServerParts(server=server, transport=here.transport, heads=heads)
             await stack.enter_async_context(serving_metrics(settings.metrics, parts))
         await announcer.announce("online")
         peer = peer_text(identity.peer)
-        print(f"ready peer={peer} address={addresses[0]} blocks={facts.span}", flush=True)
-        refresher = Refresher(
-            announcer, lambda: server.engine.pace, lambda: directory.gossiper.coordinate
-        )
-        keeping.append(asyncio.create_task(refresher.run(), name="refresher"))
-        if settings.place is not None and settings.place.period_s:
-            load = loader(model, config, fetch, partial(_load, model, config=config))
-            around = ServerSurroundings(
-                server=server,
-                announcer=announcer,
-                directory=directory,
-                pinger=Pinger(transport, swarm_pass, random.SystemRandom()),
-                mover=mover_of(server, backend, announcer, load),
-                load_s=load_s,
-            )
-            placing = asyncio.create_task(keep_placed(settings.place, around), name="placing")
-            stack.push_async_callback(_end, [placing])
-            keeping.append(placing)
+        print(f"ready peer={peer} address={here.addresses[0]} blocks={facts.span}", flush=True)
+        load = loader(model, config, fetch, partial(_load, model, config=config))
+        mover = mover_of(server, backend, announcer, load)
+        keeping = [*here.keeping, *_upkeep(settings, here, server, mover, load_s)]
+        stack.push_async_callback(_end, keeping[len(here.keeping) :])
         await first_failure(*map(_wait_for, keeping), server.wait_broken())
+
+
+def _upkeep(
+    settings: ServeSettings, here: _Joined, server: Server, mover: SpanMover, load_s: float
+) -> list[asyncio.Task[None]]:
+    """What runs beside serving: the record is kept true, and the server where it is needed."""
+    refresher = Refresher(
+        here.announcer, lambda: server.engine.pace, lambda: here.directory.gossiper.coordinate
+    )
+    keeping = [asyncio.create_task(refresher.run(), name="refresher")]
+    if settings.place is not None and settings.place.period_s:
+        around = ServerSurroundings(
+            server=server,
+            announcer=here.announcer,
+            directory=here.directory,
+            pinger=Pinger(here.transport, here.swarm_pass, random.SystemRandom()),
+            mover=mover,
+            load_s=load_s,
+        )
+        placing = keep_placed(settings.place, around)
+        keeping.append(asyncio.create_task(placing, name="placing"))
+    return keeping
 
 
 async def _serve_adapters(

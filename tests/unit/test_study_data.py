@@ -61,6 +61,13 @@ def test_round_trips_are_seconds_and_say_where_they_come_from(tmp_path: Path):
     assert known.startswith("`lab_rtt.csv`: measured in our lab, CC0. SHA-256 ")
 
 
+def test_a_table_with_names_leaves_out_whom_it_does_not_know(tmp_path: Path):
+    text = "Source,a,b,lost,c\na,,10,,20\nb,11,,,30\nlost,1,,,\nc,21,31,,\n"
+    known = load_rtts(written(tmp_path / "regions.csv", text))
+    assert known.rtt_s == ((0.0, 0.01, 0.02), (0.011, 0.0, 0.03), (0.021, 0.031, 0.0))
+    assert known.provenance.endswith("3 of 4 hosts, whose round trips are all known.")
+
+
 def test_requests_of_azure_and_our_own_are_the_same(tmp_path: Path):
     azure = written(
         tmp_path / "azure.csv",
@@ -83,6 +90,8 @@ def test_requests_of_azure_and_our_own_are_the_same(tmp_path: Path):
         ("0,-1\n1,0\n", "line 1: round trips are milliseconds from 0 on"),
         ("0,nan\n1,0\n", "line 1: round trips are milliseconds from 0 on"),
         ("", "no square table"),
+        ("x,a,b\na,,1\nb,,\n", "no square table"),
+        ("x,a,b\na,,1\nb,one,\n", "line 2: not all are numbers"),
     ],
 )
 def test_bad_round_trips_are_refused(tmp_path: Path, text: str, message: str):

@@ -62,7 +62,8 @@ def study(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Round trips of real hosts for `realism`: a square CSV of milliseconds.",
+            help="Round trips of real hosts for `realism`: a square CSV of milliseconds, with "
+            "or without the hosts' names.",
         ),
     ] = None,
     requests: Annotated[

@@ -106,27 +106,69 @@ def load_network(path: Path) -> Network:
 
 
 def load_rtts(path: Path) -> Rtts:
-    """A square table of milliseconds without a heading, as CSV.
+    """A square table of milliseconds as CSV: bare numbers, or with the hosts' names around it.
+
+    With names, empty cells are round trips that nobody knows: hosts are left out until none is
+    missing. The diagonal may be empty.
 
     Raises:
         ConfigError: it can't be read, or is no such table.
     """
     content = _read(path)
-    rows = []
-    for number, line in enumerate(csv.reader(io.StringIO(content)), 1):
-        try:
-            row = tuple(float(cell) / 1e3 for cell in line)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: not all are numbers ({error})") from error
-        if not all(0 <= cell < math.inf for cell in row):
-            raise ConfigError(f"{path}, line {number}: round trips are milliseconds from 0 on")
-        rows.append(row)
+    lines = [line for line in csv.reader(io.StringIO(content)) if line]
+    said = ""
+    if lines and not _is_number(lines[0][0]):
+        named = len(lines) - 1
+        lines = _without_names(lines)
+        said = f" {len(lines)} of {named} hosts, whose round trips are all known."
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
     if len(rows) < HOSTS_MIN or any(len(row) != len(rows) for row in rows):
         raise ConfigError(
             f"{path} is no square table: {len(rows)} lines, and {min(map(len, rows), default=0)} "
             "or more numbers in each"
         )
-    return Rtts(rtt_s=tuple(rows), provenance=_provenance(path, content))
+    return Rtts(rtt_s=tuple(rows), provenance=_provenance(path, content) + said)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _row(path: Path, number: int, cells: Sequence[str]) -> tuple[float, ...]:
+    try:
+        row = tuple(float(cell) / 1e3 for cell in cells)
+    except ValueError as error:
+        raise ConfigError(f"{path}, line {number}: not all are numbers ({error})") from error
+    if not all(0 <= cell < math.inf for cell in row):
+        raise ConfigError(f"{path}, line {number}: round trips are milliseconds from 0 on")
+    return row
+
+
+def _without_names(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The numbers of hosts that have a line and a column, and know all others that are left."""
+    by_name = {
+        line[0]: dict(zip(lines[0][1:], line[1:], strict=False)) for line in lines[1:] if line
+    }
+    names = [name for name in lines[0][1:] if name in by_name]
+
+    def gaps(name: str) -> int:
+        return sum(
+            not by_name[one].get(other)
+            for known in names
+            if known != name
+            for one, other in ((name, known), (known, name))
+        )
+
+    while names:
+        worst = max(names, key=gaps)
+        if not gaps(worst):
+            break
+        names.remove(worst)
+    return [[by_name[one].get(other) or "0" for other in names] for one in names]
 
 
 def load_requests(path: Path) -> Recorded:

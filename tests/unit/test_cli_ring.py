@@ -1,0 +1,227 @@
+"""The ring's file, its options, and how much memory a machine offers."""
+
+import asyncio
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from shoal.base.errors import ConfigError
+from shoal.base.spans import Span
+from shoal.cli.app import run
+from shoal.cli.ring_config import RingConfig, parse_split, read_config
+from shoal.cli.ring_file import RingFile, find_ring, written
+from shoal.cli.ring_host import RESERVE_BYTES, check_room
+from shoal.cli.ring_memory import container_left, memory_left, process_memory
+from shoal.cli.ring_show import as_dict, table_of
+from shoal.cli.ring_sizes import ring_sizes
+from shoal.cli.ring_up import starter_keys
+from shoal.model.measure import measure_block_times
+from shoal.model.probe_source import ProbeSource
+from shoal.model.span_model import block_bytes
+from shoal.model.torch_backend import BackendConfig, load_backend
+from shoal.wire.ring import RingNode, RingState
+from tests.models import NUM_BLOCKS, tiny_source
+
+TOML = """
+model = "smollm2-135m-instruct"
+nodes = 3
+split = [4, 4, 4]
+starter_blocks = "auto"
+lan = true
+cache_tokens = 2048
+quantize = "int8"
+memory = "700MB"
+"""
+
+NODES = {
+    "nodes": {
+        "starter": {
+            "addr": "10.0.0.5",
+            "communication": {"port": 8088},
+            "inference": {"port_in": 5088, "port_out": 5089},
+            "device": "cpu",
+        },
+        "secondary": [
+            {"addr": f"10.0.0.{host}", "communication": {"starter_addr": "10.0.0.5", "port": 8089}}
+            for host in (6, 7)
+        ],
+    }
+}
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_a_file_says_what_options_do(tmp_path):
+    found = read_config(write(tmp_path, "ring.toml", TOML))
+    assert found == RingConfig(
+        model="smollm2-135m-instruct", nodes=3, split=(4, 4, 4), starter_blocks="auto", lan=True,
+        cache_tokens=2048, quantize="int8", memory="700MB",
+    )  # fmt: skip
+    both = RingConfig(nodes=2, dtype="bfloat16").over(found)
+    assert (both.nodes, both.dtype, both.model) == (2, "bfloat16", "smollm2-135m-instruct")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nods = 3", r"ring.toml, line 1: nods: unknown key; did you mean nodes\?"),
+        ("nodes = 0", "not between 1"),
+        ("nodes = true", "no whole number"),
+        ("split = [1, -2]", "blocks by node"),
+        ('split = "1,2"', "blocks by node"),
+        ("starter_blocks = -1", "no number of blocks"),
+        ("lan = 1", "true or false"),
+        ("nodes = [", "no TOML"),
+    ],
+)
+def test_nonsense_in_a_file_is_told_with_its_place(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(write(tmp_path, "ring.toml", text))
+
+
+def test_a_nodes_file_of_mdi_llm_is_read(tmp_path):
+    found = read_config(write(tmp_path, "configuration.json", json.dumps(NODES)))
+    assert found == RingConfig(nodes=2, starter_blocks="auto", listen="tcp://10.0.0.5:8088")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "[]", '{"nodes": {}}',
+     '{"nodes": {"starter": {"addr": 1, "communication": {"port": 1}}}}',
+     '{"nodes": {"starter": {"addr": "a", "communication": {"port": 1}}, "secondary": {}}}'],
+)  # fmt: skip
+def test_other_json_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"no nodes file|can't read"):
+        read_config(write(tmp_path, "nodes.json", text))
+
+
+def test_a_split_on_the_command_line():
+    assert parse_split("10, 12") == (10, 12)
+    with pytest.raises(ConfigError, match="10,12"):
+        parse_split("10;12")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["up"], "no model named"),
+        (["up", "--model", "x"], "how many machines"),
+        (["up", "--model", "x", "--nodes", "0"], "a ring of 0 nodes"),
+        (["up", "--model", "x", "--nodes", "1", "--starter-blocks", "some"], "a number of blocks"),
+        (["up", "--model", "x", "--nodes", "1", "--dtype", "int"], "dtype"),
+        (["up", "--model", "x", "--nodes", "1", "--quantize", "int3"], "int3"),
+        (["join"], "no starter named"),
+        (["join", "--lan"], "rings are private"),
+        (["join", "--lan", "--swarm", "lab", "--memory", "much"], "--memory"),
+        (["status"], "no ring is up on this machine"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    assert run(["ring", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_ring_is_found_while_it_is_up(tmp_path):
+    path = tmp_path / "folder" / "ring.json"
+    ring = RingFile(
+        address="tcp://gbrv7flgdm4dh6zn7s33bqixl7s753k5iwui6np7e5ryrfl4shmq@127.0.0.1:1",
+        invite=None, swarm="lab", given="x", model="y",
+    )  # fmt: skip
+    with written(ring, path):
+        assert find_ring(path) == ring
+        assert path.stat().st_mode & 0o077 == 0
+        assert ring.choice().name == "lab"
+    with pytest.raises(ConfigError, match="shoal ring up"):
+        find_ring(path)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="no file of shoal ring up"):
+        find_ring(path)
+
+
+def test_a_file_of_another_ring_is_left_alone(tmp_path):
+    path = tmp_path / "ring.json"
+    ring = RingFile(address="a", invite=None, swarm="lab", given="x", model="y")
+    with written(ring, path):
+        path.write_text("another")
+    assert path.read_text() == "another"
+
+
+def test_a_starter_keeps_its_keys(tmp_path):
+    first, second = starter_keys(tmp_path), starter_keys(tmp_path)
+    assert first.invite == second.invite
+    assert first.identity.peer == second.identity.peer
+    assert (tmp_path / "invite").stat().st_mode & 0o077 == 0
+
+
+def test_a_container_says_what_it_leaves(tmp_path):
+    own, root = write(tmp_path, "cgroup", "1:cpu:/x\n0::/a/b\n"), tmp_path / "fs"
+    for folder, limit, used, files in (("a", "1000", 400, 100), ("a/b", "max", 300, 0)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "memory.max").write_text(f"{limit}\n")
+        (root / folder / "memory.current").write_text(f"{used}\n")
+        (root / folder / "memory.stat").write_text(f"anon 3\ninactive_file {files}\n")
+    assert container_left(own, root) == 700
+    assert container_left(tmp_path / "none", root) is None
+
+
+def test_memory_that_is_left_is_what_the_limit_leaves():
+    now = process_memory()
+    assert 0 < now.resident <= now.peak
+    assert memory_left(now.resident + (64 << 20)) <= 64 << 20
+    assert memory_left(1) == 0
+
+
+def test_a_span_without_room_is_refused_with_the_numbers():
+    sizes = ring_sizes(tiny_source().config, "float32", "none", 100)
+    need = sizes.need_bytes(Span(0, 2))
+    check_room(sizes, Span(0, 2), need, "blocks [0,2)")
+    with pytest.raises(ConfigError, match=r"blocks \[0,2\) with a cache of 100 positions need"):
+        check_room(sizes, Span(0, 2), need - 1, "blocks [0,2)")
+    assert RESERVE_BYTES
+
+
+def test_sizes_are_those_of_blocks_caches_and_ends():
+    config = tiny_source().config
+    sizes = ring_sizes(config, "bfloat16", "none", 16)
+    assert sizes.num_blocks == NUM_BLOCKS
+    assert list(sizes.weight_bytes) == block_bytes(config, "bfloat16")
+    assert sizes.row_bytes == 2 * 48
+    assert sizes.head_bytes == 2 * (2 * 96 * 48 + 48)
+    assert ring_sizes(config, "bfloat16", "int8", 16).weight_bytes[0] < sizes.weight_bytes[0]
+
+
+def test_a_block_is_measured_without_its_weights():
+    backend = load_backend(
+        ProbeSource(tiny_source()), Span(0, 1), BackendConfig(model="0" * 32, cache_tokens=256)
+    )
+
+    async def measured():
+        try:
+            return await measure_block_times(backend)
+        finally:
+            await backend.aclose()
+
+    assert asyncio.run(measured()).decode_s_per_block > 0
+
+
+def test_a_view_of_the_nodes():
+    node = RingNode(
+        peer=bytes(32), name="board", state="failed", start=0, end=2, is_starter=False,
+        memory_bytes=5 << 20, memory_peak_bytes=6 << 20, planned_bytes=0, offered_bytes=7 << 20,
+        busy_s=1.0, up_s=4.0, iterations=1, rows=1, pace_s=0.0, age_s=0.1,
+        decode_s_by_batch=[(1, 0.002)], detail="[disk] full",
+    )  # fmt: skip
+    state = RingState(1, 2, False, [node], "a proposal")
+    assert as_dict(state)["nodes"][0]["blocks"] == [0, 2]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table_of(state.nodes))
+    text = console.export_text()
+    for part in ("board", "[0,2)", "failed: [disk] full", "peak 6", "7 MiB", "2.00 ms", "25%"):
+        assert part in text

@@ -24,10 +24,10 @@ from shoal.base.errors import (
     ProtocolError,
     ShoalError,
 )
-from shoal.base.ids import PeerId, short
+from shoal.base.ids import PeerId, SessionId, short
 from shoal.client.head_stream import HeadStream
 from shoal.client.thin_session import ThinSession
-from shoal.client.waiting import OnWaiting
+from shoal.client.waiting import OnWaiting, Waiting
 from shoal.discovery.directory import Directory
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_HEAD, Channel, open_channel
@@ -114,9 +114,9 @@ class ThinClient:
         Raises:
             NoRouteError: no server has a head.
         """
-        if not self.offers():
-            await self._wait_for_offers()
         session = ThinSession(self, self.rng.randbytes(16))
+        if not self.offers():
+            await self._wait_for_offers(session.id)
         self._sessions[session.id] = session
         return session
 
@@ -196,15 +196,24 @@ class ThinClient:
             session.head for session in self._sessions.values() if session.head is not None
         )
 
-    async def _wait_for_offers(self) -> None:
-        until_s = self._clock() + self.config.patience_s
-        while not self.offers():
-            if self._clock() >= until_s:
-                raise NoRouteError(
-                    "no server has a head for thin clients: start one with shoal serve "
-                    "--with-head, or leave --thin out"
-                )
-            await self.wait_for_news()
+    async def _wait_for_offers(self, session: SessionId) -> None:
+        since_s, tell = self._clock(), self.config.on_waiting or _tell_nobody
+        until_s = since_s + self.config.patience_s
+        told = Waiting(
+            missing=(), lost=(), reason="no server with a head (shoal serve --with-head)",
+            since_s=since_s, deadline_s=until_s,
+        )  # fmt: skip
+        try:
+            while not self.offers():
+                if self._clock() >= until_s:
+                    raise NoRouteError(
+                        "no server has a head for thin clients: start one with shoal serve "
+                        "--with-head, or leave --thin out"
+                    )
+                tell(session, told)
+                await self.wait_for_news()
+        finally:
+            tell(session, None)
 
     async def _dial(self, peer: PeerId) -> Channel:
         found = self._directory.snapshot().find(peer)
@@ -217,6 +226,10 @@ class ThinClient:
             except (PeerError, ProtocolError, ConfigError) as failure:
                 error = failure
         raise error
+
+
+def _tell_nobody(session: SessionId, waiting: Waiting | None) -> None:
+    """Nobody wants to know."""
 
 
 @asynccontextmanager

@@ -77,7 +77,7 @@ async def test_who_has_room_takes_more_beside_what_it_serves(it):
 
 
 @scene("a 0:2, b 2:4, late-b 2:4, c 4:6")
-async def test_who_becomes_a_standby_is_left(it):
+async def test_who_becomes_a_spare_is_left(it):
     reader = await it.read(prompt=20)
     node = Node(it["b"])
     await it["late-b"].start()

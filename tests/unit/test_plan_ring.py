@@ -125,14 +125,14 @@ def test_nothing_is_lost():
     assert after_loss(model_of(), [view(1, 0, 6), view(2, 6, 12), view(3, 0, 0)]) == ()
 
 
-def test_a_standby_takes_a_lost_nodes_blocks():
+def test_a_spare_takes_a_lost_nodes_blocks():
     nodes = [view(1, 0, 4), view(3, 8, 12), view(4, 0, 0, s=0.02), view(5, 0, 0)]
     tasks = after_loss(model_of(), nodes)
     assert changes(tasks) == {5: (4, 8)}
     assert tasks[0].is_beside
 
 
-def test_a_standby_without_room_is_no_help_alone():
+def test_a_spare_without_room_is_no_help_alone():
     nodes = [view(1, 0, 4), view(3, 8, 12), view(4, 0, 0, memory=11 * MIB)]
     assert changes(after_loss(model_of(), nodes)) == {1: (0, 6), 3: (6, 12)}
 

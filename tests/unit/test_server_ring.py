@@ -162,8 +162,8 @@ async def test_who_comes_late_stands_by_and_replaces_who_dies():
     async with ring_of(Work(), Work()) as ring:
         await ring.spans()
         spare = ring.join(3, Work())
-        assert (await ring.spans())["node3"] == "standby"
-        assert "node3 stands by" in ring.said
+        assert (await ring.spans())["node3"] == "spare"
+        assert "node3 is a spare" in ring.said
         ring.crash(2)
         found = await ring.spans()
         assert found == {"node1": (0, 6), "node3": (6, 12), "node2": "lost"}
@@ -172,7 +172,7 @@ async def test_who_comes_late_stands_by_and_replaces_who_dies():
 
 
 @virtual
-async def test_without_a_standby_the_others_take_over():
+async def test_without_a_spare_the_others_take_over():
     async with ring_of(Work(), Work(), Work()) as ring:
         await ring.spans()
         ring.crash(2)

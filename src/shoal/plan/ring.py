@@ -81,7 +81,7 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RingSplit:
-    """By node, in the order of the chain: its blocks, None for a standby."""
+    """By node, in the order of the chain: its blocks, None for a spare."""
 
     spans: tuple[Span | None, ...]
     stages_s: tuple[float, ...]

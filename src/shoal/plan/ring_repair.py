@@ -1,6 +1,6 @@
 """What to change in a ring that runs: after a loss, or when a node is slower than planned.
 
-Pure, over a snapshot of the nodes. A lost node's blocks go to a standby if one has room for
+Pure, over a snapshot of the nodes. A lost node's blocks go to a spare if one has room for
 them; otherwise the living take them over, each keeping what it serves if that is possible, so that
 few samples are replayed; otherwise everything is split anew.
 """
@@ -29,7 +29,7 @@ class NodeView:
     spec: NodeSpec
     """Its memory is all that it may use, its present blocks included."""
     span: Span | None
-    """What it serves or loads; None: a standby."""
+    """What it serves or loads; None: a spare."""
     free_bytes: int = 0
     """What it could take beside its present blocks."""
     pace_s: float = 0.0
@@ -42,7 +42,7 @@ class Task:
 
     peer: PeerId
     span: Span | None
-    """None: it becomes a standby."""
+    """None: it becomes a spare."""
     is_beside: bool
     """It has room to load them while the present ones serve; else it gives those up first."""
 
@@ -52,7 +52,7 @@ def after_loss(
 ) -> tuple[Task, ...]:
     """What the living nodes do so that all blocks are hosted again; () when they are.
 
-    Nodes in the order of the chain, standbys anywhere.
+    Nodes in the order of the chain, spares anywhere.
 
     Raises:
         ConfigError: the living can't hold the model; names the numbers.
@@ -62,9 +62,9 @@ def after_loss(
     )
     if not missing:
         return ()
-    by_standby = _by_standbys(model, nodes, missing, batch)
-    if by_standby is not None:
-        return by_standby
+    by_spare = _by_spares(model, nodes, missing, batch)
+    if by_spare is not None:
+        return by_spare
     ordered = in_chain_order(nodes)
     specs = [one.spec for one in ordered]
     try:
@@ -77,7 +77,7 @@ def after_loss(
 def better_split(model: RingModel, nodes: Sequence[NodeView]) -> tuple[RingSplit, float] | None:
     """A split by the paces that are measured now, and how many times quicker it is; None: stay.
 
-    Only where every node with blocks has a pace; a standby counts with what it measured alone.
+    Only where every node with blocks has a pace; a spare counts with what it measured alone.
     """
     ordered = in_chain_order(nodes)
     if any(one.span is not None and not one.pace_s for one in ordered):
@@ -106,25 +106,25 @@ def tasks_of(model: RingModel, nodes: Sequence[NodeView], split: RingSplit) -> t
 
 
 def in_chain_order(nodes: Sequence[NodeView]) -> list[NodeView]:
-    """By their blocks; standbys, which have none, behind."""
+    """By their blocks; spares, which have none, behind."""
     return sorted(
         nodes,
         key=lambda one: (one.span is None, one.span.start if one.span else 0, one.spec.name),
     )
 
 
-def _by_standbys(
+def _by_spares(
     model: RingModel, nodes: Sequence[NodeView], missing: Sequence[Span], batch: float
 ) -> tuple[Task, ...] | None:
-    """A standby for each gap, the quickest that has room; None: there are not enough."""
-    standbys = [one for one in nodes if one.span is None]
+    """A spare for each gap, the quickest that has room; None: there are not enough."""
+    spares = [one for one in nodes if one.span is None]
     tasks = []
     for gap in missing:
-        able = [one for one in standbys if model.need_bytes(gap) <= one.spec.memory_bytes]
+        able = [one for one in spares if model.need_bytes(gap) <= one.spec.memory_bytes]
         if not able:
             return None
         chosen = min(able, key=lambda one: (one.spec.stage_s(len(gap), batch), one.spec.name))
-        standbys.remove(chosen)
+        spares.remove(chosen)
         tasks.append(_task(model, chosen, gap))
     return tuple(tasks)
 

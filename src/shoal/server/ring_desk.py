@@ -121,7 +121,7 @@ class RingDesk:
         self._changed.clear()
 
     def tell(self, node: DeskNode, span: Span | None, *, is_beside: bool) -> None:
-        """Send a node to other blocks; None: it becomes a standby."""
+        """Send a node to other blocks; None: it becomes a spare."""
         start, end = (0, 0) if span is None else (span.start, span.end)
         node.task = RingTask(node.task.task + 1, start, end, is_beside)
         node.outbox.put_nowait(node.task)

@@ -91,7 +91,7 @@ class RingKeeper:
     def look(self) -> None:
         """Look once, and tell nodes what to do."""
         self._say_failures()
-        self._say_standbys()
+        self._say_spares()
         self._see_whether_up()
         try:
             tasks = after_loss(self._model, self._views(), batch=self._wish.batch)
@@ -128,7 +128,7 @@ class RingKeeper:
         views = self._views()
         starters = [one for one in views if self._desk.nodes[one.spec.peer].is_starter]
         others = [one for one in views if one not in starters]
-        chosen = [*starters, *others[: self._wish.num_nodes]]  # who came besides stands by
+        chosen = [*starters, *others[: self._wish.num_nodes]]  # who came besides is a spare
         split = self._first_split([one.spec for one in chosen], bool(starters))
         tasks = tasks_of(self._model, chosen, split)
         for view, stage_s in zip(chosen, split.stages_s, strict=True):
@@ -195,28 +195,28 @@ class RingKeeper:
         serving = [one for one in self._desk.here if one.served is not None]
         serving.sort(key=lambda one: (one.served or Span(0, 0), one.number))
         chain = " -> ".join(f"{one.name} {one.served}" for one in serving)
-        standbys = [one.name for one in self._desk.here if one.served is None]
-        return chain + (f"; standing by: {', '.join(standbys)}" if standbys else "")
+        spares = [one.name for one in self._desk.here if one.served is None]
+        return chain + (f"; spare: {', '.join(spares)}" if spares else "")
 
     def _say_failures(self) -> None:
         for node in self._desk.nodes.values():
             if node.is_failed and node.lost_s is None:
                 self._say_once(f"{node.name} can't take its blocks: {node.report.detail}")
 
-    def _say_standbys(self) -> None:
+    def _say_spares(self) -> None:
         """Who came after blocks were dealt out."""
         for node in self._desk.here:
             if node.peer not in self._met:
                 self._met.add(node.peer)
                 if node.span is None:
-                    self._say(f"{node.name} stands by")
+                    self._say(f"{node.name} is a spare")
 
     # --- doing -------------------------------------------------------------------------
 
     def _start(self, tasks: Sequence[Task], what: str) -> None:
         self._desk.turn += 1
         self._since_s, self._desk.proposal, self._is_proposed = None, "", False
-        texts = [f"{self._desk.nodes[one.peer].name} {one.span or 'stands by'}" for one in tasks]
+        texts = [f"{self._desk.nodes[one.peer].name} {one.span or 'is a spare'}" for one in tasks]
         self._say(f"{what}: {', '.join(texts)}")
         for task in tasks:
             self._tell(task)

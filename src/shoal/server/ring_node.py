@@ -212,7 +212,7 @@ class RingMember:
         elif self._loading is not None:
             report = RingReport(self._done, "loading")
         else:
-            report = RingReport(self._done, "online" if len(span) else "standby")
+            report = RingReport(self._done, "online" if len(span) else "spare")
         return _filled(report, span, figures)
 
 

@@ -14,8 +14,8 @@ import msgspec
 from shoal.base.limits import HOPS_MAX
 from shoal.wire.fields import Block, Content, Count, Detail, Name, Peer, Seconds, WireMessage
 
-NodeState = Literal["measuring", "standby", "loading", "online", "failed", "lost"]
-"""measuring: one block, to see how fast it is. standby: ready, without blocks. failed: it could
+NodeState = Literal["measuring", "spare", "loading", "online", "failed", "lost"]
+"""measuring: one block, to see how fast it is. spare: ready, without blocks. failed: it could
 not take its blocks, `detail` says why. lost: it has gone; only the starter says this."""
 
 BatchTimes = Annotated[list[tuple[Count, Seconds]], msgspec.Meta(max_length=32)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.hf import LocalSwarm
 from tests.models import tiny_model
 from tests.tuning_cases import TEMPLATE, letters
 
@@ -81,6 +82,20 @@ def test_trainer(run_example: Run, model: str) -> None:
     found = [float(loss) for loss in out.rpartition("losses: ")[2].split()]
     assert len(found) == 2
     assert found[1] < found[0]
+
+
+def test_the_code_of_the_documentation_runs(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (EXAMPLES.parent / "docs" / "finetuning.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 2
+    with LocalSwarm(model) as swarm:
+        exec(
+            compile("\n".join(blocks), "finetuning.md", "exec"), {"MODEL": model, "ADDRESS": swarm}
+        )
+    assert (tmp_path / "classes" / "adapter_config.json").exists()
 
 
 @pytest.mark.slow

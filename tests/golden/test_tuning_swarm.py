@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import TuningSettings
 from shoal.hf.tuning_swarm import SwarmBase
 from shoal.hf.tuning_whole import load_whole
+from shoal.model.known import default_cache_dir
+from shoal.model.source import open_source
 from tests.models import tiny_source
 from tests.tuning_cases import METHODS, letters, shaken, tiny_examples
+
+REAL = "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +133,27 @@ def test_telling_classes(tmp_path: Path) -> None:
             source, join=swarm, learned=tmp_path
         ) as again:
             assert again.tell(texts, tokenizer) == ["wet", "wet", "dry", "dry"]
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.parametrize("method", ["prompt", "lora"])
+def test_the_real_model_learns_as_in_one_process(method: str) -> None:
+    """Three steps through three servers and in this process: the same losses to 1e-3."""
+    source = open_source(REAL, default_cache_dir(os.environ))
+    settings = TuningSettings(num_steps=3, batch_size=2, learning_rate=1e-2)
+    histories = []
+    with (
+        LocalSwarm(source) as swarm,
+        AutoDistributedModelForCausalLM.from_pretrained(source, join=swarm) as opened,
+    ):
+        for base in (
+            SwarmBase(opened, is_rounded=False),
+            load_whole(source, opened.model_name),
+        ):
+            tuned = build(base, METHODS[method], num_classes=0, seed=4)
+            run = TuningRun(tuned, settings, tiny_examples(), None, lambda: 0.0)
+            list(run.advance())
+            histories.append([one.loss for one in run.history.steps])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)
+    assert histories[0][-1] != pytest.approx(histories[0][0], rel=1e-3)

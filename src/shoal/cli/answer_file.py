@@ -118,11 +118,20 @@ def check_model_of(answer: SavedAnswer, model: OpenModel, path: Path) -> None:
             f"{model.given} is {model.name}: name the model it belongs to"
         )
     vocab_size = int(model.source.config.vocab_size)
-    token = max((*answer.prompt_ids, *answer.token_ids))
+    token = max((*_own_ids(answer, vocab_size), *answer.token_ids), default=0)
     if token >= vocab_size:
         raise ConfigError(
             f"--resume {path}: token {token} is outside the model's vocabulary of {vocab_size}"
         )
+
+
+def _own_ids(answer: SavedAnswer, vocab_size: int) -> tuple[int, ...]:
+    """The prompt without the tokens that stand for a learned one: `shoal.hf.tuning_prompted`."""
+    count = 0
+    if answer.adapter:
+        numbered = enumerate(answer.prompt_ids)
+        count = next((at for at, token in numbered if token != vocab_size + at), 0)
+    return answer.prompt_ids[count:]
 
 
 def model_of(answer: SavedAnswer, path: Path, *, is_from_peers: bool) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engines import Runner
-from model_servers import Server, connected, random_rows, running, workers_of
+from model_servers import Server, connected, random_rows, workers_of
 from random_model import SHAPES, random_source
 from rounds import ROUNDS_PER_WANTED, Round, Rounds, read_accounts, usage_between
 from shoal.base.spans import Span
@@ -27,13 +27,19 @@ BATCHES: Final = (1, 2, 4, 8)
 PROMPTS: Final = (16, 96)
 STEPS: Final = 24
 LOOPBACK_RTT_S: Final = 1e-4
+ROUNDS_S: Final = 60.0
+"""No round of a case is begun after this."""
 
 
-def real_case(shape: str, sessions: int, handling_s: float) -> Scenario:
-    """So many sessions at once through two servers, with block times measured here and now."""
+BlockTimes = tuple[DecodeTimes, float, float]
+"""Decode by batch; prefill fixed and per row: seconds of one block."""
+
+
+def real_case(shape: str, sessions: int, handling_s: float, times: BlockTimes) -> Scenario:
+    """So many sessions at once through two servers, with block times measured just now."""
     blocks = int(SHAPES[shape]["num_hidden_layers"])
     spans = (Span(0, blocks // 2), Span(blocks // 2, blocks))
-    decode, fixed_s, row_s = _block_times(shape, blocks // 2)
+    decode, fixed_s, row_s = times
     hidden = int(SHAPES[shape]["hidden_size"])
     servers = tuple(
         ServerSpec(
@@ -64,8 +70,9 @@ def real_case(shape: str, sessions: int, handling_s: float) -> Scenario:
     )
 
 
-def _block_times(shape: str, blocks: int) -> tuple[DecodeTimes, float, float]:
-    """Decode by batch; prefill fixed and per row: seconds of one block, one process, one thread."""
+def block_times(shape: str) -> BlockTimes:
+    """Measured on half of the blocks, one process, one thread."""
+    blocks = int(SHAPES[shape]["num_hidden_layers"]) // 2
     config = BackendConfig(model=shape, dtype="bfloat16")
     source = random_source(SHAPES[shape], blocks)
     runner = Runner(load_backend(source, Span(0, blocks), config))
@@ -90,15 +97,14 @@ def _block_times(shape: str, blocks: int) -> tuple[DecodeTimes, float, float]:
 
 
 def real_measured(
-    shape: str, scenario: Scenario, wanted: int
+    shape: str, servers: Sequence[Server], scenario: Scenario, wanted: int
 ) -> tuple[dict[str, float] | None, list[dict[str, Any]]]:
     """The same sessions on server processes with random weights.
 
     The round with the median response of those in which everybody had its core (None: there
     was none), and all rounds.
     """
-    with running(shape, 2) as servers:
-        rounds = asyncio.run(_rounds(shape, servers, scenario, wanted))
+    rounds = asyncio.run(_rounds(shape, servers, scenario, wanted))
     kept = [(result, one) for result, one in rounds if not one.is_disturbed]
     kept.sort(key=lambda pair: pair[1].value)
     details = Rounds(taken=[one for _, one in rounds]).details()
@@ -113,7 +119,10 @@ async def _rounds(
     async with connected(shape, servers) as client:
         for _ in range(2):  # links are up, caches of the allocator are warm
             await _session(client, shape)
+        end_s = time.perf_counter() + ROUNDS_S
         for _ in range(wanted * ROUNDS_PER_WANTED):
+            if time.perf_counter() > end_s:
+                break
             before, zero_s = read_accounts(), time.perf_counter()
             sessions = [_session(client, shape, zero_s) for _ in scenario.requests]
             result = Result(

@@ -120,7 +120,7 @@ async def open_all(
 async def measure(
     name: str,
     dtype: str,
-    exact: str,
+    exact: ExactChoice,
     rank: int,
     targets: Sequence[str],
     options: argparse.Namespace,

@@ -13,6 +13,7 @@ from shoal.base.adapters import AdapterId
 from shoal.base.backend import BlockBackend
 from shoal.base.errors import AdapterBad
 from shoal.base.spans import Span
+from shoal.model.adapter_files import write_peft
 from shoal.model.memory_source import MemorySource
 from shoal.model.torch_backend import BackendConfig, load_backend
 from tests.golden.adapter_cases import Runner, States, peft_model, read, save_adapter
@@ -109,6 +110,19 @@ def test_mixed_sequences_one_by_one(family: str, two: list[Path]) -> None:
 @pytest.mark.parametrize(("family", "exact"), TOGETHER)
 def test_mixed_batches(family: str, exact: str, two: list[Path]) -> None:
     asyncio.run(check_mixed(loaded(family, "batched", exact), family, two))
+
+
+@pytest.mark.parametrize(
+    "family", cases(*((family,) for family in ("llama", "gpt2", "opt")), quick=("llama",))
+)
+def test_peft_reads_what_we_write(family: str, two: list[Path], tmp_path: Path) -> None:
+    tokens = prompt_of(TOKENS)
+    for directory in two:
+        write_peft(tmp_path / "again", read(directory, family), tiny_config(family), "base")
+        (_, expected), (_, found) = (
+            States(peft_model(one, family)).of(tokens) for one in (directory, tmp_path / "again")
+        )
+        assert torch.equal(found, expected)
 
 
 def test_layers_that_are_taken_apart_are_refused(tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ def _pairs(tensors: dict[str, torch.Tensor], prefix: str) -> dict[int, dict[str,
                 f"({_PREFIX}{prefix}.N.LAYER.lora_A.weight)"
             )
         found.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor
+    if not found:
+        raise AdapterBad(f"{WEIGHTS_FILE} holds no tensors")
     pairs: dict[int, dict[str, LoraPair]] = {}
     for (index, target), both in sorted(found.items()):
         if set(both) != {"A", "B"}:

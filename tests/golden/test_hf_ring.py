@@ -66,7 +66,7 @@ def run(folder, samples, choice=CHOSEN, eos_ids=()):
     return answers, ring
 
 
-@pytest.mark.parametrize("choice", [CHOSEN, pytest.param(FIXED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("choice", [CHOSEN, FIXED])
 def test_many_samples_of_different_lengths(tmp_path, texts, choice):
     samples = [
         RingSample(prompt_ids=ids, max_new_tokens=length, sampler=Sampler())
@@ -99,3 +99,44 @@ def test_bad_samples_are_refused():
     with pytest.raises(ConfigError, match="ask for one"):
         RingSample(prompt_ids=(1,), max_new_tokens=0, sampler=Sampler())
     assert asyncio.iscoroutinefunction(open_ring)
+
+
+def test_a_chain_that_changed_is_followed(tmp_path, texts):
+    """A server dies amid the samples, another has its blocks: the same texts, other stages."""
+    source = tiny_source("llama")
+    head = load_head(source, dtype="float32")
+    model = RingModel(head=head, batch=HeadBatch(head, find_head_tiles(head)), encoding="float32")
+    config = ClientConfig(
+        model=model_hash(source, tmp_path), num_blocks=num_blocks(source.config),
+        hidden_size=head.hidden_size,
+    )  # fmt: skip
+    blocks = num_blocks(source.config)
+    samples = [
+        RingSample(prompt_ids=ids, max_new_tokens=length, sampler=Sampler())
+        for (ids, _), length in zip(texts, LENGTHS, strict=True)
+    ]
+    answers, tokens, crashes = {}, [], []
+    spans = [(0, 2), (2, blocks), (2, 4), (4, blocks)]
+    with LocalSwarm(source, spans=spans, cache_dir=tmp_path) as swarm:
+
+        async def work():
+            async with swarm.visit(config) as visit:
+                ring = await open_ring(visit.client, model, CHOSEN, samples)
+                stages = len(ring.pace.spans)
+                victim = ring.pace.peers[1]
+
+                def came(number, token):
+                    tokens.append(token)
+                    if len(tokens) == 12:
+                        crashes.append(asyncio.ensure_future(swarm._crash(victim)))
+
+                reader = RingReader(token=came, answer=lambda n, one: answers.update({n: one}))
+                await ring.run(samples, reader)
+                return stages, ring.pace.spans, victim in ring.pace.peers
+
+        before, after, is_still_used = swarm.loop().run(work())
+    assert [answers[number].token_ids for number in range(len(samples))] == [t for _, t in texts]
+    assert not is_still_used
+    assert sum(after) == blocks
+    assert {before, len(after)} == {2, 3}
+    assert any(one.recoveries for one in answers.values())

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from shoal.base.errors import ConfigError
-from shoal.cli.ring_run_show import NodeLine, Picture, RingTable, table
+from shoal.cli.ring_run_show import NodeLine, Picture, RingTable, shown
 from shoal.cli.ring_run_text import (
     check_writable,
     draw_tokens,
@@ -106,14 +106,15 @@ def test_the_table_tells_blocks_memory_and_bubble():
     line = NodeLine.of(node(3.0, 5.0, 20, 60), node(2.5, 4.0, 10, 20))
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(table(picture(line)))
+        console.print(shown(picture(line)))
     text = captured.get()
     for part in ("attic", "0:5", "200", "210", "50%", "4.0", "12.3 tokens/s", "2 slots of 3"):
         assert part in text
     assert "memory attic 210 MB" in picture(line).summary()
     assert picture().summary().endswith("3 slots")
-    with RingTable(is_quiet=True) as shown:
-        shown.show(picture(line))
+    with RingTable(is_quiet=True) as quiet:
+        quiet.show(picture(line))
+        quiet.say("measuring")
 
 
 @pytest.mark.parametrize(

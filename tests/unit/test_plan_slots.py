@@ -14,6 +14,7 @@ from shoal.plan.slots import (
     choose_chunk_rows,
     choose_slots,
     departing,
+    moved_times,
     ring_times,
     rising,
     samples_at_once,
@@ -135,3 +136,12 @@ def test_bad_input_names_the_fix():
         choose_slots(ring(1.0), 0)
     with pytest.raises(ConfigError, match="stage"):
         RingTimes(stages=(), hops=NOTHING)
+
+
+def test_blocks_that_are_dealt_out_anew():
+    times = ring_times([2, 3], [[(1, 0.01)], [(1, 0.01)]], [(1, 0.08)], line(0.001, 0.0))
+    moved = moved_times(times, [2, 3], [5], [[]])
+    assert [stage.at(1) for stage in moved.stages] == pytest.approx([0.05, 0.001])
+    moved = moved_times(times, [2, 3], [1, 4], [[(1, 0.02), (8, 0.03)], []])
+    assert [stage.at(8) for stage in moved.stages] == pytest.approx([0.03, 0.04, 0.001])
+    assert moved.hops == times.hops

@@ -12,6 +12,7 @@ from shoal.base.ids import PeerId, peer_text
 from shoal.plan.slots import Slots
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.live import Live
     from rich.table import Table
 
@@ -101,15 +102,23 @@ class Picture:
         return f"{text}; memory {', '.join(peaks)}" if peaks else text
 
 
-def table(picture: Picture) -> Table:
-    """The nodes as a table, the speed above it."""
+def shown(picture: Picture) -> Group:
+    """The nodes as a table, the speed below it."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(table(picture.nodes), Text(picture.headline()))
+
+
+def table(nodes: Sequence[NodeLine]) -> Table:
+    """What nodes do."""
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE, title=picture.headline(), title_justify="left")
+    shown = Table(box=box.SIMPLE)
     for name in ("node", "state", "blocks", "memory MB", "peak MB", "planned MB", "busy", "rows"):
         shown.add_column(name, justify="left" if name in ("node", "state") else "right")
-    for node in picture.nodes:
+    for node in nodes:
         shown.add_row(*_cells(node))
     return shown
 
@@ -157,4 +166,9 @@ class RingTable(AbstractContextManager["RingTable"]):
     def show(self, picture: Picture) -> None:
         """Draw it anew."""
         if self._live is not None:
-            self._live.update(table(picture), refresh=True)
+            self._live.update(shown(picture), refresh=True)
+
+    def say(self, text: str) -> None:
+        """Instead of nodes, before there is anything to tell of them."""
+        if self._live is not None:
+            self._live.update(text, refresh=True)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,8 +80,10 @@ async def run_ring(settings: RingRunSettings, model: OpenModel) -> None:
         samples = _samples(settings, tokenizer)
         async with open_swarm_client(visitor, model, settings.patience_s, line.told) as client:
             try:
-                ring = await open_ring(client, parts, settings.choice, samples)
-                await _Run(settings, tokenizer, samples).run(ring, visitor)
+                with RingTable(is_quiet=settings.is_json) as table:
+                    table.say("measuring the ring")
+                    ring = await open_ring(client, parts, settings.choice, samples)
+                    await _Run(settings, tokenizer, samples).run(ring, visitor, table)
             except NoRouteError as error:
                 raise with_hint(error, model.given) from error
 
@@ -121,20 +123,17 @@ class _Run:
         self._most_slots = Slots(count=1)
         self._most_decoding = 0
 
-    async def run(self, ring: Ring, visitor: Visitor) -> None:
+    async def run(self, ring: Ring, visitor: Visitor, table: RingTable) -> None:
         """All of it; files are written for what there is, also when it is stopped."""
         self._ring = ring
-        reader = RingReader(token=self._came, answer=self._ended)
-        async with AsyncExitStack() as stack:
-            table = stack.enter_context(RingTable(is_quiet=self._settings.is_json))
-            watch = asyncio.ensure_future(self._watch(ring, visitor, table))
-            self._started_s = self._clock()
-            try:
-                await ring.run(self._samples, reader)
-            finally:
-                watch.cancel()
-                await asyncio.gather(watch, return_exceptions=True)
-                self._write_files()
+        watch = asyncio.ensure_future(self._watch(ring, visitor, table))
+        self._started_s = self._clock()
+        try:
+            await ring.run(self._samples, RingReader(token=self._came, answer=self._ended))
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            self._write_files()
         picture = self._picture(ring)
         if self._settings.is_json:
             print(json.dumps(self._whole(picture)), flush=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from shoal.base.errors import BadInput, ConfigError
+from shoal.base.ids import SessionId
 from shoal.client.samples import SampleLimits, run_samples
 from shoal.client.turnstile import Turnstile
 from shoal.hf.generation import (
@@ -23,7 +24,7 @@ from shoal.hf.generation import (
     TokenSampler,
     summarize,
 )
-from shoal.hf.ring_times import RingPace, measure_ring
+from shoal.hf.ring_times import RingPace, curves_of, measure_ring
 from shoal.model.block_rows import PAGE_TOKENS
 from shoal.plan.slots import Slots, choose_chunk_rows, samples_at_once
 
@@ -115,12 +116,14 @@ class _TextSample:
         model: RingModel,
         reader: RingReader,
         prompts: Prompts,
+        follow: Callable[[ChainSession], None],
     ) -> None:
         self._number = number
         self._sample = sample
         self._model = model
         self._reader = reader
         self._prompts = prompts
+        self._follow = follow
         self._tokens: list[Token] = []
         self._clock = asyncio.get_running_loop().time
         self._started_s = 0.0
@@ -136,6 +139,7 @@ class _TextSample:
 
     async def take(self, row: bytes, session: ChainSession) -> Payload | None:
         """The token behind the row; None at an end token or the last one asked for."""
+        self._follow(session)
         scores = await self._model.batch.logits(row, session.encoding)
         token_id = self._sample.sampler.choose(scores, session.length)
         is_last = (
@@ -170,6 +174,7 @@ class Ring:
         self._model = model
         self._choice = choice
         self._turnstile = Turnstile(self._slots)
+        self._epochs: dict[SessionId, int] = {}
 
     @property
     def slots(self) -> Slots:
@@ -221,8 +226,9 @@ class Ring:
             NoRouteError, PeerError, SessionError: the ring could not do it.
         """
         self.prompts = Prompts()
+        self._epochs.clear()
         works = [
-            _TextSample(number, sample, self._model, reader, self.prompts)
+            _TextSample(number, sample, self._model, reader, self.prompts, self._follow)
             for number, sample in enumerate(samples)
         ]
         self._turnstile = Turnstile(self._slots)
@@ -232,6 +238,19 @@ class Ring:
             self._turnstile,
             self.limits(samples),
         )
+
+    def _follow(self, session: ChainSession) -> None:
+        """A session's chain may have changed: blocks were dealt out anew."""
+        if self._epochs.get(session.id) == session.epoch:
+            return
+        self._epochs[session.id] = session.epoch
+        chain = session.chain
+        if (tuple(s.peer for s in chain), tuple(len(s.span) for s in chain)) == (
+            self.pace.peers, self.pace.spans
+        ):  # fmt: skip
+            return
+        self.pace.move(chain, curves_of(self._client, [stage.peer for stage in chain]))
+        self._turnstile.choose_again()
 
     def _slots(self, samples: int) -> Slots:
         return self.pace.slots(samples, self._choice.slots)

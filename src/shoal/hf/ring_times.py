@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Final
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
 from shoal.hf.generation import RowScores, TokenHead
-from shoal.plan.slots import RingTimes, Slots, choose_slots, ring_times, slots_of
+from shoal.plan.slots import RingTimes, Slots, choose_slots, moved_times, ring_times, slots_of
 from shoal.plan.spec import DecodeTimes
 
 if TYPE_CHECKING:
     from shoal.client.client import Client
+    from shoal.plan.view import Stage
 
 TRIP_ROWS_MAX: Final = 8
 """Rows of the larger of two trips: enough to see what a row more costs."""
@@ -81,6 +82,19 @@ async def measure_head(
     return DecodeTimes(points=tuple(points))
 
 
+def curves_of(client: Client, peers: Sequence[PeerId]) -> list[tuple[tuple[int, float], ...]]:
+    """What servers say of their decode times, (rows, seconds through one block); empty: nothing."""
+    known = {server.peer: server for server in client.view().servers}
+    curves: list[tuple[tuple[int, float], ...]] = []
+    for peer in peers:
+        server = known.get(peer)
+        curve = () if server is None else server.decode_s_by_batch
+        if not curve and server is not None and server.decode_s_per_block > 0:
+            curve = ((1, server.decode_s_per_block),)
+        curves.append(curve)
+    return curves
+
+
 class RingPace:
     """What is known of a ring's speed now."""
 
@@ -102,6 +116,17 @@ class RingPace:
         if fixed is not None:
             return slots_of(self.times, samples, min(fixed, samples))
         return choose_slots(self.times, samples)
+
+    def move(
+        self,
+        chain: Sequence[Stage],
+        curves: Sequence[Sequence[tuple[int, float]]],
+    ) -> None:
+        """The chain is another one now."""
+        spans = tuple(len(stage.span) for stage in chain)
+        self._measured = moved_times(self._measured, self.spans, spans, curves)
+        self._factors = [1.0] * len(self._measured.stages)
+        self.peers, self.spans = tuple(stage.peer for stage in chain), spans
 
     def observe(self, passes: Mapping[PeerId, tuple[float, float]]) -> None:
         """Take what servers did of late: (rows per pass, seconds per pass), of decode rows only."""
@@ -125,13 +150,6 @@ async def measure_ring(
     if samples < 1:
         raise ConfigError("a ring needs at least 1 sample")
     peers, spans, trips = await measure_trips(client, head, encoding, samples)
-    known = {server.peer: server for server in client.view().servers}
-    curves: list[tuple[tuple[int, float], ...]] = []
-    for peer in peers:
-        server = known.get(peer)
-        curve = () if server is None else server.decode_s_by_batch
-        if not curve and server is not None and server.decode_s_per_block > 0:
-            curve = ((1, server.decode_s_per_block),)
-        curves.append(curve)
+    curves = curves_of(client, peers)
     head_times = await measure_head(batch, head, encoding, samples)
     return RingPace(peers, spans, ring_times(spans, curves, trips, head_times))

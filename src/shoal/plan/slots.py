@@ -187,6 +187,31 @@ def ring_times(
     return replace(times, stages=(*times.stages, head))
 
 
+def moved_times(
+    times: RingTimes,
+    before: Sequence[int],
+    spans: Sequence[int],
+    curves: Sequence[Sequence[tuple[int, float]]],
+) -> RingTimes:
+    """A ring whose blocks were dealt out anew, before anything is measured again.
+
+    Args:
+        times: of the ring until now; its last stage is the head.
+        before: blocks of each of its other stages.
+        spans: blocks of each stage now.
+        curves: (rows, seconds through one block) of each; empty: as the blocks took on average.
+    """
+    known = sorted({rows for stage in times.stages[:-1] for rows, _ in stage.points})
+    mean = [
+        (rows, sum(stage.at(rows) for stage in times.stages[:-1]) / sum(before)) for rows in known
+    ]
+    stages = [
+        rising([(rows, seconds * blocks) for rows, seconds in curve or mean])
+        for blocks, curve in zip(spans, curves, strict=True)
+    ]
+    return replace(times, stages=(*stages, times.stages[-1]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """What is known where slots leave."""

@@ -135,9 +135,9 @@ NOTES: Final = (
     "With churn: 90 servers come or go, one every 5 minutes, at least 15 stay; between two of "
     "them one server on average checks whether to move; blocks load at 200 MB/s, 1 GB each, while "
     "the old ones serve. `latency` moves where its goal falls by 3 % and more.",
-    "Holes: the simulator's `latency` has no penalty for blocks with a single replica (the one of "
-    "`shoal serve` has). That may be why it is quicker here with 20 servers than measured before "
-    "(1.17), and it has more holes. The first minutes, in which all load, count too.",
+    "Holes: a share of the time in which some block had no server. `latency` counts each block "
+    "with a single replica as a few milliseconds, as `shoal serve` does; Petals' rule evens out "
+    "rows per second, and so replicas. The first minutes, in which all load, count too.",
     "rows/s: of the worst block, the goal of Petals' rule: the price of quicker answers.",
 )
 

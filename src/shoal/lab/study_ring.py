@@ -60,6 +60,13 @@ UNEVEN: Final = {"even split": (3, 4, 5), "split by speed": (4, 6, 2)}
 """Blocks of 304M, and the same by water-filling with a last node of half the speed."""
 
 
+WAYS: Final[dict[Way, str]] = {
+    "slots": "slots, tokens/s",
+    "free": "whoever waits runs, tokens/s",
+    "single": "one sample per pass, tokens/s",
+}
+
+
 def case_of(shape: str, splits: tuple[int, ...], samples: int, way: Way = "slots") -> RingCase:
     """A ring of this shape."""
     share = BLOCK_WEIGHTS[shape] / BLOCK_WEIGHTS["1.1B"]
@@ -133,10 +140,10 @@ def ring(task: Task) -> Report:
     for index in task.told("rings, nodes", range(len(todo))):
         shape, nodes = todo[index]
         points += [_point(shape, nodes, times * nodes) for times in (1, 2, 4)]
-    uneven = _uneven()
+    ways, uneven = _ways(), _uneven()
     return Report(
-        rows=(*(point.row() for point in points), *uneven),
-        checks=_checks(points, uneven),
+        rows=(*(point.row() for point in points), *ways, *uneven),
+        checks=_checks(points, ways, uneven),
         charts=(
             Chart(
                 table="rings of equal nodes",
@@ -161,6 +168,20 @@ def _point(shape: str, nodes: int, samples: int) -> _Point:
     )
 
 
+def _ways() -> list[Row]:
+    """Two nodes, more samples than nodes: slots, and what servers do by themselves."""
+    rows = []
+    for samples in (4, 8, 24):
+        case = case_of("304M", SPLITS["304M"][1], samples)
+        figures = [
+            Figure(name=name, value=simulate_ring(replace(case, way=way)).tokens_per_s)
+            for way, name in WAYS.items()
+        ]
+        keys = (("nodes", "2"), ("samples", f"{samples}"))
+        rows.append(Row(table="how samples go round", keys=keys, figures=tuple(figures)))
+    return rows
+
+
 def _uneven() -> list[Row]:
     """Three nodes, the last at half the speed, split evenly and by speed; 6 samples."""
     rows = []
@@ -180,7 +201,7 @@ def _uneven() -> list[Row]:
     return rows
 
 
-def _checks(points: list[_Point], uneven: list[Row]) -> tuple[Check, ...]:
+def _checks(points: list[_Point], ways: list[Row], uneven: list[Row]) -> tuple[Check, ...]:
     found = {(point.shape, point.nodes, point.samples): point for point in points}
 
     def gain(servers: int, samples: int) -> float:
@@ -198,6 +219,10 @@ def _checks(points: list[_Point], uneven: list[Row]) -> tuple[Check, ...]:
         ),
         between("304M, 3 nodes, 12 samples, by 3 samples (theirs stays)",
                 gain(3, 12) / gain(3, 3), 1.5, 4.0),
+        between(
+            "304M, 2 nodes, 24 samples: slots by whoever waits runs",
+            ways[-1].value(WAYS["slots"]) / ways[-1].value(WAYS["free"]), 1.15, 2.0,
+        ),
         between("split by speed by even split", by_speed / even, 1.1, 2.0),
     )  # fmt: skip
 

@@ -1,11 +1,15 @@
 """Trust that decays, and what is forgiven."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.base.ids import PeerId
 from shoal.client.experience import FAILED_S, FAILED_S_MAX, INCIDENT_S, PAIR_S, ExperienceBook
+from shoal.discovery.coordinates import Locator
+from shoal.plan.coordinates import NOWHERE, Coordinate, distance_s
 
 A, B = PeerId(b"a" * 32), PeerId(b"b" * 32)
 
@@ -96,3 +100,23 @@ def test_own_sessions_are_counted_when_asked():
     assert first.sessions == {A: 1}
     assert book.snapshot(0.0).sessions == {A: 3}
     assert ExperienceBook().snapshot(0.0).sessions == {}
+
+
+def test_a_few_round_trips_tell_where_we_are():
+    places = {
+        PeerId(bytes([x, y]) * 16): Coordinate(point=(x / 50, y / 50, 0.0), height=0.001, error=0.1)
+        for x in range(3)
+        for y in range(3)
+    }
+    me = Coordinate(point=(0.01, 0.03, 0.0), height=0.002, error=0.1)
+    book = ExperienceBook(locator=Locator(random.Random(1), places.get))
+    assert book.snapshot(0.0).coordinate == NOWHERE
+    peers = list(places)
+    for peer in peers[:5]:
+        book.round_trip(peer, distance_s(me, places[peer]))
+    book.round_trip(A, 0.5)  # it says nothing of its place
+    found = book.snapshot(0.0).coordinate
+    for peer in peers[5:]:
+        assert distance_s(found, places[peer]) == pytest.approx(
+            distance_s(me, places[peer]), rel=0.5
+        )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import NoRouteError
 from shoal.base.spans import Span, missing_blocks
+from shoal.plan.coordinates import Coordinate
 from shoal.plan.routing import NEAR_TIE, Wanted, choose_chain, decode_step_s
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
 from tests.unit.plan_cases import (
@@ -245,3 +246,17 @@ def test_predicted_time_counts_hops_blocks_and_links_via_the_client() -> None:
     cut = Experience(rtt_s={peer(1): 1.0}, unreachable_pairs=frozenset({(peer(1), peer(9))}))
     assert direct == pytest.approx(1.0 + 2 * 0.5 + 0.1 + 2 * 0.01 + 2 * 0.001)
     assert decode_step_s(chain, view, cut) == pytest.approx(direct + 0.002)
+
+
+def test_who_was_not_measured_is_estimated_by_its_coordinate() -> None:
+    here = Coordinate(error=0.1)
+    near = Coordinate(point=(0.02, 0.0, 0.0), error=0.1)
+    far = Coordinate(point=(0.3, 0.0, 0.0), error=0.1)
+    one, other = server(0, 0, 4), server(1, 0, 4)
+    view = swarm(4, replace(one, coordinate=far), replace(other, coordinate=near))
+    for seed in range(8):
+        (stage,) = choose_chain(view, Span(0, 4), Experience(coordinate=here), rng(seed))
+        assert stage.peer == other.peer
+        measured = Experience(coordinate=here, rtt_s={one.peer: 0.005})
+        (stage,) = choose_chain(view, Span(0, 4), measured, rng(seed))
+        assert stage.peer == one.peer, "what was measured goes before"

@@ -167,17 +167,19 @@ def _error(values: Sequence[float]) -> float:
 
 def _checks(count: int, gains: Sequence[float]) -> list[Check]:
     name, before = f"placed once, {count} servers", BEFORE[count]
-    error = sqrt(_error(gains) ** 2 + _error(before) ** 2)
-    apart = (mean(gains) - fmean(before)) / error if error else 0.0
-    return [
-        between(f"{name}: annealing by 1.15 to 1.25 (+-10 %)", mean(gains), 1.03, 1.38),
-        Check(
-            name=f"{name}: no further from six earlier draws than chance explains "
-            f"({Z_MAX:g} standard errors)",
-            found=f"{apart:.2f} standard errors",
-            holds=abs(apart) <= Z_MAX,
-        ),
-    ]
+    checks = [between(f"{name}: annealing by 1.15 to 1.25 (+-10 %)", mean(gains), 1.03, 1.38)]
+    if len(gains) > 1:
+        error = sqrt(_error(gains) ** 2 + _error(before) ** 2)
+        apart = (mean(gains) - fmean(before)) / error
+        checks.append(
+            Check(
+                name=f"{name}: no further from six earlier draws than chance explains "
+                f"({Z_MAX:g} standard errors)",
+                found=f"{apart:.2f} standard errors",
+                holds=abs(apart) <= Z_MAX,
+            )
+        )
+    return checks
 
 
 def _indifferent(gains: Sequence[float]) -> Check:

@@ -90,6 +90,8 @@ class TorchTrainer:
         """Whether the runner takes sequences of different lengths at once."""
         self.weights: frozenset[int] = frozenset()
         """Where the memory of all weights begins."""
+        self.row_bytes: dict[tuple[int, int, bool], float] = {}
+        """What graphs hold per row: by block, magnitude of lengths, whether tensors are trained."""
         self._facts = facts
         self._thread = thread
         self._is_ready = False
@@ -159,7 +161,7 @@ class _Pass:
         self._work = work
         self._is_for_backward = is_for_backward
         self._held_bytes_max = held_bytes_max
-        self._count = HeldCount(trainer.weights)
+        self._graph_bytes = 0
         self._next = work.span.start
         self._rows: torch.Tensor | None = None
         """(T, D) where the pass is now: rows on the way out, their gradients on the way back."""
@@ -177,7 +179,7 @@ class _Pass:
     @property
     def held_bytes(self) -> int:
         """Of graphs and of rows that entered blocks."""
-        return self._count.num_bytes + self._input_bytes
+        return self._graph_bytes + self._input_bytes
 
     async def step(self) -> None:
         """Run one block, or undo one."""
@@ -211,7 +213,7 @@ class _Pass:
         self._rows = self._grads = None
         self._ran.clear()
         self._parts.clear()
-        self._count.num_bytes = self._input_bytes = 0
+        self._graph_bytes = self._input_bytes = 0
 
     def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
         """A failure of torch is that of these blocks with these rows."""
@@ -232,12 +234,11 @@ class _Pass:
     def _out(self) -> None:
         if self._rows is None:
             self._rows = self._read()
-            self._count.weights = self._trainer.weights
         block, entered = self._next, self._rows.detach()
-        is_held = self._is_for_backward and self._count.num_bytes < self._held_bytes_max
+        is_held = self._is_for_backward and self._graph_bytes < self._held_bytes_max
         if self._is_for_backward:
             entered.requires_grad_()
-        with self._graph() if is_held else torch.no_grad():
+        with self._graph(block) if is_held else torch.no_grad():
             left = self._run(block, entered)
         if self._is_for_backward:
             self._input_bytes += entered.nbytes
@@ -264,10 +265,10 @@ class _Pass:
             for leaf, gradient in zip([ran.entered, *leaves], found, strict=True)
         ]
         self._rows = gradients[0]
-        if not all(map(all_finite, gradients)):
-            raise self._bad_output("gradients")
         if parts is not None:
             parts.gradients = gradients[1:]
+        if not self._ran and not self._is_finite():
+            raise self._bad_output("gradients")
 
     def _run(self, block: int, rows: torch.Tensor) -> torch.Tensor:
         """(T, D) behind one block, with what is trained inside it."""
@@ -306,11 +307,24 @@ class _Pass:
         return lora_in(self._trainer.model.block(block), parts.pairs, config.scale, dropout)
 
     @contextmanager
-    def _graph(self) -> Iterator[None]:
-        """While inside, graphs are made and their memory is counted."""
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._count.pack, lambda tensor: tensor)
-        with torch.enable_grad(), hooks:
-            yield
+    def _graph(self, block: int) -> Iterator[None]:
+        """While inside, graphs are made; their memory is counted the first time.
+
+        Counting takes a quarter of a block's time, so blocks that ran before are reckoned by
+        what they took then.
+        """
+        known, rows = self._trainer.row_bytes, self._work.num_rows
+        longest = max(self._work.lengths).bit_length()  # attention may hold its scores
+        kind = (block, longest, block in self._parts)
+        with torch.enable_grad():
+            if kind in known:
+                yield
+            else:
+                count = HeldCount(self._trainer.weights)
+                with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda one: one):
+                    yield
+                known[kind] = count.num_bytes / rows
+        self._graph_bytes += int(known[kind] * rows)
 
     def _read(self) -> torch.Tensor:
         rows = self._rows_of(self._work.rows)
@@ -335,6 +349,12 @@ class _Pass:
             return rows_to_bytes(rows, self._work.encoding)
         except BadInput as error:
             raise BadOutput(f"{what} of blocks {self._work.span}: {error.detail}") from error
+
+    def _is_finite(self) -> bool:
+        """Whether all gradients are; looked at once, at the end: such values go on and on."""
+        found = [one for parts in self._parts.values() for one in parts.gradients]
+        rows = [] if self._rows is None else [self._rows]
+        return all(map(all_finite, [*rows, *found]))
 
     def _bad_output(self, what: str) -> BadOutput:
         return BadOutput(

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from report import environment, publish
+from report import RESULTS, environment, publish
 from shoal.base.ids import PeerId
 from shoal.lab.gossip import GossipSwarm
 from shoal.plan.coordinates import NOWHERE, Coordinate, Sample, distance_s, fit
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=150)
     parser.add_argument("--minutes", type=int, default=MINUTES[-1], help="of gossip")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -103,7 +104,7 @@ def main() -> None:
         "servers": len(matrix), "median_rtt_ms": round(1e3 * median(truth), 1),
         "matrix": "plane" if options.rtts is None else options.rtts.name,
     }  # fmt: skip
-    publish("coordinates", rows, facts)
+    publish("coordinates", rows, facts, folder=options.out)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
-from report import environment, publish
+from report import RESULTS, environment, publish
 from shoal.base.spans import Span
 from shoal.lab.campaign import quiet
 from shoal.lab.sim_live import DISPATCHED, simulate_live
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--servers", type=int, default=8)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -104,7 +106,8 @@ def main() -> None:
         for way, results in found.items():
             rows.append({"requests per s": rate, "way": way} | figures(results))
             print(rows[-1], flush=True)
-    publish("dispatch", rows, environment() | {"servers": options.servers, "simulated": True})
+    facts = environment() | {"servers": options.servers, "simulated": True}
+    publish("dispatch", rows, facts, folder=options.out)
 
 
 if __name__ == "__main__":

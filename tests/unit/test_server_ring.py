@@ -209,6 +209,19 @@ async def test_who_can_not_take_its_blocks_is_passed_over():
 
 
 @virtual
+async def test_who_fails_to_take_more_keeps_what_it_serves():
+    works = [Work(), Work(), Work()]
+    async with ring_of(*works) as ring:
+        await ring.spans()
+        works[0].free_bytes, works[0]._fault = 500 * MIB, ConfigError("no room after all")
+        ring.crash(2)
+        found = await ring.spans(20)
+        assert found == {"node1": "failed", "node3": (4, 12), "node2": "lost"}
+        assert works[0].span == Span(0, 4)
+        assert ring.keeper.up.is_set()
+
+
+@virtual
 async def test_who_can_not_do_anything_says_why_and_leaves():
     async with ring_of(Work(), num_nodes=2) as ring:
         ring.join(2, Work(bad=ConfigError("one block needs more than there is")))

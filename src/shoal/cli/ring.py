@@ -318,6 +318,11 @@ def status(ring: RingOption = None, as_json: JsonOption = False) -> None:
     """Show the ring that is up on this machine: nodes, blocks, memory, speed.
 
     Busy is the share of time since a node serves in which its engine worked.
+
+    \b
+    Examples:
+      shoal ring status
+      shoal ring status --json
     """
     from shoal.cli.ring_show import show
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shoal.base.errors import ConfigError
@@ -147,17 +147,21 @@ class RingKeeper:
     # --- looking -----------------------------------------------------------------------
 
     def _views(self) -> list[NodeView]:
-        """Who counts: who is here and did not fail, and who left just now."""
+        """Who counts: who is here and serves something or may be told to, and who left just now."""
         now_s = asyncio.get_running_loop().time()
         return [
             self._view(one)
             for one in sorted(self._desk.nodes.values(), key=lambda one: one.number)
             if one.measured is not None
-            and not one.is_failed
+            and not (one.is_failed and one.served is None)
             and (one.lost_s is None or now_s - one.lost_s < LOST_GRACE_S)
         ]
 
     def _view(self, node: DeskNode) -> NodeView:
+        if node.is_failed and node.served is not None:  # it keeps what it has, and gets no more
+            most = self._model.need_bytes(node.served)
+            spec = replace(self._spec(node), memory_bytes=most, num_blocks=None)
+            return NodeView(spec=spec, span=node.served, pace_s=node.report.pace_s)
         return NodeView(
             spec=self._spec(node),
             span=node.span,

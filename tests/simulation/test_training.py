@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 
 from shoal.base.adapters import DropoutKey
-from shoal.base.errors import AdapterBad, BadInput, MessageTooLarge, NoRouteError, PeerBusy
+from shoal.base.errors import (
+    AdapterBad,
+    BadInput,
+    MessageTooLarge,
+    NoRouteError,
+    PeerBusy,
+    PeerRefused,
+)
 from shoal.base.spans import Span
 from shoal.client.training import TrainConfig, TrainingClient
 from shoal.lab.chaos import draw_plan
@@ -122,6 +129,14 @@ async def test_tensors_that_made_room_for_others_are_sent_again(it):
     client = training(it, micro_tokens=4)
     for step in range(8):
         await check_step(client, draw_batch(rng, WHOLE, step), rng)
+    await client.close()
+
+
+@scene("a 0:4", config=ServerConfig(training=TrainingLimits(is_open=False)), patience_s=2.0)
+async def test_a_server_may_refuse_to_train(it):
+    client = training(it)
+    with pytest.raises(PeerRefused, match="does not train"):
+        await client.forward(draw_batch(random.Random(6), WHOLE, 0), is_kept=False)
     await client.close()
 
 

@@ -14,7 +14,8 @@ DEFAULTS = {
     "cache_share": bounds.CACHE_SHARE, "client_streams": bounds.CLIENT_STREAMS,
     "client_rate": bounds.CLIENT_RATE, "client_rows": bounds.CLIENT_ROWS,
     "slowdown": bounds.SLOWDOWN, "queue_memory": bounds.QUEUE_MEMORY,
-    "log_memory": bounds.LOG_MEMORY, "idle_timeout": bounds.IDLE_TIMEOUT,
+    "log_memory": bounds.LOG_MEMORY, "training_memory": bounds.TRAINING_MEMORY,
+    "idle_timeout": bounds.IDLE_TIMEOUT,
 }  # fmt: skip
 
 
@@ -22,6 +23,13 @@ def test_the_defaults_are_those_of_the_server():
     parsed = bounds.parse_bounds(**DEFAULTS)
     assert parsed == bounds.Bounds()
     assert parsed.server_config({}).quotas == Quotas()
+
+
+def test_training_may_be_refused_or_get_less():
+    refused = bounds.parse_bounds(**{**DEFAULTS, "training_memory": "0"})
+    assert not refused.server_config({}).training.is_open
+    less = bounds.parse_bounds(**{**DEFAULTS, "training_memory": "100MB"})
+    assert less.training.pass_bytes_max == less.training.kept_bytes_max == 10**8
 
 
 def test_options_reach_the_server():
@@ -38,6 +46,7 @@ def test_options_reach_the_server():
     [
         ("cache_share", 0.0), ("cache_share", 2.0), ("slowdown", 1.0), ("client_rate", "much"),
         ("client_rate", "0"), ("queue_memory", "0"), ("log_memory", "-1"), ("allow", ["me"]),
+        ("training_memory", "some"),
         ("deny", ["1" * 52]),
     ],
 )  # fmt: skip

@@ -23,6 +23,7 @@ from shoal.server.quotas import (
     STREAMS_PER_PEER,
     Quotas,
 )
+from shoal.server.training_limits import PASS_BYTES_MAX, TrainingLimits
 
 PANEL: Final = "Strangers"
 
@@ -103,6 +104,15 @@ LogMemoryOption = Annotated[
         "further up the chain.",
     ),
 ]
+TrainingMemoryOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=PANEL,
+        help="Memory for what training clients come back for: with less, blocks are run again. "
+        "0: nobody trains here.",
+    ),
+]
 IdleTimeoutOption = Annotated[
     float,
     typer.Option(
@@ -120,6 +130,7 @@ CLIENT_ROWS: Final = ROWS_PER_CLIENT
 SLOWDOWN: Final = SLOWDOWN_MAX
 QUEUE_MEMORY: Final = "256MiB"
 LOG_MEMORY: Final = "4GiB"
+TRAINING_MEMORY: Final = "2GiB"
 IDLE_TIMEOUT: Final = IDLE_SESSION_S
 
 
@@ -131,6 +142,7 @@ class Bounds:
     deny: frozenset[PeerId] = frozenset()
     quotas: Quotas = field(default_factory=Quotas)
     fair: FairLimits = field(default_factory=FairLimits)
+    training: TrainingLimits = field(default_factory=TrainingLimits)
     idle_session_s: float = IDLE_SESSION_S
 
     def server_config(self, services: dict[str, StreamService]) -> ServerConfig:
@@ -138,6 +150,7 @@ class Bounds:
         return ServerConfig(
             engine=EngineLimits(fair=self.fair),
             quotas=self.quotas,
+            training=self.training,
             idle_session_s=self.idle_session_s,
             services=services,
         )
@@ -155,6 +168,7 @@ def parse_bounds(
     slowdown: float,
     queue_memory: str,
     log_memory: str,
+    training_memory: str,
     idle_timeout: float,
 ) -> Bounds:
     """The options, checked.
@@ -178,7 +192,20 @@ def parse_bounds(
             cache_share=cache_share,
         ),
         fair=FairLimits(rows_per_client=client_rows, slowdown_max=slowdown),
+        training=_training(training_memory),
         idle_session_s=idle_timeout,
+    )
+
+
+def _training(memory: str) -> TrainingLimits:
+    kept_bytes = parse_size(memory, "--training-memory")
+    if kept_bytes < 0:
+        raise ConfigError(f"--training-memory {memory}: it must be at least 0")
+    return TrainingLimits(
+        is_open=kept_bytes > 0,
+        kept_bytes_per_client=kept_bytes // 2,
+        kept_bytes_max=kept_bytes,
+        pass_bytes_max=min(PASS_BYTES_MAX, kept_bytes),
     )
 
 

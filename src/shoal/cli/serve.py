@@ -27,6 +27,7 @@ from shoal.cli.bounds import (
     LOG_MEMORY,
     QUEUE_MEMORY,
     SLOWDOWN,
+    TRAINING_MEMORY,
     AllowOption,
     CacheShareOption,
     ClientRateOption,
@@ -38,6 +39,7 @@ from shoal.cli.bounds import (
     LogMemoryOption,
     QueueMemoryOption,
     SlowdownOption,
+    TrainingMemoryOption,
     parse_bounds,
 )
 from shoal.cli.interrupts import noticing_interrupts
@@ -231,6 +233,7 @@ def serve(
     slowdown: SlowdownOption = SLOWDOWN,
     queue_memory: QueueMemoryOption = QUEUE_MEMORY,
     log_memory: LogMemoryOption = LOG_MEMORY,
+    training_memory: TrainingMemoryOption = TRAINING_MEMORY,
     idle_timeout: IdleTimeoutOption = IDLE_TIMEOUT,
     trace: TraceOption = None,
     trace_limit: TraceLimitOption = TRACE_LIMIT,
@@ -308,6 +311,7 @@ def serve(
                     slowdown=slowdown,
                     queue_memory=queue_memory,
                     log_memory=log_memory,
+                    training_memory=training_memory,
                     idle_timeout=idle_timeout,
                 ),
                 trace=parse_trace(trace, trace_limit),

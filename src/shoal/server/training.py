@@ -83,7 +83,7 @@ class TrainingServer:
         Raises:
             PeerRefused: nobody.
         """
-        trainer = self._backend.trainer()
+        trainer = self._backend.trainer() if self.limits.is_open else None
         if trainer is None:
             raise PeerRefused("this server does not train")
         return trainer

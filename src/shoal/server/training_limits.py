@@ -39,6 +39,8 @@ BUSY_RETRY_S: Final = 1.0
 class TrainingLimits:
     """How much of a server training may take."""
 
+    is_open: bool = True
+    """Whether anybody may train here."""
     rows_per_pass_max: int = ROWS_PER_PASS_MAX
     passes_per_client: int = PASSES_PER_CLIENT
     open_bytes_per_client: int = OPEN_BYTES_PER_CLIENT

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from random_model import saved_folder
 from report import RESULTS, environment, publish
@@ -27,6 +28,8 @@ from shoal.cli.models import cache_dir
 from shoal.model.source import open_source
 from tiny_model import save_tiny
 from workers import Worker, serving, working
+
+T = TypeVar("T")
 
 REAL: Final = "smollm2-135m-instruct"
 SCRIPT: Final = "training_worker.py"
@@ -84,30 +87,47 @@ class Trainer:
 @contextmanager
 def trainers(case: Case) -> Iterator[dict[str, Trainer]]:
     """All ways of a case; those who are not at work wait."""
+    blocks = open_source(case.model, cache_dir()).config.num_hidden_layers
+    spans = {count: _spans(blocks, count) for count in case.servers}
     with ExitStack() as stack:
-        found = {}
-        for name, threads in ((ONE, 1), (TWO, 2)):
-            arguments = ("alone", case.model, case.dtype, case.method)
-            worker = stack.enter_context(working(SCRIPT, *arguments, threads=threads))
-            found[name] = Trainer(worker=worker, workers={"process": worker.pid})
-        for servers in case.servers:
-            found[f"shoal, {servers} server{'s' * (servers > 1)}"] = chain(case, servers, stack)
+        firsts = _entered(stack, [_server(case, spans[count][0], None) for count in case.servers])
+        joins = {count: first[0] for count, first in zip(case.servers, firsts, strict=True)}
+        rest = [(count, span) for count in case.servers for span in spans[count][1:]]
+        others = _entered(stack, [_server(case, span, joins[count]) for count, span in rest])
+        clients = [_worker(case, "alone", threads=1), _worker(case, "alone", threads=2)]
+        clients += [_worker(case, "chain", join, threads=1) for join in joins.values()]
+        one, two, *chained = _entered(stack, clients)
+        found = {
+            ONE: Trainer(worker=one, workers={"process": one.pid}),
+            TWO: Trainer(worker=two, workers={"process": two.pid}),
+        }
+        for count, first, client in zip(case.servers, firsts, chained, strict=True):
+            pids = {f"server {spans[count][0]}": first[1], "client": client.pid}
+            for (other, span), (_, pid) in zip(rest, others, strict=True):
+                if other == count:
+                    pids[f"server {span}"] = pid
+            name = f"shoal, {count} server{'s' * (count > 1)}"
+            found[name] = Trainer(worker=client, workers=pids, join=joins[count])
         yield found
 
 
-def chain(case: Case, servers: int, stack: ExitStack) -> Trainer:
-    """So many servers that share the blocks evenly, and a client."""
-    blocks = open_source(case.model, cache_dir()).config.num_hidden_layers
-    borders = [index * blocks // servers for index in range(servers + 1)]
-    workers: dict[str, int] = {}
-    join: str | None = None
-    for begin, end in pairwise(borders):
-        span = f"{begin}:{end}"
-        address, pid = stack.enter_context(serving(case.model, span, case.dtype, 1, join))
-        join, workers[f"server {span}"] = join or address, pid
-    arguments = ("chain", case.model, case.dtype, case.method, str(join))
-    client = stack.enter_context(working(SCRIPT, *arguments, threads=1))
-    return Trainer(worker=client, workers=workers | {"client": client.pid}, join=str(join))
+def _spans(blocks: int, count: int) -> list[str]:
+    borders = [index * blocks // count for index in range(count + 1)]
+    return [f"{start}:{end}" for start, end in pairwise(borders)]
+
+
+def _server(case: Case, span: str, join: str | None) -> AbstractContextManager[tuple[str, int]]:
+    return serving(case.model, span, case.dtype, 1, join)
+
+
+def _worker(case: Case, role: str, *more: str, threads: int) -> AbstractContextManager[Worker]:
+    return working(SCRIPT, role, case.model, case.dtype, case.method, *more, threads=threads)
+
+
+def _entered(stack: ExitStack, managers: Sequence[AbstractContextManager[T]]) -> list[T]:
+    """What they give; two start at a time, since importing everything takes seconds."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(stack.enter_context, managers))
 
 
 def speeds(case: Case, found: dict[str, Trainer]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -231,7 +251,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, help="sizes (default: 4 16)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=2, help="that count, of every way")
-    parser.add_argument("--steps", type=int, default=5, help="optimiser steps to compare")
+    parser.add_argument("--steps", type=int, default=4, help="optimiser steps to compare")
     parser.add_argument("--decoded", type=int, default=60, help="tokens of the decoding client")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
     options = parser.parse_args()

@@ -27,6 +27,10 @@ RECORD: Final = "training.json"
 CURVE: Final = "loss.png"
 
 
+class StoppedBetweenSteps(KeyboardInterrupt):
+    """The first Ctrl-C: the run is whole."""
+
+
 class Finetuning:
     """A run with all it needs. A context manager; made by `begin` and `go_on`."""
 
@@ -50,7 +54,7 @@ class Finetuning:
         """Do the steps that are left, and write what was learned; for `--json`.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the run was saved.
+            KeyboardInterrupt: Ctrl-C; the run was saved, if it was pressed once.
             ShoalError: it can't go on; the run was saved.
         """
         self._tell_beginning()
@@ -58,8 +62,12 @@ class Finetuning:
         try:
             with Stopping().noticing() as stopping:
                 self._advance(stopping)
-        except (ShoalError, KeyboardInterrupt) as error:
+        except (ShoalError, StoppedBetweenSteps) as error:
             self.save()
+            self._tell_how_to_go_on(error)
+            raise
+        except KeyboardInterrupt as error:
+            # Amid a step, which may be half done: the last checkpoint is the state to go on from.
             self._tell_how_to_go_on(error)
             raise
         return self._finish()
@@ -76,7 +84,7 @@ class Finetuning:
                 else:
                     line.evaluated(event)
                 if stopping.is_asked and self.run.steps_left:
-                    raise KeyboardInterrupt
+                    raise StoppedBetweenSteps
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -10,6 +10,8 @@ from shoal.base.errors import AdapterBad, AdapterMissing, NoRouteError, PeerErro
 from shoal.base.spans import Span
 from shoal.client.adapters import find_adapter
 from shoal.client.tending import TendConfig
+from shoal.lab.campaign import quiet
+from shoal.lab.chaos import draw_plan, run_plan
 from shoal.lab.toy_adapters import toy_adapter
 from shoal.server.adapters import AdapterLimits
 from shoal.server.config import ServerConfig
@@ -189,3 +191,20 @@ async def test_an_adapter_that_a_client_takes_back(it):
     await reader.decode(2)  # servers have it still
     with pytest.raises(AdapterMissing):
         await it.client.adapters.bring(it["a"].peer, AdapterName(bytes(16)))
+
+
+def run_with_adapters(seeds):
+    """Random schedules of failures, in which half of the users bring adapters of their own."""
+    with quiet():
+        for seed in seeds:
+            run_plan(replace(draw_plan(seed), adapters_every=2))
+
+
+def test_schedules_with_adapters():
+    run_with_adapters(range(12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(5000, 5200, 50))
+def test_many_schedules_with_adapters(first):
+    run_with_adapters(range(first, first + 50))

@@ -25,6 +25,7 @@ from shoal.lab.invariants import check_contents, check_end, check_step
 from shoal.lab.network import LinkConditions, SimulatedNetwork
 from shoal.lab.script import Act, Reference, ScriptRunner, draw_script
 from shoal.lab.swarm import ServerSpec, SimulatedSwarm
+from shoal.lab.toy_adapters import toy_adapter
 from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.server.config import ServerConfig
 from shoal.server.engine import EngineLimits
@@ -86,6 +87,8 @@ class ChaosPlan:
     faults: tuple[Fault, ...]
     log_bytes_per_session: int = LOG_BYTES_PER_SESSION_MAX
     log_bytes: int = LOG_BYTES_MAX
+    adapters_every: int = 0
+    """Every so manieth user has a LoRA adapter of its own; 0: nobody has."""
     """Of all sessions together, at one server."""
     ghost: GhostPlan | None = None
     standby: int = 0
@@ -283,9 +286,9 @@ class _Run:
 
     async def _play(self, user: UserPlan) -> None:
         await asyncio.sleep(user.at_s)
-        reference = Reference(self._plan.num_blocks, mixes_call_shape=True)
+        client = self._clients[user.client]
         runner = ScriptRunner(
-            self._clients[user.client], user.script, random.Random(user.seed), reference
+            client, user.script, random.Random(user.seed), self._reference(client, user)
         )
         await runner.run()
         check_step(self._swarm)
@@ -307,8 +310,16 @@ class _Run:
     async def _play_ghost(self, client: Client, user: UserPlan) -> None:
         """Like any user, but without saying good-bye."""
         await asyncio.sleep(user.at_s)
-        reference = Reference(self._plan.num_blocks, mixes_call_shape=True)
+        reference = self._reference(client, user)
         await ScriptRunner(client, user.script, random.Random(user.seed), reference).run()
+
+    def _reference(self, client: Client, user: UserPlan) -> Reference:
+        """What one machine answers; the client can bring the user's adapter, if there is one."""
+        blocks, every, adapter = self._plan.num_blocks, self._plan.adapters_every, None
+        if every and user.seed % every == 0:
+            adapter = toy_adapter(random.Random(user.seed), blocks)
+            client.adapters.add(adapter)
+        return Reference(blocks, mixes_call_shape=True, adapter=adapter)
 
     async def _inject(self, fault: Fault) -> None:
         await asyncio.sleep(fault.at_s)

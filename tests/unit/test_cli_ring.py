@@ -193,7 +193,7 @@ def test_sizes_are_those_of_blocks_caches_and_ends():
     assert sizes.num_blocks == NUM_BLOCKS
     assert list(sizes.weight_bytes) == block_bytes(config, "bfloat16")
     assert sizes.row_bytes == 2 * 48
-    assert sizes.head_bytes == 2 * (2 * 96 * 48 + 48)
+    assert sizes.head_bytes == 2 * 96 * 48
     assert ring_sizes(config, "bfloat16", "int8", 16).weight_bytes[0] < sizes.weight_bytes[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shoal.model.facts import kv_values
-from shoal.model.parts import meta_model
+from shoal.model.parts import Parts, meta_model
 from shoal.model.quantize import Quantization
 from shoal.model.rows import torch_dtype
 from shoal.model.span_model import block_bytes
@@ -21,13 +21,11 @@ def ring_sizes(config: Any, dtype: str, quantize: Quantization, cache_tokens: in
     """
     value_bytes = torch_dtype(dtype).itemsize
     weights = block_bytes(config, dtype, quantize)
-    whole = meta_model(config, torch_dtype(dtype))
-    blocks = sum(block_bytes(config, dtype))
-    total = sum(one.numel() * one.element_size() for one in whole.parameters())
+    head = Parts(meta_model(config, torch_dtype(dtype))).head
     return RingModel(
         weight_bytes=tuple(weights),
         token_bytes=tuple(value_bytes * kv_values(config, block) for block in range(len(weights))),
-        head_bytes=max(0, total - blocks),
+        head_bytes=value_bytes * head.weight.numel(),
         row_bytes=value_bytes * int(config.hidden_size),
         cache_tokens=cache_tokens,
     )

@@ -196,10 +196,11 @@ def say(text: str) -> None:
 
 
 def _say_how_to_join(address: Address, invite: str | None, settings: UpSettings) -> None:
-    where = f"--lan or --starter {address}" if settings.is_lan else f"--starter {address}"
     who = f"--invite {invite}" if invite else f"--swarm {settings.swarm}"
     print(f"starter address={address}", flush=True)
-    print(f"join with: shoal ring join {where} {who}", flush=True)
+    print(f"join with: shoal ring join --starter {address} {who}", flush=True)
+    if settings.is_lan:
+        print(f"or, in this network: shoal ring join --lan {who}", flush=True)
     say(f"waiting for {settings.wish.num_nodes} nodes; Ctrl-C ends the ring")
 
 

@@ -33,7 +33,7 @@ class RingModel:
     token_bytes: tuple[int, ...]
     """KV cache of one position."""
     head_bytes: int
-    """Embedding, final norm and head."""
+    """The head's matrix, which the starter reads for each pass."""
     row_bytes: int
     """One position's hidden states in a log."""
     cache_tokens: int
@@ -143,7 +143,7 @@ def split_by_hand(
 
 
 def head_s(model: RingModel, decode: DecodeTimes, batch: float = 1.0) -> float:
-    """What norm and head cost the starter per pass, judged by its blocks: both read weights."""
+    """What the head costs the starter per pass, judged by its blocks: both read weights."""
     mean = sum(model.weight_bytes) / model.num_blocks
     return decode.at(batch) * model.head_bytes / mean
 

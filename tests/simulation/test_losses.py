@@ -276,3 +276,17 @@ async def test_one_dies_while_another_stands_still(it):
     await reader.decode(1)
     assert reader.chain == ["spare-a", "b", "spare-c"]
     assert now_s() - started_s < 3.0
+
+
+@scene("a 0:2, b 2:4, spare 2:4")
+async def test_steps_that_always_take_long_are_no_standstill(it):
+    reader = await it.read(10)
+    for name in ("a", "b", "spare"):
+        it[name].slowness = 2000.0
+    await reader.decode(3)
+    started_s, before = now_s(), reader.session.recoveries
+    await reader.decode(5)
+    step_s = (now_s() - started_s) / 5
+    assert step_s > 2.5
+    assert reader.state.resync_after_s > 1.5 * step_s
+    assert reader.session.recoveries == before

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Final, Literal
 
 from shoal.base.errors import BadInput, ShoalError
 from shoal.base.ids import PeerId, SessionId
@@ -34,6 +34,9 @@ from shoal.wire.messages import (
     Want,
 )
 from shoal.wire.tensors import row_bytes
+
+STEP_S_MAX: Final = 8.0
+"""Steps that take longer than this are asked after all the same."""
 
 Payload = Buffer | Callable[[int, int], Buffer]
 """Rows as bytes, or what makes rows `position`, `count` again whenever they are sent."""
@@ -134,6 +137,8 @@ class SessionState:
         self.numerics = "exact"
         self.progressed_s = 0.0
         """Loop time of the last row received, or of the first one sent after a pause."""
+        self._took_s = 0.0
+        """How long the last rows were waited for."""
         self.resync_after_s = STALL_MIN_S
         """Without progress for this long, ask everybody what they have; doubles each time."""
         self.classes: dict[PeerId, str] = {}
@@ -374,8 +379,10 @@ class SessionState:
 
     def advanced(self, now_s: float) -> None:
         """Rows were received: whatever was wrong is over."""
+        took_s, self._took_s = self._took_s, now_s - self.progressed_s
         self.progressed_s = now_s
-        self.resync_after_s = STALL_MIN_S
+        # Steps that are always slow are no standstill; one long prompt says nothing of the next.
+        self.resync_after_s = max(STALL_MIN_S, 2 * min(took_s, self._took_s, STEP_S_MAX))
         self.losses = self.standstills = 0
         self.stuck_since_s = None
         self.backoff_s = 0.0

@@ -7,6 +7,8 @@ gaps (`training_queue.py`).
 
 from __future__ import annotations
 
+from typing import Final
+
 from shoal.base.backend import BackendFacts, BlockBackend
 from shoal.base.errors import PeerBusy, PeerRefused, ProtocolError
 from shoal.base.ids import PeerId
@@ -18,6 +20,12 @@ from shoal.server.training_jobs import KeptPasses, PassJob
 from shoal.server.training_limits import TrainingLimits
 from shoal.server.training_queue import TrainingQueue
 from shoal.server.training_stream import Visitor
+
+CLIENTS_MAX: Final = 64
+"""Clients that train at once: each may have some hundred megabytes of rows and tensors here."""
+
+FULL_RETRY_S: Final = 30.0
+"""When to come back to a server with as many: steps take seconds, trainings hours."""
 
 
 class TrainingServer:
@@ -66,6 +74,10 @@ class TrainingServer:
         older = self._visitors.get(client)
         if older is not None:
             older.close()
+        elif len(self._visitors) >= CLIENTS_MAX:
+            full = PeerBusy(f"{CLIENTS_MAX} clients train here", retry_after_s=FULL_RETRY_S)
+            await channel.refuse(full)
+            return
         visitor = self._visitors[client] = Visitor(self, channel)
         try:
             await visitor.run()

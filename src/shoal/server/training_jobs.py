@@ -47,6 +47,7 @@ class KeptPasses:
         self._client_bytes_max = client_bytes_max
         self._total_bytes_max = total_bytes_max
         self._kept: dict[tuple[PeerId, int], _Kept] = {}
+        self._running: dict[int, TrainingPass] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -57,11 +58,25 @@ class KeptPasses:
             kept.held_bytes for (one, _), kept in self._kept.items() if client in (None, one)
         )
 
+    def runs(self, one: TrainingPass) -> None:
+        """A pass is on its way; it counts until `ran`."""
+        self._running[id(one)] = one
+
+    def ran(self, one: TrainingPass) -> None:
+        """A pass is kept now, or over."""
+        self._running.pop(id(one), None)
+
+    def room_to_run(self, pass_bytes_max: int) -> int:
+        """What a way back that begins anew may hold, now that others run as well."""
+        running = sum(one.held_bytes for one in self._running.values())
+        return max(0, min(pass_bytes_max, self._total_bytes_max - running))
+
     def room(self, client: PeerId, now_s: float) -> int:
         """How much more may be kept for a client."""
         self.expire(now_s)
         mine = self._client_bytes_max - self.held_bytes(client)
-        return max(0, min(mine, self._total_bytes_max - self.held_bytes()))
+        running = sum(one.held_bytes for one in self._running.values())
+        return max(0, min(mine, self._total_bytes_max - self.held_bytes() - running))
 
     def keep(self, client: PeerId, number: int, one: TrainingPass, now_s: float) -> None:
         """Keep a pass that went through, in place of one of that number."""
@@ -163,6 +178,7 @@ class PassJob:
         if self._gradients is None:
             self._answers.done(self._call, one.output())
             if self._is_kept and one.held_bytes:
+                self._kept.ran(one)
                 self._kept.keep(self._client, self.number, one, self._clock())
                 self._pass = None
         elif self._is_back:
@@ -178,9 +194,10 @@ class PassJob:
             if kept is None:
                 raise SessionLost("the pass is not kept any more: send its rows again")
             self._pass = kept
+            self._kept.runs(kept)
             self._turn(kept)
             return kept
-        room = self._held_bytes_max
+        room = self._kept.room_to_run(self._held_bytes_max)
         is_for_backward = self._gradients is not None
         if not is_for_backward and self._is_kept:
             room = min(room, self._kept.room(self._client, self._clock()))
@@ -188,6 +205,7 @@ class PassJob:
         self._pass = self._trainer().begin(
             self._work, is_for_backward=is_for_backward, held_bytes_max=room
         )
+        self._kept.runs(self._pass)
         return self._pass
 
     def _turn(self, one: TrainingPass) -> None:
@@ -203,5 +221,6 @@ class PassJob:
 
     def _close(self) -> None:
         if self._pass is not None:
+            self._kept.ran(self._pass)
             self._pass.close()
             self._pass = None

@@ -57,6 +57,13 @@ SEND_TIMEOUT_S: Final = 60.0
 """A client that takes no answer for this long is gone."""
 
 
+ANSWERS_MAX: Final = 256
+"""Answers that wait to be taken; refusals, mostly, as open calls are few."""
+
+TENSOR_SETS_MAX: Final = 256
+"""Sets of trained tensors of one client, however small: a step needs one or two."""
+
+
 class Host(Protocol):
     """The server, as one stream sees it."""
 
@@ -99,7 +106,7 @@ class Visitor:
         self._client = channel.peer
         self._uploads: dict[int, Upload] = {}
         self._sizes: dict[int, int] = {}
-        """Bytes in memory of each open call."""
+        """Bytes in memory of each call whose answer was not taken yet."""
         self._tensors: OrderedDict[bytes, TrainedTensors] = OrderedDict()
         self._jobs: dict[int, PassJob] = {}
         self._answers: asyncio.Queue[tuple[Message, tuple[memoryview, ...]]] = asyncio.Queue()
@@ -128,18 +135,14 @@ class Visitor:
         rows, tensors = (result, b"") if isinstance(result, bytes) else (
             result.rows, result.tensors
         )  # fmt: skip
+        self._jobs.pop(call, None)
         self._post(Done(call, len(rows), len(tensors)), memoryview(rows), memoryview(tensors))
-        self._end(call)
 
     def failed(self, call: int, error: ShoalError) -> None:
         """It did not."""
         logger.info("training refused client=%s reason=%s", short(self._client), error)
-        self._post(error_message(error, call))
-        self._end(call)
-
-    def _end(self, call: int) -> None:
         self._jobs.pop(call, None)
-        self._sizes.pop(call, None)
+        self._post(error_message(error, call))
 
     def _post(self, message: Message, *values: memoryview) -> None:
         if not self._is_closed:
@@ -161,6 +164,7 @@ class Visitor:
                     async with asyncio.timeout(SEND_TIMEOUT_S):
                         await self._channel.send(Chunk(call, offset), piece)
                     offset += len(piece)
+            self._sizes.pop(call, None)
 
     async def _say_alive(self) -> None:
         while True:
@@ -192,6 +196,8 @@ class Visitor:
         if call <= self._last_call:
             return  # it came before: calls rise
         self._last_call = call
+        if self._answers.qsize() > ANSWERS_MAX:
+            raise ProtocolError("calls come and answers are not taken")
         try:
             self._check(message)
         except ShoalError as error:
@@ -223,7 +229,6 @@ class Visitor:
             if isinstance(message, PutTensors):
                 self._put(message, data)
                 self._post(Done(message.call))
-                self._end(message.call)
             else:
                 job = self._job(message, data)
                 self._jobs[message.call] = job
@@ -255,7 +260,9 @@ class Visitor:
         self._tensors.pop(message.name, None)
         limit = self._server.limits.tensor_bytes_per_client
         held = sum(memoryview(one.values).nbytes for one in self._tensors.values())
-        while self._tensors and held + data.nbytes > limit:
+        while self._tensors and (
+            held + data.nbytes > limit or len(self._tensors) >= TENSOR_SETS_MAX
+        ):
             _, oldest = self._tensors.popitem(last=False)
             held -= memoryview(oldest.values).nbytes
         self._tensors[message.name] = TrainedTensors(spec=spec_of(message), values=data)
@@ -315,9 +322,8 @@ class Visitor:
         gone = set(numbers)
         for call, upload in list(self._uploads.items()):
             if not isinstance(upload.message, PutTensors) and upload.message.number in gone:
-                del self._uploads[call]
-                self._end(call)
+                del self._uploads[call], self._sizes[call]
         for call, job in list(self._jobs.items()):
             if job.number in gone:
                 job.give_up()
-                self._end(call)
+                del self._jobs[call], self._sizes[call]

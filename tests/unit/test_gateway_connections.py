@@ -154,3 +154,30 @@ def test_whose_fault_it_is():
     told = from_shoal(BadOutput("the model's scores are not numbers"))
     assert (told.status, told.code) == (500, "bad_output")
     assert from_shoal(BadInput("options")).status == 400
+
+
+def test_a_whole_stream_is_no_caller_who_left():
+    """Clients hang up with the last event: nothing may be left to be cancelled."""
+    hung_up = asyncio.Event()
+
+    async def send(message):
+        if not message.get("more_body", True):
+            hung_up.set()
+            await asyncio.sleep(0)
+
+    async def receive():
+        await hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def work():
+        stream = EventStream(send)
+        async with stream.kept_alive():
+            await stream.open()
+            await stream.event({})
+            await stream.close()
+        return "done"
+
+    async def story():
+        assert await http.while_connected(receive, work()) == "done"
+
+    asyncio.run(story())

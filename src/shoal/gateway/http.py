@@ -168,6 +168,7 @@ class EventStream:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._sending = asyncio.Lock()
+        self._beating: asyncio.Future[None] | None = None
         self._clock = asyncio.get_running_loop().time
         self._sent_s = self._clock()
         self.is_open = False
@@ -185,16 +186,22 @@ class EventStream:
         await self._write(b"data: " + json_bytes(value) + b"\n\n", has_more=True)
 
     async def close(self) -> None:
-        """The end that clients wait for."""
+        """The end that clients wait for; many hang up at once, so nothing may be left to do."""
+        await self._rest()
         await self._write(b"data: [DONE]\n\n", has_more=False)
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[None]:
         """Send a comment whenever nothing else was sent for a while."""
-        beating = asyncio.ensure_future(self._beat())
+        self._beating = asyncio.ensure_future(self._beat())
         try:
             yield
         finally:
+            await self._rest()
+
+    async def _rest(self) -> None:
+        beating, self._beating = self._beating, None
+        if beating is not None:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
 

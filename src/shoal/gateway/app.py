@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,8 @@ class Parts:
     body_bytes_max: int
     missing_blocks: Callable[[], Sequence[tuple[int, int]]]
     """Blocks that nobody serves now, as (start, end)."""
+    adapters: Callable[[], Mapping[str, bytes]] = dict
+    """Names of the LoRA adapters that servers have now, by label: models `NAME:LABEL`."""
 
 
 class Api:
@@ -115,7 +117,7 @@ class Api:
             way = self._parts.encoder.way if wanted.tools else None
             ids = await while_connected(receive, self._parts.encoder.talk(wanted))
         keeps_special = way is not None and not way.closing
-        job = self._job(caller, ids, settings, keeps_special=keeps_special)
+        job = self._job(caller, body, ids, settings, keeps_special=keeps_special)
         form = ChatForm(
             envelope=self._envelope("chatcmpl", "chat.completion", body),
             num_choices=settings.num_choices,
@@ -146,7 +148,7 @@ class Api:
             body = read_body(data, CompletionBody)
             caller = self._admit(scope, body)
             settings, given = completion_settings(body, _new_seed), prompts(body)
-            jobs = await while_connected(receive, self._jobs(caller, given, settings))
+            jobs = await while_connected(receive, self._jobs(caller, body, given, settings))
         form = self._completion_form(body, settings, given)
 
         async def work() -> None:
@@ -168,29 +170,49 @@ class Api:
         caller: Caller = scope["shoal.caller"]
         self._allowance.take_request(caller, asyncio.get_running_loop().time())
         names = self._parts.facts.names
-        if body.model and body.model not in names:
+        if body.model and body.model not in names and not self._adapter(body):
             raise ApiError(
                 404, f"there is no model {body.model!r} here; this gateway serves {names[0]}",
                 code="model_not_found", param="model",
             )  # fmt: skip
         return caller
 
+    def _adapter(self, body: Sampling) -> bytes:
+        """The adapter that is asked for as `NAME:LABEL`; empty: none, or none of that name."""
+        names, given = self._parts.facts.names, body.model or ""
+        base, _, label = given.rpartition(":")
+        if given in names or base not in names:
+            return b""
+        return self._parts.adapters().get(label, b"")
+
     def _job(
-        self, caller: Caller, ids: Sequence[int], settings: Settings, *, keeps_special: bool
+        self,
+        caller: Caller,
+        body: Sampling,
+        ids: Sequence[int],
+        settings: Settings,
+        *,
+        keeps_special: bool,
     ) -> Job:
+        adapter = self._adapter(body)
         # Before it stands in line with it.
         self._parts.engine.check_length(len(ids), settings.max_tokens)
         clock = asyncio.get_running_loop().time
         return Job(
             on_used=lambda count: self._allowance.use_tokens(caller, count, clock()),
-            owner=caller.name,
+            owner=f"{caller.name} {adapter.hex()}" if adapter else caller.name,
             prompt_ids=tuple(ids),
             settings=settings,
             keeps_special=keeps_special,
+            adapter=adapter,
         )
 
     async def _jobs(
-        self, caller: Caller, given: Sequence[str | list[int]], settings: Settings
+        self,
+        caller: Caller,
+        body: Sampling,
+        given: Sequence[str | list[int]],
+        settings: Settings,
     ) -> list[Job]:
         jobs = []
         for prompt in given:
@@ -198,7 +220,7 @@ class Api:
             if not ids:
                 raise ApiError(400, "the prompt is empty", param="prompt")
             check_vocabulary(ids, self._parts.engine.served.words.vocab_size)
-            jobs.append(self._job(caller, ids, settings, keeps_special=False))
+            jobs.append(self._job(caller, body, ids, settings, keeps_special=False))
         return jobs
 
     def _completion_form(
@@ -246,7 +268,7 @@ class Api:
         return Envelope(
             id=f"{prefix}-{secrets.token_hex(12)}",
             kind=f"{kind}.chunk" if is_chunk else kind,
-            model=self._parts.facts.names[0],
+            model=body.model if body.model and self._adapter(body) else self._parts.facts.names[0],
             created=int(self._parts.wall_clock()),
         )
 
@@ -254,7 +276,10 @@ class Api:
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET /v1/models."""
-        await send_whole(send, json_bytes({"object": "list", "data": [self._model_object()]}))
+        data = [self._model_object()]
+        for label in self._parts.adapters():
+            data.append(data[0] | {"id": f"{data[0]['id']}:{label}", "parent": data[0]["id"]})
+        await send_whole(send, json_bytes({"object": "list", "data": data}))
 
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET /v1/models/NAME."""

@@ -47,6 +47,8 @@ class Served:
     """The longest session, prompt and answer."""
     seats: Seats = field(default_factory=EachForItself)
     """Where answers find a place."""
+    open_adapted: Callable[[bytes], Awaitable[TokenSequence]] | None = None
+    """The same with the LoRA adapter of this name; None: there are no adapters here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +56,13 @@ class Job:
     """One prompt to answer."""
 
     owner: str
-    """Whose sessions may be used again."""
+    """Whose sessions may be used again; those with an adapter are a set of their own."""
     prompt_ids: tuple[int, ...]
     settings: Settings
     keeps_special: bool = False
     """See `Words.keeps_special`."""
+    adapter: bytes = b""
+    """Name of the LoRA adapter that all tokens go through; empty: none."""
     param: str = "response_format"
     """What to name when the schema is no good."""
     on_used: Callable[[int], None] = lambda count: None
@@ -179,7 +183,7 @@ class Engine:
                 stack.enter_context(seats.beside(found, count))
                 return found, match.length
         seat = await stack.enter_async_context(seats.seat(count))
-        session = await self._opened(seat.chain)
+        session = await self._opened(seat.chain, job.adapter)
         seat.follow(session)
         return session, 0
 
@@ -195,8 +199,11 @@ class Engine:
             return None
         return session
 
-    async def _opened(self, chain: Stages) -> TokenSequence:
-        opening = asyncio.ensure_future(self.served.open_sequence(chain))
+    async def _opened(self, chain: Stages, adapter: bytes) -> TokenSequence:
+        if adapter and self.served.open_adapted is not None:
+            opening = asyncio.ensure_future(self.served.open_adapted(adapter))
+        else:
+            opening = asyncio.ensure_future(self.served.open_sequence(chain))
         try:
             done, _ = await asyncio.wait({opening}, timeout=ROOM_S)
             if not done:

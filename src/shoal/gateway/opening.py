@@ -137,6 +137,7 @@ async def open_gateway(
         words=words,
         context_tokens=context,
         seats=await _seats(backing, config.dispatch, context, stack),
+        open_adapted=mind.open_adapted,
     )
     kept_tokens = config.kept_tokens
     if kept_tokens is None:
@@ -160,6 +161,7 @@ async def open_gateway(
         wall_clock=wall_clock,
         body_bytes_max=max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * context),
         missing_blocks=lambda: _missing(_records(backing.snapshot(), model), num_blocks),
+        adapters=lambda: _adapters(mind, _records(backing.snapshot(), model), num_blocks),
     )
     _watch(meter, backing.client, mind.batch, line, kept)
     sweeping = asyncio.create_task(_sweep(kept), name="gateway sweep")
@@ -195,6 +197,7 @@ class _Mind:
     open_sequence: Callable[[Stages], Awaitable[TokenSequence]]
     vocab_size: int
     batch: HeadBatch | None = None
+    open_adapted: Callable[[bytes], Awaitable[TokenSequence]] | None = None
 
 
 async def _mind(backing: Backing, exactness: Exactness, progress: Progress | None) -> _Mind:
@@ -217,7 +220,29 @@ async def _mind(backing: Backing, exactness: Exactness, progress: Progress | Non
         )
         return ChainSequence(session, mine, batch)
 
-    return _Mind(open_sequence=open_chain, vocab_size=head.vocab_size, batch=batch)
+    async def open_adapted(adapter: bytes) -> TokenSequence:
+        session = await whole.open_session(
+            backing.encoding, inner_encoding=backing.inner_encoding, adapter=adapter
+        )
+        return ChainSequence(session, mine, batch)
+
+    return _Mind(
+        open_sequence=open_chain,
+        vocab_size=head.vocab_size,
+        batch=batch,
+        open_adapted=open_adapted,
+    )
+
+
+def _adapters(mind: _Mind, records: Sequence[Record], num_blocks: int) -> dict[str, bytes]:
+    """Adapters that servers of all blocks announce, by label; none that is ambiguous."""
+    spans: dict[tuple[str, bytes], list[Span]] = {}
+    for record in records if mind.open_adapted is not None else ():
+        for one in record.adapters:
+            spans.setdefault((one.label, one.name), []).append(Span(record.start, record.end))
+    whole = [key for key, held in spans.items() if not missing_blocks(Span(0, num_blocks), held)]
+    labels = [label for label, _ in whole]
+    return {label: name for label, name in sorted(whole) if labels.count(label) == 1}
 
 
 def context_tokens(config: Any, records: Sequence[Record], num_blocks: int) -> int:

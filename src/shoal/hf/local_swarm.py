@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +21,12 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import open_client
 from shoal.client.config import ClientConfig
-from shoal.discovery.records import Record, sign_record
+from shoal.discovery.records import Adapter, Record, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
 from shoal.hf.connection import Visit, wall_clock
 from shoal.hf.loop import BackgroundLoop
+from shoal.model.adapter_files import read_peft
 from shoal.model.families import num_blocks
 from shoal.model.hub import Hub
 from shoal.model.known import default_cache_dir
@@ -56,6 +57,7 @@ class LocalSwarm:
         replicas: servers of each span.
         dtype: what they compute in.
         cache_dir: where known models are kept (default: ~/.cache/shoal).
+        adapters: directories of LoRA adapters that all servers have, by name.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class LocalSwarm:
         replicas: int = 1,
         dtype: str = "float32",
         cache_dir: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         """Load everything and serve.
 
         Raises:
             ConfigError: borders or a dtype that can't be.
             ModelError: unknown, broken or unsupported.
+            AdapterBad: a directory without an adapter that can be used.
         """
         directory = default_cache_dir({}) if cache_dir is None else Path(cache_dir)
         source = open_source(model, directory, Hub()) if isinstance(model, str | Path) else model
@@ -81,6 +85,10 @@ class LocalSwarm:
         config = BackendConfig(
             model=model_hash(source, directory), dtype=dtype, cache_tokens=CACHE_TOKENS
         )
+        self._adapters = {
+            label: read_peft(Path(place), source.config)
+            for label, place in (adapters or {}).items()
+        }
         self._peers: list[PeerId] = []
         self._stack = AsyncExitStack()
         self._loop = BackgroundLoop("shoal local swarm")
@@ -146,8 +154,11 @@ class LocalSwarm:
         server = await self._stack.enter_async_context(
             open_server(backend, transport, SwarmPass.open(SWARM), book)
         )
+        for label, part in self._adapters.items():
+            await server.adapters.add_own(label, part)
         listener = await transport.listen(ListenAddress(SCHEME, name, 1), server.serve_stream)
-        record = _record(identity.peer, str(listener.address), backend.facts)
+        said = [Adapter(*one) for one in server.adapters.labels.items()]
+        record = _record(identity.peer, str(listener.address), backend.facts, said)
         await self._directory.publish(sign_record(identity, record))
         self._peers.append(identity.peer)
 
@@ -166,7 +177,7 @@ def _spans(borders: Sequence[int] | None, blocks: int) -> list[Span]:
     return [Span(start, end) for start, end in pairwise(chosen)]
 
 
-def _record(peer: PeerId, address: str, facts: BackendFacts) -> Record:
+def _record(peer: PeerId, address: str, facts: BackendFacts, adapters: list[Adapter]) -> Record:
     return Record(
         peer=peer,
         swarm=SWARM,
@@ -184,4 +195,5 @@ def _record(peer: PeerId, address: str, facts: BackendFacts) -> Record:
         is_exact=facts.is_exact,
         encodings=list(facts.encodings),
         cache_tokens=facts.cache_tokens,
+        adapters=adapters,
     )

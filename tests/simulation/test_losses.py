@@ -282,7 +282,7 @@ async def test_one_dies_while_another_stands_still(it):
 async def test_steps_that_always_take_long_are_no_standstill(it):
     reader = await it.read(10)
     for name in ("a", "b", "spare"):
-        it[name].slowness = 150.0
+        it[name].slowness = 800.0
     await reader.decode(3)
     started_s, before = now_s(), reader.session.recoveries
     await reader.decode(5)

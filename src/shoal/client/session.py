@@ -137,6 +137,8 @@ class SessionState:
         self.numerics = "exact"
         self.progressed_s = 0.0
         """Loop time of the last row received, or of the first one sent after a pause."""
+        self.asked_s = 0.0
+        """Loop time when everybody was last asked what they have."""
         self._took_s = 0.0
         """How long the last rows were waited for."""
         self.resync_after_s = STALL_MIN_S

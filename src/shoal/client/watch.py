@@ -57,7 +57,8 @@ class Watch:
                 else:
                     link.ping(now_s)
             for state in waiting:
-                if now_s - state.progressed_s > state.resync_after_s and not state.trouble:
+                quiet_s = now_s - max(state.progressed_s, state.asked_s)
+                if quiet_s > state.resync_after_s and not state.trouble:
                     self._stands_still(state, now_s)
 
     def _stands_still(self, state: SessionState, now_s: float) -> None:
@@ -65,7 +66,7 @@ class Watch:
         self._link(state.inbound.predecessor).redial_rows(state.resync_after_s)
         state.standstills += 1
         state.resync_after_s = min(RESYNC_S_MAX, 2 * state.resync_after_s)
-        state.progressed_s = now_s
+        state.asked_s = now_s
         trouble = Trouble(is_out_of_step=True)
         suspect = state.suspect() if state.standstills > STANDSTILLS_MAX else None
         if suspect is not None and not self._is_computing(state, suspect):

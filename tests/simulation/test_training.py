@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,8 @@ from shoal.base.errors import (
     NoRouteError,
     PeerBusy,
     PeerRefused,
+    PeerUnreachable,
+    ProtocolError,
 )
 from shoal.base.spans import Span
 from shoal.client.training import TrainConfig, TrainingClient
@@ -348,3 +351,54 @@ def test_gradients_are_right_whatever_fails(seed):
 @pytest.mark.parametrize("seed", range(12, 60))
 def test_gradients_are_right_whatever_fails_more(seed):
     run_training(draw_plan(seed))
+
+
+def garbage(rng, call):
+    """A training message that may or may not make sense, and bytes that may belong to it."""
+    lengths = [rng.choice((1, 2, 3, 1000, 1 << 20)) for _ in range(rng.randint(1, 3))]
+    micro = Micro(
+        rng.choice((0, 1, 3, 9)), rng.choice((1, 2, 4, 5, 60_000)), lengths,
+        rng.choice(("float32", "bfloat16", "int8-block", "")), rng.choice((b"", b"n" * 16)),
+    )  # fmt: skip
+    size = rng.choice((0, 1, ROW * sum(lengths), 2 * ROW * sum(lengths), 1 << 53))
+    number = rng.randint(0, 5)
+    return rng.choice(
+        (
+            lambda: Forward(call, number, micro, rng.random() < 0.5, size),
+            lambda: Backward(call, number, micro, rng.random() < 0.5, size),
+            lambda: Forget([number, call]),
+            lambda: Chunk(rng.randint(0, call), rng.choice((0, 0, 64, 1 << 40))),
+            lambda: PutTensors(
+                call, b"n" * 16, rng.choice(("float32", "bfloat16", "?")), rng.choice((0, 1, 2)),
+                rng.choice((0.0, 1.0, 1e9)), rng.choice((0.0, 1.0)), False,
+                [_layer(rng.choice((1, HIDDEN_SIZE)))], rng.choice((0, 64, 128, 256, 1 << 53)),
+            ),
+            lambda: Done(call),
+        )
+    )()  # fmt: skip
+
+
+@scene("a 0:4")
+async def test_garbage_hurts_only_its_sender(it):
+    rng = random.Random(14)
+    hostile, honest = await it.open_client(), training(it)
+    for step in range(12):
+        channel = await hostile.dial(it["a"].peer, PURPOSE_TRAINING)
+        reading = asyncio.ensure_future(_read_all(channel))
+        with suppress(PeerUnreachable):
+            for call in range(1, 60):
+                message = garbage(rng, call)
+                payload = bytes(rng.choice((0, 1, 64, 128, 256)))
+                await channel.send(message, payload if isinstance(message, Chunk) else b"")
+        await check_step(honest, draw_batch(rng, WHOLE, step), rng)
+        channel.close()
+        await reading
+    await until(lambda: it["a"].server.training.num_clients == 1)
+    assert it["a"].backend.training.num_open == 0
+    await honest.close()
+
+
+async def _read_all(channel):
+    with suppress(PeerUnreachable, ProtocolError):
+        while True:
+            await channel.receive()

@@ -402,3 +402,18 @@ async def _read_all(channel):
     with suppress(PeerUnreachable, ProtocolError):
         while True:
             await channel.receive()
+
+
+@scene("a 0:2, b 2:4", iteration_s=0.2, token_s=0.0)
+async def test_servers_work_at_the_same_time(it):
+    rng = random.Random(15)
+    client = training(it, micro_tokens=2)
+    batch = replace(draw_batch(rng, WHOLE, 0), lengths=(2,) * 8, trained=None)
+    batch = replace(batch, rows=bytes(8 * 2 * ROW))
+    began_s = now_s()
+    await check_step(client, batch, rng)
+    took_s = now_s() - began_s
+    # Each server has 8 micro-batches of 2 blocks, out and back, and 0.1 s for a block.
+    alone_s = 8 * 2 * 2 * 0.1
+    assert took_s < 1.4 * alone_s
+    await client.close()

@@ -64,6 +64,7 @@ def test_each_model_says_its_own(running: Gate, texts: dict[str, str]) -> None:
     with running.openai() as client:
         ids = [model.id for model in client.models.list().data]
         assert ids == ["tiny", "tiny:cook", "tiny:poet"]
+        assert client.models.retrieve("tiny:poet").id == "tiny:poet"
         # Twice: the second time sessions are at rest, which must not be taken for another model.
         for label in ("", "poet", "cook", "poet", ""):
             model = f"tiny:{label}" if label else "tiny"

@@ -276,17 +276,20 @@ class Api:
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET /v1/models."""
-        data = [self._model_object()]
-        for label in self._parts.adapters():
-            data.append(data[0] | {"id": f"{data[0]['id']}:{label}", "parent": data[0]["id"]})
+        data = [self._model_object(), *map(self._model_object, self._parts.adapters())]
         await send_whole(send, json_bytes({"object": "list", "data": data}))
 
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET /v1/models/NAME."""
         name = scope["path_params"]["name"]
-        if name not in self._parts.facts.names:
+        base, _, label = name.rpartition(":")
+        if name in self._parts.facts.names:
+            found = self._model_object()
+        elif base in self._parts.facts.names and label in self._parts.adapters():
+            found = self._model_object(label)
+        else:
             raise ApiError(404, f"there is no model {name!r} here", code="model_not_found")
-        await send_whole(send, json_bytes(self._model_object()))
+        await send_whole(send, json_bytes(found))
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET /health: 200, or 503 and the blocks that nobody serves."""
@@ -307,10 +310,13 @@ class Api:
         """GET /: the chat page."""
         await FileResponse(STATIC / "index.html")(scope, receive, send)
 
-    def _model_object(self) -> dict[str, Any]:
+    def _model_object(self, adapter: str = "") -> dict[str, Any]:
+        """The model, or the one that this adapter makes of it."""
         facts = self._parts.facts
+        name = facts.names[0]
         return {
-            "id": facts.names[0],
+            "id": f"{name}:{adapter}" if adapter else name,
+            **({"parent": name} if adapter else {}),
             "object": "model",
             "created": facts.created,
             "owned_by": "shoal",

@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 SEND_TIMEOUT_S: Final = 20.0
 """A guest that takes nothing for so long is gone."""
 
-IDLE_S: Final = 600.0
-"""Sessions that nobody asked anything of for so long are freed."""
-
 BUSY_RETRY_S: Final = 5.0
 
 TURN_PARTS: Final = 64
@@ -309,12 +306,13 @@ class Guest:
         """Let the guest see that we live, and end what it has forgotten."""
         while True:
             await asyncio.sleep(GOSSIP_BEAT_S)
+            idle_s = self._service.limits.idle_s
             try:
                 await self._send(Beat())
             except _GuestGone:
                 return
             for number, one in list(self.sessions.items()):
-                if one.call is None and self._clock() - one.used_s > IDLE_S:
+                if one.call is None and self._clock() - one.used_s > idle_s:
                     one.close()
                     del self.sessions[number]
 

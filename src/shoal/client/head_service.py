@@ -46,6 +46,8 @@ class HeadLimits:
     answers_max: int = 256
     """At work at the same time, over all guests."""
     answers_per_guest: int = 64
+    idle_s: float = 600.0
+    """Sessions that nobody asked anything of for so long are freed."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

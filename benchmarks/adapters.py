@@ -176,8 +176,8 @@ def rows_of(
 def main() -> None:
     """Measure small and large blocks, attention only and all linear layers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--shapes", nargs="*", default=["110m", "1.1b"], choices=list(SHAPES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
     parser.add_argument("--no-write", action="store_true", help="print only")

@@ -1,5 +1,6 @@
 """Sessions with LoRA adapters: each has its own numbers, whoever dies, moves or is full."""
 
+import asyncio
 import random
 from dataclasses import replace
 
@@ -55,6 +56,16 @@ async def test_sessions_with_different_adapters_and_none(it):
     await child.decode(3)
     await readers[1].verify(4)
     await readers[1].decode(3)
+
+
+@scene("a 0:2, b 2:4")
+async def test_many_adapters_at_once_come_one_after_the_other(it):
+    """A server takes few streams of one client; sessions of all of them open nevertheless."""
+    readers = await asyncio.gather(*(bring(it, number) for number in (0, 1, 2, 3, 4, 0, 1)))
+    for reader in readers:
+        await reader.decode(2)
+    assert number_at(it, "a") == 5
+    assert it.client.adapters.sent_bytes == 2 * 5 * ONE_BYTES
 
 
 @scene(TRIO)

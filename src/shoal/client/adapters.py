@@ -52,7 +52,7 @@ class AdapterBook:
         self._dial = dial
         self._adapters: dict[AdapterName, AdapterPart] = {}
         self._users: Counter[AdapterName] = Counter()
-        self._locks: dict[tuple[PeerId, AdapterName], asyncio.Lock] = {}
+        self._locks: dict[PeerId, asyncio.Lock] = {}
         self.sent_bytes = 0
         """Tensor bytes sent to servers."""
 
@@ -82,7 +82,7 @@ class AdapterBook:
         return name in self._adapters
 
     async def bring(self, peer: PeerId, name: bytes) -> None:
-        """Send it to a server, unless it has it. One at a time for each server and adapter.
+        """Send it to a server, unless it has it. One adapter at a time goes to each server.
 
         Raises:
             AdapterMissing: we don't have it either.
@@ -92,18 +92,12 @@ class AdapterBook:
         adapter = self._adapters.get(AdapterName(name))
         if adapter is None:
             raise AdapterMissing(f"adapter {name.hex()} is neither at {short(peer)} nor here")
-        key = (peer, AdapterName(name))
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        try:
-            async with lock:
-                channel = await self._dial(peer, PURPOSE_ADAPTERS)
-                try:
-                    await self._offer(channel, adapter)
-                finally:
-                    channel.close()
-        finally:
-            if not lock.locked():
-                self._locks.pop(key, None)
+        async with self._locks.setdefault(peer, asyncio.Lock()):
+            channel = await self._dial(peer, PURPOSE_ADAPTERS)
+            try:
+                await self._offer(channel, adapter)
+            finally:
+                channel.close()
 
     async def _offer(self, channel: Channel, adapter: AdapterPart) -> None:
         manifest = adapter.manifest

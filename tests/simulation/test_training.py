@@ -417,3 +417,16 @@ async def test_servers_work_at_the_same_time(it):
     alone_s = 8 * 2 * 2 * 0.1
     assert took_s < 1.4 * alone_s
     await client.close()
+
+
+@scene("a 0:4, b 0:2, c 2:4", iteration_s=0.05)
+async def test_a_server_moves_or_drains_amid_a_training(it):
+    rng = random.Random(16)
+    client = training(it, micro_tokens=4)
+    changes = [asyncio.ensure_future(it["a"].move(Span(1, 3), load_s=0.3, leave_s=0.5))]
+    for step in range(8):
+        if step == 5:
+            changes.append(asyncio.ensure_future(it["a"].server.drain(1.0)))
+        await check_step(client, draw_batch(rng, WHOLE, step), rng)
+    await asyncio.gather(*changes)
+    await client.close()

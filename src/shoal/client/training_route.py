@@ -16,6 +16,7 @@ from shoal.base.errors import (
     NoRouteError,
     PeerBusy,
     PeerRefused,
+    SessionLost,
     ShoalError,
 )
 from shoal.base.ids import PeerId, short
@@ -41,6 +42,10 @@ PAUSE_S_MAX: Final = 5.0
 
 REFUSED_S: Final = 600.0
 """How long a server that does not train is avoided."""
+
+
+REFUSALS_MAX: Final = 3
+"""Refusals of one server after which it is clear that nobody else has its blocks."""
 
 
 class Lane:
@@ -149,6 +154,10 @@ class Trouble:
             book.busy(peer, now_s, error.retry_after_s or wait_s)
         elif isinstance(error, PeerRefused):
             book.busy(peer, now_s, REFUSED_S)
+            if count >= REFUSALS_MAX:
+                raise error  # there is nobody else
+        elif isinstance(error, SessionLost):
+            book.busy(peer, now_s, wait_s)  # it went to other blocks: its record will tell
         else:
             book.failed(peer, now_s)
         self._retry_s[peer] = wait_s

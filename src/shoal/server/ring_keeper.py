@@ -99,7 +99,6 @@ class RingKeeper:
             self._say_once(f"blocks are missing: {error.detail}")
             return
         if tasks:
-            self._waiting = []
             self._start(tasks, "taken over")
         elif self._waiting:
             self._go_on()
@@ -217,12 +216,14 @@ class RingKeeper:
 
     # --- doing -------------------------------------------------------------------------
 
-    def _start(self, tasks: Sequence[Task], what: str) -> None:
+    def _start(self, tasks: Sequence[Task], what: str, *, is_in_turn: bool = False) -> None:
         self._desk.turn += 1
         self._since_s, self._desk.proposal, self._is_proposed = None, "", False
         texts = [f"{self._desk.nodes[one.peer].name} {one.span or 'is a spare'}" for one in tasks]
         self._say(f"{what}: {', '.join(texts)}")
-        for task in tasks:
+        count = 1 if is_in_turn else len(tasks)
+        self._waiting = list(tasks[count:])
+        for task in tasks[:count]:
             self._tell(task)
 
     def _tell(self, task: Task) -> None:
@@ -266,8 +267,7 @@ class RingKeeper:
             self._is_proposed = True
             return
         tasks = growing_first(ordered, tasks_of(self._model, ordered, split))
-        self._start(tasks[:1], "resplit")
-        self._waiting = list(tasks[1:])
+        self._start(tasks, "resplit", is_in_turn=True)
 
     def _say_once(self, text: str) -> None:
         if text != self._said:

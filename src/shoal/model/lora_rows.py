@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
@@ -34,6 +34,9 @@ from shoal.model.lora import LoraPair, sizes_of
 from shoal.model.lora_pass import current_pass
 from shoal.model.row_tiles import RowTiles, tiles_of
 from shoal.model.rows import all_finite
+
+_ALIGNMENT_BYTES: Final = 64
+"""Of torch's memory on CPUs. Libraries may sum in another order where rows begin elsewhere."""
 
 BlockModules = Callable[[int], dict[str, torch.nn.Module]]
 """The modules of a block, by path, that adapters may target."""
@@ -63,6 +66,8 @@ class _Layer:
             padding = 0 if self.tiles is None else self.tiles.padded(end - start) - (end - start)
             if padding:
                 tile = functional.pad(tile, (0, 0, 0, padding))
+            elif tile.data_ptr() % _ALIGNMENT_BYTES:
+                tile = tile.clone()
             result[start:end] += self._delta(tile)[: end - start]
 
     def _delta(self, rows: torch.Tensor) -> torch.Tensor:

@@ -191,6 +191,7 @@ class RingDesk:
             is_starter=peer == self._me,
             reported_s=asyncio.get_running_loop().time(),
             report=RingReport(0, "online" if end > start else "measuring", start, end),
+            measured=before.measured if before else None,
             task=RingTask(0, start, end, False),
         )  # fmt: skip
 

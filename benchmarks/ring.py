@@ -42,7 +42,7 @@ head, which weighs a block and a half, asks for."""
 
 SAMPLES: Final = (1, 2, 4, 12)
 SETTLE: Final = 2
-ROUND_S: Final = 2.0
+ROUND_S: Final = 1.5
 """About how long the clock runs in a round."""
 
 QUICK_ROUND_S: Final = 0.3

@@ -28,7 +28,7 @@ LEARNING_RATES: Final[Mapping[str, float]] = {
     "deep-prompt": 1e-2,
     "classifier": 3e-3,
 }
-"""Tried on the demo model: docs/finetuning.md."""
+"""Unless told otherwise. Larger models want less; what the demo model did: docs/finetuning.md."""
 
 QUERY_AND_VALUE: Final = {"q_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv"}
 """Layers that take LoRA unless told otherwise, by the last part of their path: peft's choice."""

@@ -144,7 +144,10 @@ def split(
         return tuple(lines), ()
     num_kept_back = max(1, round(share * len(lines)))
     if num_kept_back >= len(lines):
-        raise ConfigError(f"{len(lines)} examples are too few to keep {share:g} of them back")
+        raise ConfigError(
+            f"{len(lines)} examples are too few to keep {share:g} of them back for evaluation: add "
+            "some, or --eval-share 0"
+        )
     back = set(_order(len(lines), seed, 0)[:num_kept_back])
     learned = tuple(line for at, line in enumerate(lines) if at not in back)
     return learned, tuple(lines[at] for at in sorted(back))

@@ -337,9 +337,9 @@ async def test_poisoned_sizes_and_quotas(it):
 
 
 def _layer(size):
-    from shoal.wire.training import BlockShape, LayerShape
+    from shoal.wire.training import BlockShape, TargetShape
 
-    return BlockShape(0, 0, [LayerShape("toy", size, size)])
+    return BlockShape(0, 0, [TargetShape("toy", size, size)])
 
 
 @pytest.mark.parametrize("seed", range(12))

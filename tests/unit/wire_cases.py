@@ -24,7 +24,7 @@ def values(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
         case msgspec.inspect.IntType(ge=low, le=high):
             return st.integers(low, high)
         case msgspec.inspect.FloatType(ge=low, le=high):
-            return st.floats(low, high)
+            return st.floats(low, high, allow_nan=False)
         case msgspec.inspect.BytesType(min_length=low, max_length=high):
             return st.binary(min_size=low or 0, max_size=max(low or 0, min(high or 0, BYTES_MAX)))
         case msgspec.inspect.StrType(max_length=high):

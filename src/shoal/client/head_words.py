@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from collections.abc import Sequence
@@ -156,8 +157,12 @@ def chosen_from_wire(token: GivenToken, vocab_size: int) -> Chosen:
     """The inverse of `chosen_to_wire`.
 
     Raises:
-        PeerMisbehaved: a token that the model has not.
+        PeerMisbehaved: a token that the model has not, or a NaN.
     """
+    if any(
+        math.isnan(score) for score in (token.chance or 0.0, *(one.score for one in token.best))
+    ):
+        raise PeerMisbehaved("gives log-probabilities that are no numbers")
     for one in (token.id, *(found.id for found in token.best)):
         if one >= vocab_size:
             raise PeerMisbehaved(f"gives token {one} of a vocabulary of {vocab_size}")

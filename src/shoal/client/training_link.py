@@ -36,7 +36,7 @@ from shoal.wire.training import (
     Done,
     Forget,
     Forward,
-    LayerShape,
+    TargetShape,
     Micro,
     PutTensors,
     Training,
@@ -346,7 +346,7 @@ def _put_message(call: int, name: bytes, tensors: TrainedTensors, size: int) -> 
             BlockShape(
                 block.index,
                 block.prompt_tokens,
-                [LayerShape(one.target, one.inputs, one.outputs) for one in block.lora],
+                [TargetShape(one.target, one.inputs, one.outputs) for one in block.lora],
             )
             for block in spec.blocks
         ],

@@ -27,7 +27,7 @@ Features = Annotated[int, msgspec.Meta(ge=1, le=FEATURES_MAX)]
 Length = Annotated[int, msgspec.Meta(ge=1, le=SESSION_TOKENS_MAX)]
 
 
-class LayerShape(WireMessage, frozen=True):
+class TargetShape(WireMessage, frozen=True):
     """A layer that is trained by two matrices: A (rank, inputs) and B (outputs, rank)."""
 
     target: Annotated[str, msgspec.Meta(max_length=TARGET_CHARS_MAX)]
@@ -40,7 +40,7 @@ class BlockShape(WireMessage, frozen=True):
 
     index: Block
     prompt_tokens: Annotated[int, msgspec.Meta(ge=0, le=PROMPT_TOKENS_MAX)]
-    layers: Annotated[list[LayerShape], msgspec.Meta(max_length=TARGETS_MAX)]
+    layers: Annotated[list[TargetShape], msgspec.Meta(max_length=TARGETS_MAX)]
 
 
 class PutTensors(WireMessage, tag=50, frozen=True):

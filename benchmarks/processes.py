@@ -59,6 +59,9 @@ class Wire(NoAdapters):
         """The rows as they came."""
         return [bytes(call.payload) if call.rows_wanted else b"" for call in calls]
 
+    def trainer(self) -> None:
+        """Nobody trains here."""
+
     async def aclose(self) -> None:
         """Nothing to free."""
 

@@ -250,7 +250,8 @@ def whole_result(
     leaves = [t for block in blocks for t in tensors.blocks[block.index]] if tensors else []
     found = torch.autograd.grad(output, [leaf, *leaves], gradients, allow_unused=True)
     given = [
-        torch.zeros_like(leaf_) if g is None else g for leaf_, g in zip([leaf, *leaves], found)
+        torch.zeros_like(leaf_) if g is None else g
+        for leaf_, g in zip([leaf, *leaves], found, strict=True)
     ]
     return Result(rows=output.detach(), row_gradients=given[0], gradients=given[1:])
 

@@ -36,9 +36,9 @@ from shoal.wire.training import (
     Done,
     Forget,
     Forward,
-    TargetShape,
     Micro,
     PutTensors,
+    TargetShape,
     Training,
 )
 

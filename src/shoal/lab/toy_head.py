@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Final
 
 from shoal.base.errors import BadInput
@@ -77,7 +78,7 @@ class _ToyTurn:
 
     def _next_allowed(self, token: int, allowed: bytes) -> int:
         size = self._facts.vocab_size
-        for one in (*range(token, size), *range(token)):
+        for one in chain(range(token, size), range(token)):
             if one // 8 < len(allowed) and allowed[one // 8] >> (one % 8) & 1:
                 return one
         raise BadInput("no token is allowed")

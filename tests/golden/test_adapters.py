@@ -88,22 +88,13 @@ def two(tmp_path: Path, family: str) -> list[Path]:
     return [tmp_path / "1", tmp_path / "2"]
 
 
-def cases(*rows: tuple[str, ...], quick: tuple[str, ...]) -> list[object]:
-    """A few families in every run of the tests, the others in the long one."""
-    return [
-        pytest.param(*row, marks=() if "-".join(row) in quick else pytest.mark.slow) for row in rows
-    ]
-
-
-ALONE = cases(*((family,) for family in FAMILIES), quick=("bloom",))
-TOGETHER = cases(
+TOGETHER = [
     *((family, "always") for family in PACKED),
     *((family, "never") for family in ("llama", "gemma2", "deepseek_v3", "gpt2", "mixtral")),
-    quick=("llama-never", "llama-always"),
-)
+]
 
 
-@pytest.mark.parametrize("family", ALONE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_sequences_one_by_one(family: str, two: list[Path]) -> None:
     asyncio.run(check_mixed(loaded(family, "per-session"), family, two))
 
@@ -113,9 +104,7 @@ def test_mixed_batches(family: str, exact: str, two: list[Path]) -> None:
     asyncio.run(check_mixed(loaded(family, "batched", exact), family, two))
 
 
-@pytest.mark.parametrize(
-    "family", cases(*((family,) for family in ("llama", "gpt2", "opt")), quick=("llama",))
-)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_peft_reads_what_we_write(family: str, two: list[Path], tmp_path: Path) -> None:
     tokens = prompt_of(TOKENS)
     for directory in two:

@@ -109,8 +109,8 @@ async def check_company(dtype: str, quantize: Quantization, family: str) -> None
     [
         ("float32", "none"),
         ("bfloat16", "none"),
-        pytest.param("bfloat16", "int8", marks=pytest.mark.slow),
-        pytest.param("bfloat16", "int4", marks=pytest.mark.slow),
+        ("bfloat16", "int8"),
+        ("bfloat16", "int4"),
     ],
 )
 def test_bits_do_not_depend_on_company(dtype: str, quantize: Quantization) -> None:

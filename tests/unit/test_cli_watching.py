@@ -13,6 +13,8 @@ def server(start, end, error=""):
         "blocks": [start, end],
         "state": "online",
         "numerics": "float32",
+        "head": "",
+        "adapters": {},
         "cache_tokens": 100,
         "free_tokens": 60 if is_seen else None,
         "sessions": 2 if is_seen else None,

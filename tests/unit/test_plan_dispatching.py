@@ -86,6 +86,14 @@ def test_who_can_not_be_used_now_is_left_out():
     assert filled(compose_live(view(one, other), NEAR), 1) == ["b"]
 
 
+def test_who_alone_has_a_block_keeps_its_seats_while_it_is_full():
+    """Without chains the whole line would be sent to it."""
+    first, second, only = server("a", 0, 4), server("b", 0, 4), server("c", 4, 8)
+    avoiding = replace(NEAR, avoid=frozenset({first.peer, only.peer}))
+    found = compose_live(view(first, second, only), avoiding)
+    assert filled(found, 9) == ["bc", "bc"], "and who is to be avoided needlessly is not used"
+
+
 def test_missing_blocks_are_named():
     with pytest.raises(NoRouteError, match=r"\[4,8\)"):
         compose_live(view(server("a", 0, 4)), NEAR)

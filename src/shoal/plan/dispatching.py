@@ -69,20 +69,27 @@ def compose_live(
 ) -> Composition:
     """The chains over all blocks for a dispatcher that knows what `experience` says.
 
-    Sessions are expected to become `session_tokens` long.
+    Sessions are expected to become `session_tokens` long. Servers in `experience.avoid` are used
+    for blocks that nobody else has: were there no chains while the only server of a block is
+    full, nobody would keep the line that waits for it.
 
     Raises:
         NoRouteError: some block is served by nobody that can be used now.
     """
-    servers = [
+    useful = [
         one
         for one in view.servers
-        if wanted.allows(one)
-        and one.state == "online"
-        and one.peer not in experience.avoid
-        and one.cache_tokens >= session_tokens
+        if wanted.allows(one) and one.state == "online" and one.cache_tokens >= session_tokens
     ]
-    missing = missing_blocks(Span(0, view.num_blocks), [one.span for one in servers])
+    everything = Span(0, view.num_blocks)
+    free = [one.span for one in useful if one.peer not in experience.avoid]
+    needed = missing_blocks(everything, free)
+    servers = [
+        one
+        for one in useful
+        if one.peer not in experience.avoid or any(map(one.span.overlap, needed))
+    ]
+    missing = missing_blocks(everything, [one.span for one in servers])
     if missing:
         raise no_route(view, missing, wanted)
     rtts = tuple(rtt_of(one, experience) for one in servers)

@@ -35,7 +35,10 @@ Progress = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar(*, is_bytes: bool = False) -> Iterator[Progress]:
-    """A bar on stderr while something takes its time; nothing if stderr is no terminal."""
+    """A bar on stderr while something takes its time; nothing if stderr is no terminal.
+
+    It is drawn when it is first told of something: who finds all there already shows no bar.
+    """
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
@@ -44,8 +47,15 @@ def progress_bar(*, is_bytes: bool = False) -> Iterator[Progress]:
 
     amount = progress.DownloadColumn() if is_bytes else progress.MofNCompleteColumn()
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), amount)
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda what, done, total: shown.update(
-            task, description=what, completed=done, total=total
-        )
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+
+    def show(what: str, done: int, total: int) -> None:
+        bar.update(task, description=what, completed=done, total=total)
+        bar.start()  # does nothing from the second time on
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -89,10 +89,13 @@ def test_forks_and_truncated_sequences_keep_it(bench: Bench) -> None:
 def test_a_dropped_one_is_gone_and_others_stay(bench: Bench) -> None:
     load(bench, FIRST, adapter(bench, 1))
     load(bench, SECOND, adapter(bench, 2))
+    assert bench.backend.holds_adapter(FIRST)
     rows = bench.rows(4)
     (before,) = bench.run_raw([bench.call(opened(bench, 100, SECOND), rows)])
     bench._runner.run(bench.backend.drop_adapter(FIRST))
     bench._runner.run(bench.backend.drop_adapter(AdapterId(77)))
+    assert not bench.backend.holds_adapter(FIRST)
+    assert bench.backend.holds_adapter(SECOND)
     (after,) = bench.run_raw([bench.call(opened(bench, 101, SECOND), rows)])
     assert after == before
     with pytest.raises(InternalError):

@@ -112,6 +112,21 @@ async def test_a_move_loads_it_for_the_new_blocks(it):
         assert one.chain == ["a", "spare"]
 
 
+@scene("a 0:4", adapters=(("story", ADAPTERS[1]),))
+async def test_a_move_away_and_back_loads_it_again(it):
+    for number in (0, 1):
+        reader = await (bring(it, 0) if number == 0 else it.read(20, adapter=ADAPTERS[1]))
+        await reader.decode(1)
+        reader.check()
+        reader.session.close()
+        it.readers.remove(reader)
+    assert await it["a"].move(Span(0, 3), leave_s=10.0)
+    assert await it["a"].move(Span(0, 4), leave_s=10.0)
+    for reader in (await bring(it, 0), await it.read(20, adapter=ADAPTERS[1])):
+        await reader.decode(3)
+    assert number_at(it, "a") == 1
+
+
 @scene("a 0:2, b 2:4", config=limited(2))
 async def test_unused_adapters_make_room(it):
     for number in (0, 1, 2, 3, 0):

@@ -133,6 +133,9 @@ class BlockBackend(Protocol):
     async def drop_adapter(self, adapter: AdapterId) -> None:
         """Free it; no open sequence uses it. Unknown ones are ignored. Runs may go on."""
 
+    def holds_adapter(self, adapter: AdapterId) -> bool:
+        """Whether sequences that are opened now may name it. May be called during a `run`."""
+
     def trainer(self) -> BlockTrainer | None:
         """What runs training passes here; None: nothing does."""
 
@@ -153,3 +156,7 @@ class NoAdapters:
 
     async def drop_adapter(self, adapter: AdapterId) -> None:
         """There are none."""
+
+    def holds_adapter(self, adapter: AdapterId) -> bool:
+        """There are none."""
+        return False

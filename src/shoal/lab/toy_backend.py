@@ -198,6 +198,10 @@ class ToyBackend:
         """See BlockBackend.drop_adapter."""
         self._adapters.pop(adapter, None)
 
+    def holds_adapter(self, adapter: AdapterId) -> bool:
+        """See BlockBackend.holds_adapter."""
+        return adapter in self._adapters
+
     def trainer(self) -> BlockTrainer | None:
         """Runs training passes."""
         return self.training

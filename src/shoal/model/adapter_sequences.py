@@ -59,3 +59,7 @@ class AdaptedSequences(Sequences[C]):
         """Free an adapter."""
         self._loaded.discard(adapter)
         await self._lora_thread.run(partial(self._layers.drop, adapter))
+
+    def holds_adapter(self, adapter: AdapterId) -> bool:
+        """Whether it is loaded as a whole."""
+        return adapter in self._loaded

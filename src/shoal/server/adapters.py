@@ -66,8 +66,6 @@ class _Kept:
     """An adapter in the backend."""
 
     id: AdapterId
-    span: Span
-    """The backend's blocks when it was loaded."""
     num_bytes: int
     used_s: float
 
@@ -270,7 +268,6 @@ class AdapterStore:
         self._next_id += 1
         kept = _Kept(
             id=AdapterId(self._next_id),
-            span=self._span,
             num_bytes=num_bytes,
             used_s=asyncio.get_running_loop().time(),
         )
@@ -282,7 +279,8 @@ class AdapterStore:
         return sent * KEPT_ITEM_BYTES // ITEM_BYTES[manifest.encoding]
 
     def _is_current(self, kept: _Kept | None) -> bool:
-        return kept is not None and kept.span == self._span
+        """Whether the blocks that are served now have it: a move leaves them all behind."""
+        return kept is not None and self._backend.holds_adapter(kept.id)
 
     @property
     def _span(self) -> Span:

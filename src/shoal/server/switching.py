@@ -131,6 +131,10 @@ class SwitchingBackend:
         for backend in self._backends():
             await backend.drop_adapter(adapter)
 
+    def holds_adapter(self, adapter: AdapterId) -> bool:
+        """Whether the newest has it."""
+        return self._newest.holds_adapter(adapter)
+
     def trainer(self) -> BlockTrainer | None:
         """The newest's: passes over blocks that we leave go elsewhere."""
         return self._newest.trainer()

@@ -16,15 +16,19 @@ from shoal.base.errors import (
     NoRouteError,
     PeerBusy,
     PeerRefused,
+    PeerTimeout,
     PeerUnreachable,
     ProtocolError,
 )
 from shoal.base.spans import Span
 from shoal.client.training import TrainConfig, TrainingClient
+from shoal.client.training_link import OWED_S, STUCK_S
 from shoal.lab.chaos import draw_plan
+from shoal.lab.network import LinkConditions
 from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.lab.training_runs import check_step, draw_batch, run_training
 from shoal.net.channel import PURPOSE_TRAINING
+from shoal.server import training_stream
 from shoal.server.config import ServerConfig
 from shoal.server.quotas import Quotas
 from shoal.server.training_limits import TrainingLimits
@@ -430,3 +434,46 @@ async def test_a_server_moves_or_drains_amid_a_training(it):
         await check_step(client, draw_batch(rng, WHOLE, step), rng)
     await asyncio.gather(*changes)
     await client.close()
+
+
+@scene("a 0:4", timeout_s=5000.0)
+async def test_a_slow_link_trains(it):
+    """Uploads of minutes to a server that has nothing else to do."""
+    rng = random.Random(17)
+    slow = LinkConditions(delay_s=0.05, rate_bytes_per_s=4500.0)
+    it.network.set_link(it.client.me, it["a"].peer, slow)
+    it.network.set_link(it["a"].peer, it.client.me, slow)
+    client = training(it, micro_tokens=4096)
+    batch = replace(draw_batch(rng, WHOLE, 0), lengths=(2048,) * 6, trained=None)
+    batch = replace(batch, rows=bytes(12288 * ROW))
+    began_s = now_s()
+    await check_step(client, batch, rng)
+    assert now_s() - began_s > 2 * STUCK_S
+    assert client.repairs == 0
+    await client.close()
+
+
+@scene("a 0:4", patience_s=5.0, timeout_s=5000.0)
+async def test_a_server_that_only_counts_is_left(it):
+    queue = it["a"].server.training.queue
+    it["a"].backend.training._pace = _never
+
+    async def count():
+        while True:
+            await asyncio.sleep(5)
+            queue.steps += 1
+
+    counting = asyncio.ensure_future(count())
+    client = training(it)
+    began_s = now_s()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training_stream, "IDLE_S", 10 * OWED_S)  # it does not give up either
+        with pytest.raises(PeerTimeout, match="does not answer"):
+            await client.forward(draw_batch(random.Random(18), WHOLE, 0), is_kept=False)
+    assert now_s() - began_s < 3 * OWED_S
+    counting.cancel()
+    await client.close()
+
+
+async def _never(_rows):
+    await asyncio.Event().wait()

@@ -51,7 +51,25 @@ SILENT_S: Final = 6.0
 """A server that owes an answer and gives no sign for this long is left."""
 
 STUCK_S: Final = 60.0
-"""The same for signs that say it computes nothing."""
+"""The same for signs that say it computes nothing, once it has all of a call."""
+
+UPLOAD_STUCK_S: Final = 300.0
+"""A server that takes no chunk of a call for this long is left: that is below 1 kB/s."""
+
+OWED_S: Final = 900.0
+"""How long a server that has all of a call may take for the answer, whatever its signs say:
+blocks of a large model on a busy CPU take minutes for a pass."""
+
+OWED_TIMES: Final = 10.0
+"""It may take so many times as long as it ever took, if that is more."""
+
+OWED_S_MAX: Final = 7200.0
+
+LINK_BYTES_PER_S_MIN: Final = 4096
+"""Links that are slower than that are of no use: bytes under way get so much time."""
+
+BUFFERED_BYTES_MAX: Final = 1 << 20
+"""What was sent may still be so far from leaving this machine."""
 
 TENSORS_KNOWN_MAX: Final = 64
 """Names of tensors that are remembered as put: older ones were replaced by later steps."""
@@ -67,6 +85,11 @@ class Sized:
     """Of the answer."""
     tensors_bytes: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the call itself."""
+        return sum(memoryview(values).nbytes for values in self.values)
+
 
 @dataclass(slots=True, kw_only=True)
 class _Call:
@@ -74,6 +97,8 @@ class _Call:
     sized: Sized
     data: bytearray = field(default_factory=bytearray)
     is_answered: bool = False
+    sent_s: float | None = None
+    """When the last of its bytes was sent; None: some are left."""
 
     @property
     def num_bytes(self) -> int:
@@ -100,6 +125,8 @@ class TrainingLink:
         self._heard_s = 0.0
         self._moved_s = 0.0
         self._steps = -1
+        self._slowest_s = 0.0
+        """What the slowest answer took so far, once a call was sent."""
         self._tasks = TaskSet(f"training {short(peer)}")
 
     def next_pass(self) -> int:
@@ -217,6 +244,7 @@ class TrainingLink:
     async def _send(self, channel: Channel, number: int, call: _Call) -> None:
         try:
             async with self._sending:
+                now = asyncio.get_running_loop().time
                 await channel.send(call.sized.make(number))
                 offset = 0
                 for values in call.sized.values:
@@ -230,6 +258,8 @@ class TrainingLink:
                         piece = view[at : at + CHUNK_BYTES_MAX]
                         await channel.send(Chunk(number, offset), piece)
                         offset += piece.nbytes
+                        self._moved_s = now()
+                call.sent_s = self._moved_s = now()
         except ShoalError as error:
             if not call.future.done():
                 call.future.set_exception(error)
@@ -298,10 +328,14 @@ class TrainingLink:
         if not call.is_answered or offset > len(call.data) or end > call.num_bytes:
             raise self._misbehaved("sends other bytes than it announced")
         call.data += payload
+        if payload.nbytes:
+            self._moved_s = self._heard_s
         self._finish(call)
 
     def _finish(self, call: _Call) -> None:
         if len(call.data) == call.num_bytes and not call.future.done():
+            if call.sent_s is not None:
+                self._slowest_s = max(self._slowest_s, self._heard_s - call.sent_s)
             rows = call.sized.rows_bytes
             call.future.set_result((bytes(call.data[:rows]), bytes(call.data[rows:])))
 
@@ -315,10 +349,28 @@ class TrainingLink:
             if not self._calls or channel is not self._channel:
                 self._moved_s = now()
                 continue
-            silent_s, stuck_s = now() - self._heard_s, now() - self._moved_s
-            if silent_s > SILENT_S or stuck_s > STUCK_S:
-                what = "gives no sign" if silent_s > SILENT_S else "computes nothing"
+            what = self._trouble(now())
+            if what is not None:
                 self._break(PeerTimeout(f"peer {short(self.peer)} {what} while it owes us a pass"))
+
+    def _trouble(self, now_s: float) -> str | None:
+        """Why the server is left with what it owes; None: it is not."""
+        calls = self._calls.values()
+        # Signs of life wait behind a chunk of an answer.
+        chunk_bytes = CHUNK_BYTES_MAX if any(call.is_answered for call in calls) else 0
+        if now_s - self._heard_s > SILENT_S + chunk_bytes / LINK_BYTES_PER_S_MIN:
+            return "gives no sign"
+        sent = [call for call in calls if call.sent_s is not None]
+        sent_bytes = min(BUFFERED_BYTES_MAX, sum(call.sized.num_bytes for call in sent))
+        stuck_s = STUCK_S + sent_bytes / LINK_BYTES_PER_S_MIN if sent else UPLOAD_STUCK_S
+        if now_s - self._moved_s > stuck_s:
+            return "computes nothing" if sent else "takes nothing"
+        owed_s = min(OWED_S_MAX, max(OWED_S, OWED_TIMES * self._slowest_s))
+        for call in sent:
+            for_bytes_s = (call.sized.num_bytes + call.num_bytes) / LINK_BYTES_PER_S_MIN
+            if call.sent_s is not None and now_s - call.sent_s > owed_s + for_bytes_s:
+                return "computes, but does not answer"
+        return None
 
     def _break(self, error: ShoalError) -> None:
         """The stream is over: so are all calls."""

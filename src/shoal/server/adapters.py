@@ -172,7 +172,11 @@ class AdapterStore:
         for victim in self._victims(owner, num_bytes):
             self._retired.append(self._kept.pop(victim))
         self._coming[key] = num_bytes
-        await self._sweep()
+        try:
+            await self._sweep()
+        except BaseException:
+            self.give_up(owner, name)
+            raise
         return manifest
 
     async def take(self, owner: PeerId, part: AdapterPart, span: Span) -> None:
@@ -258,11 +262,17 @@ class AdapterStore:
 
     async def _sweep(self) -> None:
         """Free what is forgotten and no session uses any more."""
-        used = self._in_use()
-        free = [kept for kept in self._retired if kept.id not in used]
-        self._retired = [kept for kept in self._retired if kept.id in used]
-        for kept in free:
-            await self._backend.drop_adapter(kept.id)
+        while True:
+            used = self._in_use()
+            kept = next((kept for kept in self._retired if kept.id not in used), None)
+            if kept is None:
+                return
+            self._retired.remove(kept)
+            try:
+                await self._backend.drop_adapter(kept.id)
+            except BaseException:
+                self._retired.append(kept)  # or nobody would free it any more
+                raise
 
     async def _load(self, part: AdapterPart, num_bytes: int) -> _Kept:
         self._next_id += 1

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from shoal.base.errors import BadInput, BadOutput
-from shoal.base.head import Choosing, HeadBackend
+from shoal.base.errors import BadInput, BadOutput, InternalError
+from shoal.base.head import Choosing, Chosen, HeadBackend
+from shoal.hf import served_head
 from shoal.hf.head import load_head
 from shoal.hf.served_head import serve_head
 from shoal.lab.toy_head import ToyHead
@@ -160,6 +161,26 @@ def test_nonsense_hurts_nobody_else(make: Callable[[], HeadBackend]) -> None:
         assert found[0] == (await answer(head, Choosing(), [row]))[0]
 
     run(make, story)
+
+
+def test_a_bug_met_by_one_row_is_that_rows_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(served_head._Turn):
+        def pick(self, scores: Any, position: int, allowed: bytes | None) -> Chosen:
+            raise IndexError
+
+    async def story(head: HeadBackend) -> None:
+        row = rows(head, 1)[0]
+        assert isinstance(head, served_head.ServedHead)
+        found = await asyncio.gather(
+            head.begin(Choosing(), [1], []).choose(row, "float32", 1),
+            Broken(head, Choosing(), [1], []).choose(row, "float32", 1),
+            return_exceptions=True,
+        )
+        assert isinstance(found[1], InternalError)
+        assert found[0] == (await answer(head, Choosing(), [row]))[0]
+
+    run(SUBJECTS["torch float32"], story)
+    assert "no token chosen" in caplog.text
 
 
 def test_scores_that_are_no_numbers_are_the_models_fault() -> None:

@@ -222,6 +222,9 @@ async def test_bad_questions_are_refused_one_by_one(it):
         await ask(session, 1, prompt=())
     with pytest.raises(BadInput):
         await ask(session, 1, Choosing(bias=((5000, 1.0),)))
+    for score in (1e10, float("-inf"), float("nan")):
+        with pytest.raises(BadInput, match="bias"):
+            await ask(session, 1, Choosing(bias=((5, score),)))
     assert len(await ask(session, 5)) == 5
     session.close()
 

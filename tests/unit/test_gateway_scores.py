@@ -78,6 +78,21 @@ def test_sorting_a_part_draws_as_sorting_all(options, monkeypatch: pytest.Monkey
     assert [sampler.choose(scores, position) for position in range(100)] == found
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1.0])
+@pytest.mark.parametrize("options", [{}, {"min_p": 0.1}, {"top_k": 300}, {"top_p": 0.5}])
+def test_more_tokens_than_are_sorted_are_the_best(temperature: float, options) -> None:
+    scores = torch.randn(9000, generator=torch.Generator().manual_seed(5))
+    scores[1000:6000] = 1e9  # a bias that swallows every difference
+    sampler = Sampler(temperature=temperature, seed=4, **options)
+    assert {1000 <= sampler.choose(scores, position) < 6000 for position in range(9)} == {True}
+
+
+def test_infinite_scores_are_refused() -> None:
+    for scores in (torch.tensor([1.0, torch.inf]), torch.full((3,), -torch.inf)):
+        with pytest.raises(BadInput, match="infinite"):
+            Sampler(temperature=1.0).choose(scores, 0)
+
+
 def test_min_p_keeps_what_is_likely_enough() -> None:
     sampler = Sampler(temperature=1.0, min_p=0.6)
     logits = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))

@@ -19,9 +19,11 @@ from shoal.plan.view import Stage
 from shoal.wire.frames import Buffer
 from shoal.wire.head import (
     ALLOWED_BYTES_MAX,
+    SCORE_MAX,
     TOKEN_BYTES,
     TOLD_MAX,
     AskTokens,
+    Bias,
     CallShape,
     GivenToken,
     Options,
@@ -112,10 +114,13 @@ def to_options(choosing: Choosing) -> Options:
     """As it travels.
 
     Raises:
-        BadInput: a seed that does not travel.
+        BadInput: a seed or a bias that does not travel.
     """
     if not -(2**63) <= choosing.seed < 2**63:
         raise BadInput(f"seed {choosing.seed}: from -2**63 to 2**63 - 1")
+    for token, score in choosing.bias:
+        if not -SCORE_MAX <= score <= SCORE_MAX:
+            raise BadInput(f"bias {score} of token {token}: from {-SCORE_MAX:g} to {SCORE_MAX:g}")
     return Options(
         temperature=choosing.temperature,
         seed=choosing.seed,
@@ -125,7 +130,7 @@ def to_options(choosing: Choosing) -> Options:
         repetition=choosing.repetition,
         presence=choosing.presence,
         frequency=choosing.frequency,
-        bias=[Scored(token, score) for token, score in choosing.bias],
+        bias=[Bias(token, score) for token, score in choosing.bias],
         num_best=choosing.num_best,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,14 @@ from typing import Final
 
 import torch
 
-from shoal.base.errors import BadInput, BadOutput, ConfigError, SessionClosed, ShoalError
+from shoal.base.errors import (
+    BadInput,
+    BadOutput,
+    ConfigError,
+    InternalError,
+    SessionClosed,
+    ShoalError,
+)
 from shoal.base.head import Choosing, Chosen, HeadFacts
 from shoal.hf.head import Head
 from shoal.hf.head_batch import HeadBatch, Progress, find_head_tiles
@@ -23,6 +31,8 @@ from shoal.hf.sampling import Sampler
 from shoal.hf.score_rules import ScoreOptions, ScoreRules, chances, masked
 from shoal.model.row_tiles import TILE_ROWS_MAX
 from shoal.model.rows import rows_from_bytes
+
+logger = logging.getLogger(__name__)
 
 _SEED: Final = 20_261_121
 
@@ -131,6 +141,9 @@ def _outcome(row: _Row, scores: torch.Tensor) -> Chosen | ShoalError:
         return row.turn.pick(scores, row.position, row.allowed)
     except ShoalError as error:  # of this row alone
         return error
+    except Exception:  # the same: company of a row that shows a bug of ours goes on
+        logger.exception("no token chosen position=%d", row.position)
+        return InternalError("the head failed to choose a token; its log says more")
 
 
 class _Turn:

@@ -34,12 +34,22 @@ TOLD_MAX = 64
 """Repairs and moves in one message; more come with the next one."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-Score = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+SCORE_MAX = 1e9
+"""What options may add to a score, or take from it: scores stay finite."""
+
+Score = Annotated[float, msgspec.Meta(ge=-SCORE_MAX, le=SCORE_MAX)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
+class Bias(WireMessage, frozen=True):
+    """A token and what is added to its score."""
+
+    id: TokenId
+    score: Score
+
+
 class Scored(WireMessage, frozen=True):
-    """A token and what is said of it: a bias, a log-probability."""
+    """A token and its log-probability, which may be -inf."""
 
     id: TokenId
     score: float
@@ -67,7 +77,7 @@ class Options(WireMessage, frozen=True):
     repetition: Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)] = 1.0
     presence: Score = 0.0
     frequency: Score = 0.0
-    bias: Annotated[list[Scored], msgspec.Meta(max_length=BIAS_MAX)] = msgspec.field(
+    bias: Annotated[list[Bias], msgspec.Meta(max_length=BIAS_MAX)] = msgspec.field(
         default_factory=list
     )
     num_best: Annotated[int, msgspec.Meta(ge=0, le=BEST_MAX)] | None = None

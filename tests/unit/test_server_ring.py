@@ -290,6 +290,18 @@ async def test_a_starter_that_is_lost_is_looked_for_and_then_given_up():
 
 
 @virtual
+async def test_a_starter_that_comes_back_with_another_model_finds_nobody():
+    async with ring_of(Work(), num_nodes=1) as ring:
+        await ring.spans()
+        ring.desk = RingDesk(identity(0).peer, msgspec.structs.replace(MODEL, dtype="bfloat16"))
+        ring.network.crash(identity(1).peer)
+        await asyncio.sleep(5)
+        assert ring.members[1].done()
+        with pytest.raises(PeerUnreachable, match="another ring"):
+            await ring.members[1]
+
+
+@virtual
 async def test_a_silent_node_is_lost():
     async with ring_of(Work(), num_nodes=2) as ring:
         channel = await ring.dial(7)

@@ -85,6 +85,8 @@ class RingMember:
         self._work = work
         self._name = name
         self._rejoin_s = rejoin_s
+        self._model: RingModel | None = None
+        """What the first starter said: blocks that are served are of this model."""
         self._measured: Measured | None = None
         self._stream = 0
         """Counts streams: a task of an older one is not this one's."""
@@ -99,19 +101,24 @@ class RingMember:
         """Follow the starter until it ends the ring; returns its reason.
 
         Raises:
-            ShoalError: it can't be reached (any more), it refused us, or we can't do anything.
+            PeerUnreachable: it is gone for good, or runs another model, or the same otherwise.
+            ShoalError: it refused us, or we can't do anything.
         """
         worker = asyncio.create_task(self._work_off(), name="ring tasks")
         try:
             channel = await dial()
             while True:
                 try:
-                    return await self._stay(channel)
+                    model = await self._enter(channel)
+                    if model != self._model:
+                        break
+                    return await self._stay(channel, model)
                 except (PeerUnreachable, PeerTimeout) as error:
                     logger.warning("starter lost reason=%s", error)
                 finally:
                     channel.close()
                 channel = await self._dial_again(dial)
+            raise PeerUnreachable("its starter has begun another ring")
         finally:
             worker.cancel()
             await asyncio.gather(worker, return_exceptions=True)
@@ -126,12 +133,16 @@ class RingMember:
                     raise
                 await asyncio.sleep(REPORT_S)
 
-    async def _stay(self, channel: Channel) -> str:
+    async def _enter(self, channel: Channel) -> RingModel:
         self._stream += 1
         self._done = 0
         span = self._loading or self._work.span
         await channel.send(JoinRing(self._name, span.start, span.end))
         model = await _model(channel)
+        self._model = self._model or model
+        return model
+
+    async def _stay(self, channel: Channel, model: RingModel) -> str:
         over: list[str] = []
         await first_failure(self._follow(channel, over), self._report(channel, model))
         return over[0]

@@ -138,6 +138,7 @@ class PassJob:
         self._call = call
         self._work = work
         self._gradients = gradients
+        self._is_backward = gradients is not None
         self._is_kept = is_kept
         self._kept = kept
         self._answers = answers
@@ -175,7 +176,7 @@ class PassJob:
             await one.step()
         if one.steps_left or self.is_over:
             return
-        if self._gradients is None:
+        if not self._is_backward:
             self._answers.done(self._call, one.output())
             if self._is_kept and one.held_bytes:
                 self._kept.ran(one)
@@ -198,7 +199,7 @@ class PassJob:
             self._turn(kept)
             return kept
         room = self._kept.room_to_run(self._held_bytes_max)
-        is_for_backward = self._gradients is not None
+        is_for_backward = self._is_backward
         if not is_for_backward and self._is_kept:
             room = min(room, self._kept.room(self._client, self._clock()))
             is_for_backward = self._is_kept = room > 0
@@ -212,7 +213,7 @@ class PassJob:
         if self._gradients is None:
             raise InternalError("a way back without gradients")
         one.turn(self._gradients)
-        self._is_back = True
+        self._gradients, self._is_back = None, True
 
     def _fail(self, error: ShoalError) -> None:
         if not self.is_over:
@@ -220,6 +221,7 @@ class PassJob:
         self.is_over = True
 
     def _close(self) -> None:
+        self._work = self._gradients = None  # whoever still holds the job holds no rows
         if self._pass is not None:
             self._kept.ran(self._pass)
             self._pass.close()

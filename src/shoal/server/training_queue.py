@@ -63,6 +63,10 @@ class TrainingQueue:
             self._jobs[client] = deque()
         self._jobs[client].append(job)
 
+    def remove(self, client: PeerId, job: Job) -> None:
+        """A job is given up; one that isn't here (any more) is ignored."""
+        self._drop(client, job)
+
     def forget(self, client: PeerId) -> None:
         """The client is gone."""
         self._jobs.pop(client, None)

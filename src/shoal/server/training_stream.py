@@ -326,4 +326,5 @@ class Visitor:
         for call, job in list(self._jobs.items()):
             if job.number in gone:
                 job.give_up()
+                self._server.queue.remove(self._client, job)
                 del self._jobs[call], self._sizes[call]

@@ -1,0 +1,85 @@
+"""Jobs of training: what they hold, what they may hold, and when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+
+from shoal.base.errors import ShoalError
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span
+from shoal.base.training import PassGradients, PassWork
+from shoal.lab.clock import run_virtual
+from shoal.lab.toy_backend import ToyBackend, ToyConfig
+from shoal.lab.toy_blocks import HIDDEN_SIZE
+from shoal.server.training_jobs import KeptPasses, PassJob
+from shoal.server.training_queue import TrainingQueue
+
+A, B = PeerId(b"a" * 32), PeerId(b"b" * 32)
+ROW = 4 * HIDDEN_SIZE
+SPAN = Span(0, 4)
+
+
+class Bytes(bytearray):
+    """Of a message; whether they are still held can be seen."""
+
+
+class Place:
+    """What jobs need of a server."""
+
+    def __init__(self, client_bytes_max: int = 1 << 20, total_bytes_max: int = 1 << 20) -> None:
+        self.backend = ToyBackend(ToyConfig(span=SPAN, num_blocks=4))
+        self.kept = KeptPasses(client_bytes_max, total_bytes_max)
+        self.results: dict[int, bytes | PassGradients] = {}
+        self.errors: dict[int, ShoalError] = {}
+        self._calls = 0
+
+    def done(self, call: int, result: bytes | PassGradients) -> None:
+        self.results[call] = result
+
+    def failed(self, call: int, error: ShoalError) -> None:
+        self.errors[call] = error
+
+    def job(
+        self, client: PeerId, rows: int | Bytes | None = 2, number: int = 1, *, back: bool = False
+    ) -> PassJob:
+        """`rows` None: those of a kept pass; `back`: the way back, else a pass to be kept."""
+        self._calls += 1
+        work = None
+        if rows is not None:
+            values = rows if isinstance(rows, Bytes) else bytes(rows * ROW)
+            work = PassWork(
+                span=SPAN, lengths=(len(values) // ROW,), rows=values, encoding="float32"
+            )
+        return PassJob(
+            client, self._calls, number, work,
+            gradients=bytes((2 if work is None else work.num_rows) * ROW) if back else None,
+            is_kept=not back, kept=self.kept, answers=self, trainer=self.backend.trainer,
+            held_bytes_max=1 << 20, clock=asyncio.get_running_loop().time,
+        )  # fmt: skip
+
+
+async def finish(job: PassJob) -> None:
+    while not job.is_over:
+        await job.step()
+
+
+def test_a_job_that_is_given_up_lets_its_rows_go_and_leaves_the_queue() -> None:
+    async def story() -> None:
+        place, queue = Place(), TrainingQueue()
+        rows = Bytes(8 * ROW)
+        seen = weakref.ref(rows)
+        first, second = place.job(A), place.job(A, rows, 2)
+        queue.add(A, first)
+        queue.add(A, second)
+        del rows
+        second.give_up()
+        gc.collect()
+        assert seen() is None
+        queue.remove(A, second)
+        queue.remove(A, second)
+        queue.remove(A, first)
+        assert not queue.is_waiting
+
+    run_virtual(story)

@@ -39,6 +39,13 @@ async def offer(channel, adapter=ADAPTER, call=1):
     return answer
 
 
+async def trickle(channel, messages):
+    """Send them so that no pause alone is long."""
+    for message, payload in messages:
+        await channel.send(message, payload)
+        await asyncio.sleep(IDLE_S / 3)
+
+
 async def ended(channel):
     """The error that the server ended the stream with, if it said one."""
     try:
@@ -132,6 +139,27 @@ async def test_who_sends_no_more_is_left(it):
     assert await ended(channel) is None
     assert now_s() - since_s >= IDLE_S - 1
     assert store(it).num_bytes == 0
+
+
+@scene(PAIR)
+async def test_who_trickles_is_left(it):
+    channel = await dial(it)
+    assert isinstance(await offer(channel), WantAdapter)
+    since_s = now_s()
+    pieces = [(AdapterPiece(1, at), HALF[at : at + 1]) for at in range(20)]
+    with pytest.raises(PeerUnreachable):
+        await trickle(channel, pieces)
+    assert now_s() - since_s <= 2 * IDLE_S
+    assert store(it).num_bytes == 0
+
+
+@scene(PAIR)
+async def test_who_offers_again_and_again_is_left(it):
+    channel = await dial(it)
+    since_s = now_s()
+    with pytest.raises(PeerUnreachable):
+        await trickle(channel, [(OfferAdapter(call, bytes(16)), b"") for call in range(1, 20)])
+    assert now_s() - since_s <= 2 * IDLE_S
 
 
 @scene(PAIR)

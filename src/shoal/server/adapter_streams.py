@@ -1,7 +1,8 @@
 """Taking adapters from clients: one stream brings one after the other.
 
 The pieces of one adapter come in order and are checked against the manifest as a whole before
-anything is loaded. What is on its way counts against the client's quota from the offer on.
+anything is loaded. What is on its way counts against the client's quota from the offer on, so
+it must come at a least rate: a trickle would keep room from everybody else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from shoal.base.errors import (
     AdapterBad,
     PeerBusy,
     PeerRefused,
-    PeerTimeout,
     ProtocolError,
     ShoalError,
 )
@@ -31,6 +31,7 @@ from shoal.base.limits import PIECE_BYTES_MAX
 from shoal.base.spans import Span
 from shoal.net.channel import Channel, error_message
 from shoal.server.adapters import AdapterStore
+from shoal.server.patience import Patience
 from shoal.server.weights import turn_away
 from shoal.wire.adapters import AdapterPiece, OfferAdapter, TookAdapter, WantAdapter
 from shoal.wire.messages import Message
@@ -46,7 +47,7 @@ STREAMS_MAX: Final = 16
 BUSY_RETRY_S: Final = 2.0
 
 IDLE_S: Final = 30.0
-"""A stream on which nothing comes for this long is closed."""
+"""A stream is closed after so much waiting for its peer; what it sends buys more."""
 
 
 class AdapterServer:
@@ -73,9 +74,10 @@ class AdapterServer:
             await turn_away(channel, busy)
             return
         self._streams[peer] += 1
+        patience = Patience(IDLE_S)
         try:
             while True:
-                await self._take_one(channel)
+                await self._take_one(channel, patience)
         except ProtocolError as error:
             await channel.refuse(error)
             raise
@@ -85,28 +87,31 @@ class AdapterServer:
                 del self._streams[peer]
             channel.close()
 
-    async def _take_one(self, channel: Channel) -> None:
+    async def _take_one(self, channel: Channel, patience: Patience) -> None:
         """One offer, from the first message to the answer."""
-        offer, payload = await _receive(channel)
+        offer, payload = await _receive(channel, patience)
         if not isinstance(offer, OfferAdapter):
             raise ProtocolError(f"{type(offer).__name__} where an adapter is offered")
         name, owner, span = AdapterName(offer.name), channel.peer, self._backend.facts.span
         if self._store.holds(owner, name):
-            await channel.send(WantAdapter(offer.call, span.start, span.end, is_held=True))
+            held = WantAdapter(offer.call, span.start, span.end, is_held=True)
+            await _send(channel, patience, held)
             return
         try:
             manifest = await self._store.admit(owner, name, bytes(payload))
         except ShoalError as error:
             logger.info("adapter refused owner=%s reason=%s", short(owner), error)
-            await channel.send(error_message(error, offer.call))
+            await _send(channel, patience, error_message(error, offer.call))
             return
         try:
-            await channel.send(WantAdapter(offer.call, span.start, span.end))
-            data = await _pieces(channel, offer.call, manifest.num_bytes(span))
+            await _send(channel, patience, WantAdapter(offer.call, span.start, span.end))
+            data = await _pieces(channel, patience, offer.call, manifest.num_bytes(span))
             answer = await self._loaded(owner, offer.call, manifest, span, data)
         finally:
             self._store.give_up(owner, name)
-        await channel.send(answer)
+        if isinstance(answer, TookAdapter):
+            patience.renew()
+        await _send(channel, patience, answer)
 
     async def _loaded(
         self, owner: PeerId, call: int, manifest: AdapterManifest, span: Span, data: bytearray
@@ -120,11 +125,11 @@ class AdapterServer:
         return TookAdapter(call)
 
 
-async def _pieces(channel: Channel, call: int, num_bytes: int) -> bytearray:
+async def _pieces(channel: Channel, patience: Patience, call: int, num_bytes: int) -> bytearray:
     """All tensor bytes of one adapter. Memory grows as they come."""
     data = bytearray()
     while len(data) < num_bytes:
-        message, payload = await _receive(channel)
+        message, payload = await _receive(channel, patience)
         if not isinstance(message, AdapterPiece) or message.call != call:
             raise ProtocolError(f"{type(message).__name__} where pieces of an adapter come")
         left = num_bytes - len(data)
@@ -134,6 +139,7 @@ async def _pieces(channel: Channel, call: int, num_bytes: int) -> bytearray:
                 f"{min(left, PIECE_BYTES_MAX)} from {len(data)}"
             )
         data += payload
+        patience.earn(payload.nbytes)
     return data
 
 
@@ -156,9 +162,10 @@ async def _checked(manifest: AdapterManifest, span: Span, data: bytearray) -> Ad
     return AdapterPart(manifest=manifest, blocks=blocks)
 
 
-async def _receive(channel: Channel) -> tuple[Message, memoryview]:
-    try:
-        async with asyncio.timeout(IDLE_S):
-            return await channel.receive()
-    except TimeoutError as error:
-        raise PeerTimeout(f"{short(channel.peer)} sends no more of an adapter") from error
+async def _receive(channel: Channel, patience: Patience) -> tuple[Message, memoryview]:
+    reason = f"{short(channel.peer)} sends an adapter too slowly, or no more of it"
+    return await patience.wait(channel.receive(), reason)
+
+
+async def _send(channel: Channel, patience: Patience, message: Message) -> None:
+    await patience.wait(channel.send(message), f"{short(channel.peer)} takes no answers")

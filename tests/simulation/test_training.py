@@ -26,6 +26,7 @@ from shoal.client.training_link import OWED_S, STUCK_S
 from shoal.lab.chaos import draw_plan
 from shoal.lab.network import LinkConditions
 from shoal.lab.toy_blocks import HIDDEN_SIZE
+from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.lab.training_runs import check_step, draw_batch, run_training
 from shoal.net.channel import PURPOSE_TRAINING
 from shoal.server import training_stream
@@ -477,3 +478,42 @@ async def test_a_server_that_only_counts_is_left(it):
 
 async def _never(_rows):
     await asyncio.Event().wait()
+
+
+@scene("a 0:4, b 0:4", iteration_s=0.05)
+async def test_a_move_lets_go_of_passes_and_ends_no_run(it):
+    rng = random.Random(17)
+    client = training(it, micro_tokens=4, lanes_max=1)
+    batch = draw_batch(rng, WHOLE, 0)
+    working = asyncio.ensure_future(check_step(client, batch, rng))
+    await until(lambda: steps_at(it, "a") + steps_at(it, "b") > 1)
+    name = "a" if steps_at(it, "a") else "b"
+    old = it[name].backend.training
+    moving = asyncio.ensure_future(it[name].move(Span(1, 3), load_s=0.0, leave_s=60.0))
+    await until(lambda: it[name].server.training.facts.span == Span(1, 3))
+    assert not old.num_open
+    await working
+    await moving
+    await client.close()
+
+
+@scene("a 0:4, spare-b 0:4")
+async def test_gradients_come_in_one_order_whoever_is_there(it):
+    rng = random.Random(19)
+    client = training(it)
+    drawn = draw_batch(rng, WHOLE, 0)
+    batch = replace(drawn, lengths=(40,) * 20, rows=finite_row(b"r", 800 * ROW))
+    told = []
+    for _ in range(2):
+        trail = await client.forward(batch, is_kept=True)
+        found = {}
+        await client.backward(
+            trail,
+            batch.rows,
+            lambda block, values, to=found: to.setdefault(block, []).append(values),
+        )
+        told.append((found, [part.lengths for part in trail.parts]))
+        await it["spare-b"].crash()
+    assert told[0] == told[1]
+    assert len(told[0][1]) > 4
+    await client.close()

@@ -6,10 +6,10 @@ import asyncio
 import gc
 import weakref
 
-from shoal.base.errors import ShoalError
+from shoal.base.errors import SessionLost, ShoalError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.base.training import PassGradients, PassWork
+from shoal.base.training import BlockTrainer, PassGradients, PassWork
 from shoal.lab.clock import run_virtual
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import HIDDEN_SIZE
@@ -35,6 +35,14 @@ class Place:
         self.errors: dict[int, ShoalError] = {}
         self._calls = 0
 
+    def trainer(self) -> BlockTrainer:
+        trainer = self.backend.trainer()
+        assert trainer is not None
+        return trainer
+
+    def move(self, span: Span) -> None:
+        self.backend = ToyBackend(ToyConfig(span=span, num_blocks=4))
+
     def done(self, call: int, result: bytes | PassGradients) -> None:
         self.results[call] = result
 
@@ -55,7 +63,8 @@ class Place:
         return PassJob(
             client, self._calls, number, work,
             gradients=bytes((2 if work is None else work.num_rows) * ROW) if back else None,
-            is_kept=not back, kept=self.kept, answers=self, trainer=self.backend.trainer,
+            is_kept=not back, kept=self.kept, answers=self, trainer=self.trainer,
+            facts=lambda: self.backend.facts,
             held_bytes_max=1 << 20, clock=asyncio.get_running_loop().time,
         )  # fmt: skip
 
@@ -81,5 +90,28 @@ def test_a_job_that_is_given_up_lets_its_rows_go_and_leaves_the_queue() -> None:
         queue.remove(A, second)
         queue.remove(A, first)
         assert not queue.is_waiting
+
+    run_virtual(story)
+
+
+def test_calls_that_wait_or_run_when_the_server_moves_are_lost_not_bad() -> None:
+    async def story() -> None:
+        place = Place()
+        old = place.backend.training
+        begun, waiting, kept = place.job(A), place.job(A, number=2), place.job(B)
+        await finish(kept)
+        await begun.step()
+        place.move(Span(1, 3))
+        assert begun.moved()
+        assert not waiting.moved()
+        assert not kept.moved()
+        place.kept.forget()
+        assert begun.is_over
+        assert not old.num_open  # the old blocks may go
+        await finish(waiting)
+        assert {call: type(error) for call, error in place.errors.items()} == {
+            1: SessionLost,
+            2: SessionLost,
+        }
 
     run_virtual(story)

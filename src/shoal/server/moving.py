@@ -87,6 +87,7 @@ class SpanMover:
             async with self._server.engine.exclusive():
                 self._backend.add(new)
                 self._server.sessions.retire_all()
+                self._server.training.moved()
                 is_switched = True
         except ConfigError as error:
             logger.warning("move refused reason=%s", error)

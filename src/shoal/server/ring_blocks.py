@@ -122,6 +122,7 @@ class RingBlocks:
                 self._backend.add(new)
                 is_added = True
                 server.sessions.retire_all()
+                server.training.moved()
                 for hop in server.sessions.retired:
                     server.on_failed(hop, SessionLost(f"blocks {old} are not served here any more"))
                 server.sessions.end_retirement()

@@ -111,6 +111,15 @@ class TrainingServer:
         if self._farewells.is_draining:
             raise PeerBusy("this server is leaving", retry_after_s=ELSEWHERE_S)
 
+    def moved(self) -> None:
+        """The backend went to other blocks: let go of the old ones.
+
+        Only between iterations (`Engine.exclusive`). Calls that began are answered `lost`.
+        """
+        self.kept.forget()
+        for visitor in self._visitors.values():
+            visitor.moved()
+
     def add(self, client: PeerId, job: PassJob) -> None:
         """Queue a job."""
         self.queue.add(client, job)

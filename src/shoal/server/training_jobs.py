@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from shoal.base.backend import BackendFacts
 from shoal.base.errors import InternalError, SessionLost, ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.base.training import BlockTrainer, PassGradients, PassWork, TrainingPass, Values
@@ -99,10 +100,10 @@ class KeptPasses:
         if kept is not None:
             kept.close()
 
-    def forget(self, client: PeerId) -> None:
-        """Free all passes of a client."""
+    def forget(self, client: PeerId | None = None) -> None:
+        """Free all passes of a client, or of all."""
         for one, number in list(self._kept):
-            if one == client:
+            if client in (None, one):
                 self.drop(one, number)
 
     def expire(self, now_s: float) -> None:
@@ -128,6 +129,7 @@ class PassJob:
         kept: KeptPasses,
         answers: Answers,
         trainer: Callable[[], BlockTrainer],
+        facts: Callable[[], BackendFacts],
         held_bytes_max: int,
         clock: Callable[[], float],
     ) -> None:
@@ -143,6 +145,7 @@ class PassJob:
         self._kept = kept
         self._answers = answers
         self._trainer = trainer
+        self._facts = facts
         self._held_bytes_max = held_bytes_max
         self._clock = clock
         self._pass: TrainingPass | None = None
@@ -169,6 +172,17 @@ class PassJob:
         self.is_over = True
         if not self._is_stepping:
             self._close()
+
+    def moved(self) -> bool:
+        """The server went to other blocks; what began at the old ones ends. No step is under way.
+
+        Returns whether it ended.
+        """
+        if self._pass is None or self.is_over:
+            return False
+        self._fail(SessionLost("the server went to other blocks amid this pass: send it again"))
+        self._close()
+        return True
 
     async def _step(self) -> None:
         one = self._pass or self._begun()
@@ -198,6 +212,9 @@ class PassJob:
             self._kept.runs(kept)
             self._turn(kept)
             return kept
+        span, mine = self._work.span, self._facts().span
+        if not mine.covers(span):  # they were when the call came
+            raise SessionLost(f"blocks {span} are not served here any more (we have {mine})")
         room = self._kept.room_to_run(self._held_bytes_max)
         is_for_backward = self._is_backward
         if not is_for_backward and self._is_kept:

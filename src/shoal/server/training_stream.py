@@ -130,6 +130,12 @@ class Visitor:
         self._server.kept.forget(self._client)
         self._channel.close()
 
+    def moved(self) -> None:
+        """The server went to other blocks: passes that began at the old ones end."""
+        for job in list(self._jobs.values()):
+            if job.moved():
+                self._server.queue.remove(self._client, job)
+
     def done(self, call: int, result: bytes | PassGradients) -> None:
         """A pass went through: answer."""
         rows, tensors = (result, b"") if isinstance(result, bytes) else (
@@ -289,6 +295,7 @@ class Visitor:
             kept=self._server.kept,
             answers=self,
             trainer=self._server.trainer,
+            facts=lambda: self._server.facts,
             held_bytes_max=self._server.limits.pass_bytes_max,
             clock=asyncio.get_running_loop().time,
         )

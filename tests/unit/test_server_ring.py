@@ -322,6 +322,23 @@ def test_nonsense_ends_a_stream(nonsense):
     run_virtual(story())
 
 
+@pytest.mark.parametrize("times", [[], [(0, 0.1)], [(2, 0.1), (1, 0.1)], [(1, 0.1), (1, 0.1)]])
+def test_times_that_no_split_can_be_made_of_end_the_stream_not_the_ring(times):
+    async def story():
+        async with ring_of(Work(), num_nodes=2) as ring:
+            channel = await ring.dial(7)
+            await channel.send(JoinRing("odd"))
+            await channel.receive()
+            await channel.send(Measured(200 * MIB, times, 0.001))
+            answer, _ = await channel.receive()
+            assert answer.code == "protocol"
+            ring.join(2, Work())
+            found = await ring.spans()
+            assert (found["node1"], found["node2"]) == ((0, 6), (6, 12))
+
+    run_virtual(story())
+
+
 @virtual
 async def test_visitors_are_counted():
     async with ring_of(num_nodes=1) as ring:

@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from shoal.base.errors import PeerBusy, PeerTimeout, ProtocolError
+from shoal.base.errors import ConfigError, PeerBusy, PeerTimeout, ProtocolError
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import CALL_TIMEOUT_S, HOPS_MAX
 from shoal.base.spans import Span
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
+from shoal.plan.spec import DecodeTimes
 from shoal.wire.messages import Message
 from shoal.wire.ring import (
     GetRing,
@@ -201,6 +202,7 @@ class RingDesk:
             node.reported_s = asyncio.get_running_loop().time()
             match message:
                 case Measured():
+                    _check_times(message)
                     node.measured = message
                     self._changed.set()
                 case RingReport():
@@ -274,6 +276,14 @@ async def _next(channel: Channel, within_s: float) -> Message:
             return (await channel.receive())[0]
     except TimeoutError as error:
         raise PeerTimeout(f"{short(channel.peer)} says nothing any more") from error
+
+
+def _check_times(measured: Measured) -> None:
+    """See that a split can be made of them: later it would end the ring for everybody."""
+    try:
+        DecodeTimes(points=tuple(measured.decode_s_by_batch))
+    except ConfigError as error:
+        raise ProtocolError(f"Measured: {error.detail}") from error
 
 
 async def _write(channel: Channel, node: DeskNode) -> None:

@@ -9,12 +9,14 @@ import pytest
 
 from shoal.base.adapters import (
     ADAPTER_MANIFEST_BYTES_MAX,
+    HASH_STEP_BYTES,
     AdapterConfig,
     AdapterManifest,
     AdapterName,
     LoraShape,
     adapter_name,
     check_block_bytes,
+    check_block_in_steps,
     make_adapter_manifest,
     parse_adapter_manifest,
 )
@@ -53,6 +55,17 @@ def test_other_options_are_another_name(options: dict[str, Any]) -> None:
 def test_scale() -> None:
     assert manifest().config.scale == 2.0
     assert AdapterConfig(rank=4, alpha=4, targets=("a",), use_rslora=True).scale == 2.0
+
+
+def test_a_large_block_is_checked_in_steps() -> None:
+    wide = LoraShape(target="up", inputs=HASH_STEP_BYTES // 8, outputs=5)
+    data = bytes(2 * (wide.inputs + wide.outputs) * 4)
+    config = AdapterConfig(rank=2, alpha=4.0, targets=("up",))
+    one = make_adapter_manifest(config, "float32", {0: ([wide], data)})
+    assert HASH_STEP_BYTES < len(data) < 2 * HASH_STEP_BYTES
+    assert len(list(check_block_in_steps(one, one.blocks[0], data))) == 2
+    with pytest.raises(AdapterBad, match="hash"):
+        check_block_bytes(one, one.blocks[0], data[:-1] + b"\1")
 
 
 def test_bytes_are_checked() -> None:

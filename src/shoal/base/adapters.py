@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NewType, get_args
 
@@ -30,6 +30,9 @@ AdapterEncoding = Literal["float32", "bfloat16"]
 """How tensors are stored and travel: little-endian values, row by row."""
 
 ITEM_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
+
+HASH_STEP_BYTES: Final = 1 << 20
+"""Hashed at once where others wait meanwhile: one or two milliseconds."""
 
 RANK_MAX: Final = 1024
 """Above this an adapter is hardly smaller than the layers; real ones have 4 to 256."""
@@ -192,7 +195,8 @@ class AdapterPart:
 
 def block_hash(data: bytes | bytearray | memoryview) -> str:
     """What the tensors of one block are named by: 32 hex characters."""
-    digest = hashlib.blake2b(data, digest_size=CONTENT_BYTES, person=b"shoal-lora-block")
+    digest = _block_digest()
+    digest.update(data)
     return digest.hexdigest()
 
 
@@ -224,11 +228,31 @@ def check_block_bytes(
     manifest: AdapterManifest, block: AdapterBlock, data: bytes | bytearray | memoryview
 ) -> None:
     """Raise AdapterBad unless these are the bytes of that block."""
-    num_bytes, expected = memoryview(data).nbytes, manifest.block_bytes(block)
-    if num_bytes != expected:
-        raise AdapterBad(f"block {block.index}: {num_bytes} bytes of tensors, not {expected}")
-    if block_hash(data) != block.content:
+    for _ in check_block_in_steps(manifest, block, data):
+        pass
+
+
+def check_block_in_steps(
+    manifest: AdapterManifest, block: AdapterBlock, data: bytes | bytearray | memoryview
+) -> Iterator[None]:
+    """`check_block_bytes`, with a stop after each millisecond of hashing.
+
+    Raises:
+        AdapterBad: at the end, or at once where the length is wrong.
+    """
+    view, expected = memoryview(data).cast("B"), manifest.block_bytes(block)
+    if view.nbytes != expected:
+        raise AdapterBad(f"block {block.index}: {view.nbytes} bytes of tensors, not {expected}")
+    digest = _block_digest()
+    for start in range(0, view.nbytes, HASH_STEP_BYTES):
+        digest.update(view[start : start + HASH_STEP_BYTES])
+        yield
+    if digest.hexdigest() != block.content:
         raise AdapterBad(f"block {block.index}: the tensors don't have the hash of the manifest")
+
+
+def _block_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=CONTENT_BYTES, person=b"shoal-lora-block")
 
 
 def parse_adapter_manifest(text: bytes, name: AdapterName) -> AdapterManifest:

@@ -16,7 +16,7 @@ from shoal.base.adapters import (
     AdapterManifest,
     AdapterName,
     AdapterPart,
-    check_block_bytes,
+    check_block_in_steps,
 )
 from shoal.base.backend import BlockBackend
 from shoal.base.errors import (
@@ -144,7 +144,7 @@ async def _pieces(channel: Channel, patience: Patience, call: int, num_bytes: in
 
 
 async def _checked(manifest: AdapterManifest, span: Span, data: bytearray) -> AdapterPart:
-    """The part whose bytes these are. Between blocks (a millisecond) others have their turn.
+    """The part whose bytes these are. After each millisecond others have their turn.
 
     Raises:
         AdapterBad: they don't have the hashes of the manifest.
@@ -154,9 +154,9 @@ async def _checked(manifest: AdapterManifest, span: Span, data: bytearray) -> Ad
     for block in manifest.within(span):
         end = at + manifest.block_bytes(block)
         blocks[block.index] = view[at:end]
-        check_block_bytes(manifest, block, blocks[block.index])
         at = end
-        await asyncio.sleep(0)
+        for _ in check_block_in_steps(manifest, block, blocks[block.index]):
+            await asyncio.sleep(0)
     if at != len(data):
         raise AdapterBad(f"{len(data)} bytes of tensors, not {at}")
     return AdapterPart(manifest=manifest, blocks=blocks)

@@ -25,8 +25,7 @@ from shoal.client.training import TrainConfig, TrainingClient
 from shoal.client.training_link import OWED_S, STUCK_S
 from shoal.lab.chaos import draw_plan
 from shoal.lab.network import LinkConditions
-from shoal.lab.toy_blocks import HIDDEN_SIZE
-from shoal.lab.toy_blocks import HIDDEN_SIZE
+from shoal.lab.toy_blocks import HIDDEN_SIZE, finite_row
 from shoal.lab.training_runs import check_step, draw_batch, run_training
 from shoal.net.channel import PURPOSE_TRAINING
 from shoal.server import training_stream

@@ -72,14 +72,13 @@ def test_cuts_hold_every_sequence_once_in_order(lengths: list[int], most: int) -
 
 
 def test_micro_batches_are_neither_tiny_nor_huge() -> None:
-    def tokens(total: int, stages: int, longest: int = 1) -> int:
-        return micro_tokens(total, longest, stages, least=128, most=512)
+    def tokens(total: int, longest: int = 1) -> int:
+        return micro_tokens(total, longest, least=128, most=512)
 
-    assert tokens(512, 1) == 256
-    assert tokens(512, 2) == 128
-    assert tokens(2048, 2) == 256
-    assert tokens(100_000, 2) == 512
-    assert tokens(100, 2, longest=700) == 700
+    assert tokens(512) == 128
+    assert tokens(2048) == 256
+    assert tokens(100_000) == 512
+    assert tokens(100, longest=700) == 700
 
 
 def test_a_stage_is_a_stage() -> None:

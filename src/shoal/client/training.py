@@ -77,8 +77,8 @@ class TrainConfig:
     """How batches are cut and spread."""
 
     micro_tokens: int | None = None
-    """Positions of a micro-batch, at most; None: by the batch and the servers. A sequence that
-    is longer goes alone."""
+    """Positions of a micro-batch, at most; None: by the batch. A sequence that is longer goes
+    alone."""
     lanes_max: int = LANES_MAX
     """Chains that are used side by side, at most."""
 
@@ -149,7 +149,10 @@ class Trail:
 
 
 AddGradients = Callable[[int, bytes], None]
-"""Told, for each micro-batch, the float32 gradients of one block's tensors."""
+"""Told, for each micro-batch in order, the float32 gradients of one block's tensors."""
+
+Found = list[tuple[int, bytes]]
+"""Blocks, and the gradients of their tensors."""
 
 
 class TrainingClient:
@@ -179,7 +182,7 @@ class TrainingClient:
         size = self._host.config.hidden_size
         check_payload(batch.encoding, size, sum(batch.lengths), memoryview(batch.rows).nbytes)
         lanes = await self._lanes(batch)
-        trail = Trail(batch=batch, parts=self._cut(batch, lanes))
+        trail = Trail(batch=batch, parts=self._cut(batch))
         waiting = deque(trail.parts)
 
         async def work(lane: Lane) -> None:
@@ -200,7 +203,8 @@ class TrainingClient:
     async def backward(self, trail: Trail, gradients: Values, add: AddGradients) -> bytes:
         """The gradients of the rows that entered, from those of the rows that left.
 
-        Those of trained tensors go to `add`, in any order.
+        Those of trained tensors go to `add`, one micro-batch after the other in their order,
+        so that sums of them round the same way however fast anybody was.
 
         Raises:
             BadInput: gradients of a wrong size, or not finite.
@@ -212,6 +216,8 @@ class TrainingClient:
             raise BadInput("gradients hold values that are not finite: scale the loss down")
         step, at = row_bytes(batch.encoding, size), 0
         found: dict[int, bytes] = {}
+        held: dict[int, Found] = {}
+        to_add = deque(part.first for part in trail.parts)
         waiting: deque[tuple[_Part, memoryview]] = deque()
         for part in trail.parts:
             end = at + step * sum(part.lengths)
@@ -221,7 +227,10 @@ class TrainingClient:
         async def work() -> None:
             while waiting:
                 part, values = waiting.popleft()
-                found[part.first] = await self._back(batch, part, values, add)
+                found[part.first], held[part.first] = await self._back(batch, part, values)
+                while to_add and to_add[0] in held:
+                    for block, tensors in held.pop(to_add.popleft()):
+                        add(block, tensors)
 
         servers = {leg.stage.peer for part in trail.parts for leg in part.legs}
         try:
@@ -242,13 +251,11 @@ class TrainingClient:
         for peer, chosen in numbers.items():
             self._links[peer].forget(chosen)
 
-    def _cut(self, batch: Batch, lanes: Iterable[Lane]) -> list[_Part]:
-        """The batch's micro-batches."""
-        num_stages = sum(len(lane.stages) for lane in lanes)
+    def _cut(self, batch: Batch) -> list[_Part]:
+        """The batch's micro-batches: the same whoever is there to run them."""
         tokens_max = self.config.micro_tokens or micro_tokens(
             sum(batch.lengths),
             max(batch.lengths),
-            num_stages,
             least=MICRO_TOKENS_MIN,
             most=MICRO_TOKENS_MAX,
         )
@@ -298,9 +305,9 @@ class TrainingClient:
             border = stage.span.end
         return legs, bytes(rows)
 
-    async def _back(self, batch: Batch, part: _Part, gradients: Values, add: AddGradients) -> bytes:
+    async def _back(self, batch: Batch, part: _Part, gradients: Values) -> tuple[bytes, Found]:
         """A micro-batch's way back; parts whose server is lost are run again elsewhere."""
-        trouble = Trouble(self._host)
+        trouble, found = Trouble(self._host), Found()
         left = list(part.legs)
         while left:
             leg = left.pop()
@@ -320,18 +327,20 @@ class TrainingClient:
                     left += legs
                 continue
             trouble.passed(leg.stage)
-            self._add(batch, leg.stage.span, tensors, add)
-        return bytes(gradients)
+            found += self._by_block(batch, leg.stage.span, tensors)
+        return bytes(gradients), found
 
-    def _add(self, batch: Batch, span: Span, tensors: bytes, add: AddGradients) -> None:
+    def _by_block(self, batch: Batch, span: Span, tensors: bytes) -> Found:
+        found = Found()
         if batch.trained is None:
-            return
+            return found
         spec, at = batch.trained.spec.within(span), 0
         for block in spec.blocks:
             count = block.num_values(self._host.config.hidden_size, spec.rank)
             end = at + FLOAT32_BYTES * count
-            add(block.index, tensors[at:end])
+            found.append((block.index, tensors[at:end]))
             at = end
+        return found
 
     async def _run(self, batch: Batch, part: _Part, leg: _Leg, *, is_kept: bool) -> bytes:
         """One server's part forward."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Final
 
 from shoal.base.errors import NoRouteError
 from shoal.base.spans import Span
@@ -64,11 +65,16 @@ def cut_batch(lengths: tuple[int, ...], tokens_max: int) -> list[tuple[int, int]
     return cuts
 
 
-def micro_tokens(total: int, longest: int, num_stages: int, *, least: int, most: int) -> int:
-    """Positions of a micro-batch, so that all servers of the lanes have work most of the time.
+MICRO_BATCHES: Final = 8
+"""Of a batch that is neither small nor large."""
+
+
+def micro_tokens(total: int, longest: int, *, least: int, most: int) -> int:
+    """Positions of a micro-batch, so that the servers of the lanes have work most of the time.
 
     A chain of n servers idles for n - 1 micro-batches at both ends of a step: four for each
-    server make that a fifth or less. More of them cost more messages, and small products.
+    of two make that a fifth or less. More of them cost more messages, and small products.
+    The batch alone decides: gradients are sums over micro-batches, and who cuts another way
+    when a server dies or a run goes on rounds them another way.
     """
-    wanted = -(-total // (4 * num_stages)) if num_stages > 1 else -(-total // 2)
-    return max(longest, min(most, max(least, wanted)))
+    return max(longest, min(most, max(least, -(-total // MICRO_BATCHES))))

@@ -14,7 +14,10 @@ from shoal.net.address import ListenAddress
 from shoal.net.channel import PURPOSE_RING, accept_channel, open_channel
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import MemoryNetwork
+from shoal.plan.ring import NodeSpec
 from shoal.plan.ring import RingModel as Sizes
+from shoal.plan.ring_repair import NodeView, Task, growing_first
+from shoal.plan.spec import DecodeTimes
 from shoal.server import ring_desk
 from shoal.server.ring_desk import RingDesk
 from shoal.server.ring_keeper import RingKeeper, RingWish
@@ -263,6 +266,56 @@ async def test_a_ring_may_split_itself_anew_who_gets_more_first():
         assert await ring.spans(60) == {"node1": (0, 3), "node2": (3, 12)}
         assert works[1].told == [(6, 12, True), (3, 12, True)]
         assert works[0].told == [(0, 6, True), (0, 3, True)]
+
+
+@virtual
+async def test_who_gets_less_stays_when_who_gets_more_fails():
+    works = [Work(), Work()]
+    async with ring_of(*works, is_resplitting=True) as ring:
+        await ring.spans()
+        for work, pace_s in zip(works, (0.03, 0.01), strict=True):
+            work.pace_s, work.free_bytes = pace_s, 500 * MIB
+        works[1]._fault = ConfigError("no room after all")
+        assert await ring.spans(60) == {"node1": (0, 6), "node2": "failed"}
+        assert works[0].told == [(0, 6, True)]
+        assert not any("served by nobody" in text for text in ring.said)
+
+
+def test_blocks_are_left_when_others_have_taken_them():
+    def order(before, after):
+        peers = [identity(number).peer for number in range(len(before))]
+        spec = Measured(1, [(1, 0.01)], 0.0).decode_s_by_batch
+        nodes = [
+            NodeView(
+                spec=NodeSpec(
+                    peer=peer, name="x", memory_bytes=1, decode=DecodeTimes(points=tuple(spec))
+                ),
+                span=span,
+            )
+            for peer, span in zip(peers, before, strict=True)
+        ]
+        tasks = [
+            Task(peer=peer, span=span, is_beside=True)
+            for peer, span in zip(peers, after, strict=True)
+        ]
+        return [peers.index(task.peer) for task in growing_first(nodes, tasks)]
+
+    thirds = [Span(0, 4), Span(4, 8), Span(8, 12)]
+    assert order(thirds, [Span(0, 2), Span(2, 6), Span(6, 12)]) == [2, 1, 0]
+    assert order(thirds, [Span(0, 6), Span(6, 10), Span(10, 12)]) == [0, 1, 2]
+    assert order([*thirds, None], [Span(0, 1), None, Span(1, 4), Span(4, 12)]) == [3, 1, 2, 0]
+
+
+@virtual
+async def test_a_resplit_moves_everybody_once_and_no_block_is_without_a_node():
+    works = [Work(), Work(), Work()]
+    async with ring_of(*works, is_resplitting=True) as ring:
+        await ring.spans()
+        for work, pace_s in zip(works, (0.03, 0.02, 0.01), strict=True):
+            work.pace_s, work.free_bytes = pace_s, 500 * MIB
+        assert await ring.spans(90) == {"node1": (0, 2), "node2": (2, 5), "node3": (5, 12)}
+        assert [len(work.told) for work in works] == [2, 2, 2]
+        assert not any("served by nobody" in text for text in ring.said)
 
 
 @virtual

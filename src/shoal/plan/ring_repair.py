@@ -7,7 +7,7 @@ few samples are replayed; otherwise everything is split anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -105,6 +105,17 @@ def tasks_of(model: RingModel, nodes: Sequence[NodeView], split: RingSplit) -> t
     )
 
 
+def growing_first(nodes: Sequence[NodeView], tasks: Sequence[Task]) -> list[Task]:
+    """Tasks in an order in which blocks are left only when others have them, as far as possible."""
+    now = {one.spec.peer: one.span for one in nodes}
+    left, order = list(tasks), list[Task]()
+    while left:
+        bare = [_bare_blocks(now, task) for task in left]
+        order.append(left.pop(bare.index(min(bare))))
+        now[order[-1].peer] = order[-1].span
+    return order
+
+
 def in_chain_order(nodes: Sequence[NodeView]) -> list[NodeView]:
     """By their blocks; spares, which have none, behind."""
     return sorted(
@@ -132,6 +143,15 @@ def _by_spares(
 def _task(model: RingModel, node: NodeView, span: Span | None) -> Task:
     has_room = span is not None and model.need_bytes(span) <= node.free_bytes
     return Task(peer=node.spec.peer, span=span, is_beside=node.span is None or has_room)
+
+
+def _bare_blocks(now: Mapping[PeerId, Span | None], task: Task) -> int:
+    """How many blocks nobody would have after the task that its node has now."""
+    before = now[task.peer]
+    if before is None:
+        return 0
+    held = [span for span in ({**now, task.peer: task.span}).values() if span is not None]
+    return sum(map(len, missing_blocks(before, held)))
 
 
 def _free_of_count(spec: NodeSpec) -> NodeSpec:

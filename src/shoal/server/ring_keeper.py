@@ -20,6 +20,7 @@ from shoal.plan.ring_repair import (
     Task,
     after_loss,
     better_split,
+    growing_first,
     in_chain_order,
     tasks_of,
 )
@@ -66,6 +67,8 @@ class RingKeeper:
         self._say = say
         self._waiting: list[Task] = []
         """Of a new split: tasks that begin when those before are done."""
+        self._told: Task | None = None
+        """The last task that somebody was told."""
         self._since_s: float | None = None
         """Since when another split is better."""
         self._is_proposed = False
@@ -227,18 +230,24 @@ class RingKeeper:
             self._tell(task)
 
     def _tell(self, task: Task) -> None:
+        self._told = task
         node = self._desk.nodes[task.peer]
         need = 0 if task.span is None else self._model.need_bytes(task.span)
         self._desk.planned_bytes[task.peer] = need
         self._desk.tell(node, task.span, is_beside=task.is_beside)
 
     def _go_on(self) -> None:
-        """The next task of a new split, when nobody is loading."""
+        """The next task of a new split, when nobody is loading; none if the last one failed."""
         if any(not one.is_settled for one in self._desk.here):
             return
-        task = self._waiting.pop(0)
-        if task.peer in self._desk.nodes and self._desk.nodes[task.peer].lost_s is None:
+        task, told = self._waiting.pop(0), self._told
+        serve = {one.peer: one.served for one in self._desk.here}
+        is_done = told is None or (told.peer in serve and serve[told.peer] == told.span)
+        if is_done and task.peer in serve:
             self._tell(task)
+        else:  # what the others would leave now is served by nobody else
+            logger.info("split given up waiting=%s", 1 + len(self._waiting))
+            self._waiting.clear()
 
     def _watch_paces(self) -> None:
         views = self._views()
@@ -273,20 +282,6 @@ class RingKeeper:
         if text != self._said:
             self._said = text
             self._say(text)
-
-
-def growing_first(nodes: Sequence[NodeView], tasks: Sequence[Task]) -> list[Task]:
-    """Tasks in an order in which blocks are left only when others have them, as far as possible."""
-    now: dict[PeerId, Span | None] = {one.spec.peer: one.span for one in nodes}
-
-    def lost_blocks(task: Task) -> int:
-        before = now[task.peer]
-        if before is None:
-            return 0
-        kept = None if task.span is None else task.span.overlap(before)
-        return len(before) - (len(kept) if kept else 0)
-
-    return sorted(tasks, key=lost_blocks)
 
 
 def _count(span: Span | None) -> int:

@@ -12,6 +12,7 @@ from shoal.base.errors import BadInput, BadOutput, InternalError
 from shoal.base.head import Choosing, Chosen, HeadBackend
 from shoal.hf import served_head
 from shoal.hf.head import load_head
+from shoal.hf.score_rules import ScoreRules
 from shoal.hf.served_head import serve_head
 from shoal.lab.toy_head import ToyHead
 from shoal.model.rows import rows_to_bytes
@@ -181,6 +182,16 @@ def test_a_bug_met_by_one_row_is_that_rows_alone(caplog: pytest.LogCaptureFixtur
 
     run(SUBJECTS["torch float32"], story)
     assert "no token chosen" in caplog.text
+
+
+def test_a_long_answer_is_taken_up_without_a_call_per_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(head: HeadBackend) -> None:
+        monkeypatch.delattr(ScoreRules, "add")  # 9 us each, on the event loop
+        head.begin(Choosing(presence=1.0), [1], [2] * 3)
+
+    run(SUBJECTS["torch float32"], story)
 
 
 def test_scores_that_are_no_numbers_are_the_models_fault() -> None:

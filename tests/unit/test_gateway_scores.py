@@ -37,6 +37,14 @@ def test_options_change_scores(options, answer, expected) -> None:
     assert applied(options, answer) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("answer", [[], [0, 0, 2, 1, 0]])
+def test_an_answer_so_far_is_counted_at_once(answer: list[int], monkeypatch) -> None:
+    options = ScoreOptions(repetition=1.5, presence=0.25, frequency=0.5)
+    one_by_one = applied(options, answer)
+    monkeypatch.delattr(ScoreRules, "add")
+    assert ScoreRules(options, [3, 1], 4, answer).apply(SCORES).tolist() == one_by_one
+
+
 def test_a_bias_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(BadInput, match="token 4"):
         ScoreRules(ScoreOptions(bias={4: 1.0}), [], 4)

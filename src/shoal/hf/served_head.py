@@ -174,9 +174,7 @@ class _Turn:
         )
         self._served = served
         self._num_best = choosing.num_best
-        self._rules = ScoreRules(options, prompt_ids, served.facts.vocab_size)
-        for token_id in answer_ids:
-            self._rules.add(token_id)
+        self._rules = ScoreRules(options, prompt_ids, served.facts.vocab_size, answer_ids)
 
     async def choose(
         self, row: bytes, encoding: str, position: int, allowed: bytes | None = None

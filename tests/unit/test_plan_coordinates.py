@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.discovery.coordinates import Locator
 from shoal.plan.coordinates import (
     DIMENSIONS,
     ERROR_MAX,
@@ -140,6 +141,62 @@ def test_a_few_samples_place_a_newcomer():
     off = [abs(distance_s(found, one) - distance_s(me, one)) / distance_s(me, one)
            for one in unknown]  # fmt: skip
     assert median(off) < 0.15
+
+
+LIARS = {
+    "says it is far away": Sample(there=Coordinate(point=(9.0, 0.0, 0.0), error=0.0), rtt_s=0.03),
+    "answers late": Sample(there=Coordinate(point=(0.05,) * 3, error=0.0), rtt_s=9.0),
+}
+
+
+def test_a_claim_however_far_off_makes_us_no_less_sure_than_knowing_nothing():
+    sure = Coordinate(point=(0.02, 0.0, 0.0), error=0.02)
+    found = nudge(sure, LIARS["says it is far away"], random.Random(1))
+    assert found.error < 0.3
+
+
+@pytest.mark.parametrize("liar", LIARS.values(), ids=LIARS)
+def test_one_liar_among_few_spoils_no_fit(liar):
+    rng = random.Random(7)
+    truth = spread(5, rng, height_s=0.02)
+    honest = [Sample(there=one, rtt_s=distance_s(truth[0], one)) for one in truth[1:]]
+    found = fit([*honest[:2], liar, *honest[2:]], rng)
+    assert found.error < 0.2
+    for sample in honest:
+        assert distance_s(found, sample.there) == pytest.approx(sample.rtt_s, abs=0.01)
+
+
+@pytest.mark.parametrize("liar", LIARS.values(), ids=LIARS)
+def test_one_liar_among_few_moves_nobody_away_in_time(liar):
+    rng = random.Random(7)
+    truth = spread(5, rng, height_s=0.02)
+    trips = {one: Sample(there=at, rtt_s=distance_s(truth[0], at)) for one, at in
+             zip("abcd", truth[1:], strict=True)} | {"liar": liar}  # fmt: skip
+    locator = Locator(rng, lambda peer: trips[peer].there)
+    for _ in range(40):
+        for peer, sample in trips.items():
+            locator.measured(peer, sample.rtt_s)
+    found = locator.coordinate
+    assert found.error < USABLE_ERROR
+    off_s = [abs(distance_s(found, trips[one].there) - trips[one].rtt_s) for one in "abcd"]
+    assert median(off_s) < 0.01
+
+
+def test_two_distant_halves_of_a_swarm_find_each_other():
+    """To each half the other is far off at first, and it must not stay so."""
+    rng = random.Random(4)
+    truth = [
+        Coordinate(point=(rng.uniform(0, 0.003) + 0.1 * (one % 2), 0.0, 0.0), height=0.0005)
+        for one in range(12)
+    ]
+    locators = {}
+    for one in range(12):
+        locators[one] = Locator(rng, lambda peer: locators[peer].coordinate)
+    for _ in range(20):
+        for one, locator in locators.items():
+            other = (one + rng.randrange(1, 12)) % 12
+            locator.measured(other, distance_s(truth[one], truth[other]))
+    assert median(errors(truth, [one.coordinate for one in locators.values()])) < 0.1
 
 
 def test_two_at_one_place_part_in_any_direction():

@@ -14,7 +14,16 @@ from statistics import median
 from typing import Final
 
 from shoal.base.ids import PeerId
-from shoal.plan.coordinates import NOWHERE, Coordinate, Sample, fit, nudge
+from shoal.plan.coordinates import (
+    NOWHERE,
+    STEP_FAR_OFF_S_MAX,
+    STEP_S_MAX,
+    Coordinate,
+    Sample,
+    far_off,
+    fit,
+    nudge,
+)
 from shoal.wire import fields as wire
 
 PEERS_KEPT: Final = 32
@@ -63,10 +72,15 @@ class Locator:
         if len(kept) > PEERS_KEPT:
             del kept[next(iter(kept))]
         if is_new and len(kept) <= FIT_PEERS:
-            self._coordinate = fit(self._samples([*kept]), self._rng)
+            self._coordinate = fit([*self._samples().values()], self._rng)
             return
-        for sample in self._samples([peer, *self._next_replayed()]):
-            self._coordinate = nudge(self._coordinate, sample, self._rng)
+        samples = self._samples()
+        are_odd = far_off(self._coordinate, [*samples.values()])
+        odd = {one for one, is_odd in zip(samples, are_odd, strict=True) if is_odd}
+        for one in [peer, *self._next_replayed()]:
+            if one in samples:
+                step_s = STEP_FAR_OFF_S_MAX if one in odd else STEP_S_MAX
+                self._coordinate = nudge(self._coordinate, samples[one], self._rng, step_s)
 
     def _next_replayed(self) -> list[PeerId]:
         """All remembered peers in turns."""
@@ -74,12 +88,13 @@ class Locator:
         start, self._turn = self._turn, self._turn + REPLAYS
         return [peers[turn % len(peers)] for turn in range(start, start + min(REPLAYS, len(peers)))]
 
-    def _samples(self, peers: list[PeerId]) -> list[Sample]:
-        found = []
-        for peer in peers:
+    def _samples(self) -> dict[PeerId, Sample]:
+        """What is remembered, of peers that say where they are."""
+        found = {}
+        for peer, trips in self._round_trips.items():
             there = self._where(peer)
             if there is not None:
-                found.append(Sample(there=there, rtt_s=median(self._round_trips[peer])))
+                found[peer] = Sample(there=there, rtt_s=median(trips))
         return found
 
 

@@ -10,7 +10,8 @@ adjustment term: on 490 PlanetLab hosts with 6 neighbours each, 8 dimensions and
 were no better (median error 0.15 of the round trip in all three).
 
 Others' coordinates are what they say: nonsense is ignored, nobody is believed to be certain,
-and one sample moves us `STEP_S_MAX` at most.
+one sample moves us `STEP_S_MAX` at most and says at most that we know nothing, and what is far
+off while most samples agree is left out of a fit and moves us little afterwards (`far_off`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
 DIMENSIONS: Final = 3
@@ -38,6 +40,21 @@ TUNING: Final = 0.25
 
 STEP_S_MAX: Final = 0.02
 """No sample moves us farther."""
+
+RELATIVE_ERROR_MAX: Final = 1.0
+"""Of one sample: that a claim is a hundred times off makes us no less sure than twice off."""
+
+FAR_OFF: Final = 5.0
+"""A sample is far off if we miss it by so many times as much as half of them."""
+
+FAR_OFF_S_MIN: Final = STEP_S_MAX
+"""And by more than this: one step puts less right."""
+
+FAR_OFF_SAMPLES_MIN: Final = 4
+"""Of fewer, nobody can say which one is wrong."""
+
+STEP_FAR_OFF_S_MAX: Final = 0.001
+"""What is far off moves us no farther. It does move us: half of a swarm may be elsewhere."""
 
 REACH_S_MAX: Final = 10.0
 """Round trips that take longer measure queues; points farther out are nonsense."""
@@ -98,7 +115,9 @@ def estimate_s(one: Coordinate | None, other: Coordinate | None) -> float | None
     return max(RTT_S_MIN, distance_s(one, other))
 
 
-def nudge(mine: Coordinate, sample: Sample, rng: random.Random) -> Coordinate:
+def nudge(
+    mine: Coordinate, sample: Sample, rng: random.Random, step_s_max: float = STEP_S_MAX
+) -> Coordinate:
     """Our coordinate after a measured round trip; unchanged if the sample is nonsense.
 
     `rng` gives the direction in which two peers at the same point part.
@@ -111,8 +130,9 @@ def nudge(mine: Coordinate, sample: Sample, rng: random.Random) -> Coordinate:
     guess_s = max(RTT_S_MIN, apart_s + mine.height + there.height)
     trust = mine.error / (mine.error + max(ERROR_OTHER_MIN, there.error))
     weight = TUNING * trust
-    error = abs(guess_s - rtt_s) / rtt_s * weight + mine.error * (1 - weight)
-    step_s = max(-STEP_S_MAX, min(STEP_S_MAX, weight * (rtt_s - guess_s)))
+    missed = min(RELATIVE_ERROR_MAX, abs(guess_s - rtt_s) / rtt_s)
+    error = missed * weight + mine.error * (1 - weight)
+    step_s = max(-step_s_max, min(step_s_max, weight * (rtt_s - guess_s)))
     if apart_s > RTT_S_MIN:
         along = [(a - b) / guess_s for a, b in zip(mine.point, there.point, strict=True)]
     else:
@@ -129,8 +149,30 @@ def nudge(mine: Coordinate, sample: Sample, rng: random.Random) -> Coordinate:
 def fit(samples: Sequence[Sample], rng: random.Random, start: Coordinate = NOWHERE) -> Coordinate:
     """The coordinate that explains all samples best, as far as some passes over them find it.
 
-    For who has few samples and no time to drift into its place: clients.
+    For who has few samples and no time to drift into its place: clients. Samples that are far
+    off in the end are left out, and the others fitted again: one liar would spoil it.
     """
+    found = _settled(samples, rng, start)
+    odd = far_off(found, samples)
+    if not any(odd):
+        return found
+    return _settled([one for one, is_odd in zip(samples, odd, strict=True) if not is_odd],
+                    rng, start)  # fmt: skip
+
+
+def far_off(mine: Coordinate, samples: Sequence[Sample]) -> list[bool]:
+    """Which of the samples a coordinate misses by far more than most of them."""
+    missed_s = [
+        abs(distance_s(mine, one.there) - one.rtt_s) if is_sound(one.there) else math.inf
+        for one in samples
+    ]
+    if len(samples) < FAR_OFF_SAMPLES_MIN:
+        return [False] * len(samples)
+    limit_s = max(FAR_OFF_S_MIN, FAR_OFF * median(missed_s))
+    return [one > limit_s for one in missed_s]
+
+
+def _settled(samples: Sequence[Sample], rng: random.Random, start: Coordinate) -> Coordinate:
     for _ in range(FIT_ROUNDS):
         for sample in samples:
             start = nudge(start, sample, rng)

@@ -7,6 +7,7 @@ import pytest
 
 from shoal.base.errors import BadInput, NoRouteError, SessionClosed
 from shoal.base.head import Choosing
+from shoal.client import head_stream
 from shoal.client.head_service import HeadLimits
 from shoal.client.thin_session import Wish
 from shoal.net.address import parse_address
@@ -177,6 +178,36 @@ async def test_who_stops_reading_stops_the_work(it):
     session.close()
     with pytest.raises(SessionClosed):
         await ask(session, 1)
+
+
+def test_a_slow_reader_misses_nothing_and_disturbs_nobody(monkeypatch):
+    monkeypatch.setattr(head_stream, "GIVEN_MAX", 4)
+
+    @thin("a 0:4, h 0:4", {"h": "toy"})
+    async def story(it):
+        client = await it.swarm.open_thin_client()
+        slow, other = await client.open_session(), await client.open_session()
+        whole = await ask(other, 30)
+        place = other._place
+        heads = it.servers["h"].heads
+
+        async def at(count):
+            if count == 3:
+                await asyncio.sleep(3.0)
+                assert heads.num_answers == 0  # the rest was stopped
+                found.append(await ask(other, 5, prompt=(1,)))
+
+        found = []
+        assert await ask(slow, 30, at=at) == whole
+        assert len(found[0]) == 5
+        assert other._place is place
+        assert slow.head == other.head
+        assert slow.recoveries == other.recoveries == ()
+        slow.close()
+        other.close()
+        await until(lambda: heads.num_sessions == 0)
+
+    story()
 
 
 @thin("a 0:2, b 2:4, late-h 0:4", {"late-h": "toy"})

@@ -15,6 +15,7 @@ from shoal.base.errors import (
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
+    SessionLost,
     ShoalError,
     error_from_code,
 )
@@ -32,7 +33,8 @@ SILENCE_S: Final = CALL_TIMEOUT_S
 """A head server beats every second; one that is silent for so long is left."""
 
 GIVEN_MAX: Final = 4096
-"""Messages of one answer that may wait here: readers take them as they come."""
+"""Messages of one answer that may wait here. Whoever reads slower asks again for the rest:
+a stream of many answers can't wait for one reader."""
 
 DialHead = Callable[[PeerId], Awaitable[Channel]]
 """Opens a head channel to a peer. Raises PeerError, ProtocolError."""
@@ -43,23 +45,17 @@ class Asked:
 
     def __init__(self, call: int) -> None:
         self.call = call
-        self._came: asyncio.Queue[Given | ShoalError] = asyncio.Queue(GIVEN_MAX)
+        self._came: asyncio.Queue[Given | ShoalError] = asyncio.Queue(GIVEN_MAX + 1)
 
-    def put(self, message: Given | ShoalError) -> None:
-        """Hand over what came.
-
-        Raises:
-            PeerMisbehaved: more than any answer has.
-        """
-        try:
-            self._came.put_nowait(message)
-        except asyncio.QueueFull:
-            raise PeerMisbehaved("floods us with tokens") from None
+    def put(self, message: Given) -> bool:
+        """Hand over what came, unless too much waits already: then it is dropped."""
+        if self._came.qsize() >= GIVEN_MAX:
+            return False
+        self._came.put_nowait(message)
+        return True
 
     def fail(self, error: ShoalError) -> None:
-        """The last thing that comes."""
-        if self._came.full():
-            self._came.get_nowait()
+        """The last thing that comes, behind all that waits: a place is kept for it."""
         self._came.put_nowait(error)
 
     async def next(self) -> Given:
@@ -179,10 +175,14 @@ class HeadStream:
                 if payload.nbytes or not (message.tokens or message.is_last or message.chain):
                     raise PeerMisbehaved("gives tokens that are none")
                 asked = self._asked.get(message.call)
-                if asked is not None:  # else it was stopped
-                    asked.put(message)
-                    if message.is_last:
-                        del self._asked[message.call]
+                if asked is None:
+                    return  # it was stopped
+                if not asked.put(message):
+                    del self._asked[message.call]
+                    asked.fail(SessionLost("the answer was read too slowly; the rest is dropped"))
+                    self.post(StopTokens(message.call))
+                elif message.is_last:
+                    del self._asked[message.call]
             case Error():
                 error = _as_ours(self.peer, message)
                 if not message.call:

@@ -205,6 +205,42 @@ async def test_a_link_that_hiccups_moves_nothing():
 
 
 @virtual
+async def test_a_task_of_before_a_link_broke_is_not_carried_out():
+    work = Work(take_s=5.0)
+    async with ring_of(work, num_nodes=1) as ring:
+        await asyncio.sleep(2)
+        assert work.told == [(0, 12, True)]
+        node = ring.desk.nodes[identity(1).peer]
+        ring.desk.tell(node, Span(3, 5), is_beside=True)
+        await asyncio.sleep(0.1)
+        ring.network.crash(identity(1).peer)
+        await asyncio.sleep(2)
+        again = ring.desk.nodes[identity(1).peer]
+        assert again is not node
+        assert (again.span, again.is_settled) == (Span(0, 12), False)
+        assert await ring.spans(10) == {"node1": (0, 12)}
+        assert again.is_settled
+        assert work.told == [(0, 12, True)]
+
+
+@virtual
+async def test_blocks_that_a_node_does_not_serve_after_all_are_given_again():
+    async with ring_of(Work(), num_nodes=2) as ring:
+        channel = await ring.dial(7)
+        await channel.send(JoinRing("odd"))
+        await channel.receive()
+        await channel.send(Measured(200 * MIB, [(1, 0.01)], 0.001))
+        task = (await channel.receive())[0]
+        assert (task.start, task.end) == (6, 12)
+        await channel.send(RingReport(task.task, "online", 8, 12))
+        again = (await channel.receive())[0]
+        assert (again.task, again.start, again.end) == (task.task + 1, 6, 12)
+        await channel.send(RingReport(again.task, "online", 6, 12))
+        assert await ring.spans(2) == {"node1": (0, 6), "odd": (6, 12)}
+        assert ring.keeper.up.is_set()
+
+
+@virtual
 async def test_who_can_not_take_its_blocks_is_passed_over():
     async with ring_of(Work(), Work(fault=ConfigError("disk full")), num_nodes=2) as ring:
         assert await ring.spans() == {"node1": (0, 12), "node2": "failed"}

@@ -67,13 +67,14 @@ class DeskNode:
 
     @property
     def span(self) -> Span | None:
-        """The blocks it serves or was told to; None: none."""
-        return Span(self.task.start, self.task.end) if self.task.end > self.task.start else None
+        """The blocks it was told to until it is settled, then those it serves; None: none."""
+        now = self.report if self.is_settled else self.task
+        return Span(now.start, now.end) if now.end > now.start else None
 
     @property
     def is_settled(self) -> bool:
         """Whether it has done, or failed to do, what it was told last."""
-        return self.report.task == self.task.task
+        return self.report.task == self.task.task and self.report.state != "loading"
 
     @property
     def is_failed(self) -> bool:

@@ -164,6 +164,8 @@ class RingMember:
             stream, task = await self._wanted.get()
             while not self._wanted.empty():
                 stream, task = self._wanted.get_nowait()  # only the last counts
+            if stream != self._stream:  # the starter does not count on it: JoinRing said otherwise
+                continue
             self._loading, self._failure = Span(task.start, task.end), ""
             self._news.set()
             try:

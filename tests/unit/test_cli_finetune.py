@@ -132,6 +132,9 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"--max-length": 1}, "--max-length 1: from 2"),
     ({"--eval-share": 1.0}, "--eval-share 1: from 0"),
     ({"--epochs": 0}, "--epochs 0: more than 0"),
+    ({"--learning-rate": 0}, "--learning-rate 0: nothing would be learned"),
+    ({"--prompt-tokens": 1025, "--method": "deep-prompt"}, "servers take at most 1024"),
+    ({"--seed": 2**53 + 1}, "--seed 9007199254740993: at most"),
     ({"--schedule": "step"}, "--schedule step: one of"),
     ({"--join": "tcp://x@127.0.0.1:1"}, "--local and --join or --lan: give one"),
 ]

@@ -235,10 +235,11 @@ def _asked(options: dict[str, Any]) -> Asked:
         length_max=options["max_length"],
         seed=options["seed"],
     )
+    rate = options["learning_rate"]
     settings = TuningSettings(
         # Without --steps the epochs tell, once the examples are counted.
         num_steps=options["warmup_steps"] + 1 if options["steps"] is None else options["steps"],
-        learning_rate=options["learning_rate"] or LEARNING_RATES[method.name],
+        learning_rate=LEARNING_RATES[method.name] if rate is None else rate,
         clip_norm=options["clip"],
         **{
             name: options[name]

@@ -16,6 +16,7 @@ from shoal.hf.tuning_methods import (
     DeepPromptTuning,
     Lora,
     PromptTuning,
+    check_deep_length,
     prompt_from_tokens,
 )
 from shoal.hf.tuning_model import TunedModel
@@ -57,6 +58,8 @@ class Method:
         fewest = 0 if self.name == "classifier" else 1
         if self.name != "lora" and self.prompt_tokens < fewest:
             raise ConfigError(f"--prompt-tokens {self.prompt_tokens}: at least {fewest}")
+        if self.name == "deep-prompt":
+            check_deep_length(self.prompt_tokens)
 
 
 def build(base: TuningBase, method: Method, *, num_classes: int, seed: int) -> TunedModel:

@@ -15,6 +15,7 @@ import torch
 
 from shoal.base.adapters import AdapterConfig
 from shoal.base.errors import ConfigError
+from shoal.base.training import PROMPT_TOKENS_MAX as DEEP_TOKENS_MAX
 from shoal.hf.tuning_base import LoraPairs
 from shoal.model.lora import LoraPair
 
@@ -48,6 +49,12 @@ class DeepPromptTuning(PromptTuning):
     """
 
     def __init__(self, embeddings: torch.Tensor, num_blocks: int) -> None:
+        """(P, D) values to begin with.
+
+        Raises:
+            ConfigError: no positions, or more than servers take.
+        """
+        check_deep_length(int(embeddings.shape[0]))
         super().__init__(embeddings)
         # Of no use to a model of one block: a row all the same, so that files have one shape.
         self.additions = torch.nn.Parameter(torch.zeros(max(1, num_blocks - 1), *embeddings.shape))
@@ -121,6 +128,18 @@ def prompt_from_tokens(
     _check_length(num_tokens)
     drawn = torch.randint(0, min(5000, len(table)), (num_tokens,), generator=generator)
     return table[drawn].detach().clone().float()
+
+
+def check_deep_length(num_tokens: int) -> None:
+    """See that servers take a deep prompt of so many positions.
+
+    Raises:
+        ConfigError: they don't.
+    """
+    if num_tokens > DEEP_TOKENS_MAX:
+        raise ConfigError(
+            f"a deep prompt of {num_tokens} positions: servers take at most {DEEP_TOKENS_MAX}"
+        )
 
 
 def _check_length(num_tokens: int) -> None:

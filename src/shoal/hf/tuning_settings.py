@@ -15,6 +15,9 @@ BETAS: Final = (0.9, 0.999)
 EPSILON: Final = 1e-8
 """AdamW's, as everywhere."""
 
+SEED_MAX: Final = 2**53
+"""Servers are told the seed of dropout; messages hold no larger numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningSettings:
@@ -48,6 +51,8 @@ class TuningSettings:
         for name in ("warmup_steps", "eval_every", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_option(name)} {getattr(self, name)}: at least 0")
+        if self.seed > SEED_MAX:
+            raise ConfigError(f"--seed {self.seed}: at most {SEED_MAX}")
         for name in ("learning_rate", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:

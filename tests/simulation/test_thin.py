@@ -12,7 +12,7 @@ from shoal.client.head_service import HeadLimits
 from shoal.client.thin_session import Wish
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_HEAD, open_channel
-from shoal.wire.head import AskTokens, CallShape, Options
+from shoal.wire.head import AskTokens, CallShape, Options, StopTokens
 from shoal.wire.messages import Error, Ping
 from tests.simulation.scene import now_s, scene, until
 
@@ -331,6 +331,27 @@ async def test_a_stranger_takes_no_more_than_its_share(it):
     assert (answer.code, answer.call) == ("busy", 0)
     channel.close()
     await until(lambda: it.servers["h"].heads.num_sessions == 0)
+
+
+@thin("a 0:4, h 0:4", {"h": "toy"})
+async def test_a_session_may_end_while_another_one_is_stopped(it):
+    channel = await stranger(it)
+    await channel.send(question(1, 1, count=1000), IDS)
+    await channel.send(question(2, 2), IDS)
+    heads = it.servers["h"].heads
+    await until(lambda: heads.num_sessions == 2 and heads.num_answers == 1)
+    (guest,) = heads._guests
+    # As the sweep of idle sessions does, at the worst moment.
+    guest.sessions[1].task.add_done_callback(lambda _: guest.sessions.pop(2).close())
+    await channel.send(StopTokens(1))
+    await until(lambda: heads.num_answers == 0, within_s=1.0)
+    await channel.send(question(3, 1), IDS)
+    answer = Ping(1)
+    while getattr(answer, "call", 0) != 3:
+        answer, _ = await channel.receive()
+    assert answer.tokens
+    channel.close()
+    await until(lambda: heads.num_sessions == 0)
 
 
 @thin("a 0:4, h 0:4", {"h": "toy"})

@@ -115,9 +115,9 @@ class Guest:
             case AskTokens():
                 await self._asked(message, payload)
             case StopTokens():
-                for one in self.sessions.values():
-                    if one.call == message.call:
-                        await _halt(one)
+                stopped = [one for one in self.sessions.values() if one.call == message.call]
+                for one in stopped:  # sessions may come and go meanwhile
+                    await _halt(one)
             case EndTokens():
                 ended = self.sessions.pop(message.session, None)
                 if ended is not None:
@@ -131,6 +131,7 @@ class Guest:
         one = self.sessions.get(ask.session)
         if one is not None:
             await _halt(one)  # whoever asks again has no use for the old answer
+            one = self.sessions.get(ask.session)
         try:
             self._service.check_tokens(ids)
             one = self._admit(ask, one, len(ids))

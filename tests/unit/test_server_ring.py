@@ -40,13 +40,14 @@ class Work:
 
     def __init__(self, block_s=0.01, memory=200 * MIB, *, take_s=1.0, fault=None, bad=None):
         self.span = Span(0, 0)
-        self.told = []
+        self.told, self.measured = [], 0
         self.pace_s = 0.0
         self.free_bytes = 0
         self._block_s, self._memory, self._take_s = block_s, memory, take_s
         self._fault, self._bad = fault, bad
 
     async def measure(self, model):
+        self.measured += 1
         await asyncio.sleep(0.5)
         if self._bad is not None:
             raise self._bad
@@ -202,6 +203,17 @@ async def test_a_link_that_hiccups_moves_nothing():
         ring.network.crash(identity(2).peer)
         assert await ring.spans() == {"node1": (0, 6), "node2": (6, 12)}
         assert ring.desk.turn == turn
+
+
+@virtual
+async def test_a_link_that_breaks_while_a_node_measures_does_not_begin_it_anew():
+    work = Work()
+    async with ring_of(num_nodes=1) as ring:
+        ring.join(1, work)
+        await asyncio.sleep(0.2)
+        ring.network.crash(identity(1).peer)
+        assert await ring.spans() == {"node1": (0, 12)}
+        assert work.measured == 1
 
 
 @virtual

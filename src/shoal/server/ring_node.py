@@ -87,6 +87,8 @@ class RingMember:
         self._rejoin_s = rejoin_s
         self._model: RingModel | None = None
         """What the first starter said: blocks that are served are of this model."""
+        self._measuring: asyncio.Task[Measured] | None = None
+        """Goes on when a link breaks: a machine gets ready for a ring only once."""
         self._measured: Measured | None = None
         self._stream = 0
         """Counts streams: a task of an older one is not this one's."""
@@ -120,8 +122,10 @@ class RingMember:
                 channel = await self._dial_again(dial)
             raise PeerUnreachable("its starter has begun another ring")
         finally:
-            worker.cancel()
-            await asyncio.gather(worker, return_exceptions=True)
+            works = [worker, self._measuring] if self._measuring else [worker]
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
 
     async def _dial_again(self, dial: DialStarter) -> Channel:
         deadline_s = asyncio.get_running_loop().time() + self._rejoin_s
@@ -183,29 +187,29 @@ class RingMember:
 
     async def _report(self, channel: Channel, model: RingModel) -> None:
         """Say each second how we do, and at once when that changes; what we can do, first."""
-        measuring: asyncio.Task[Measured] | None = None
         is_told = False
-        try:
-            while True:
-                if self._measured is None and measuring is None:
-                    measuring = asyncio.create_task(self._work.measure(model), name="measure")
-                    measuring.add_done_callback(lambda _: self._news.set())
-                if measuring is not None and measuring.done():
-                    self._measured, measuring = await self._result(channel, measuring), None
-                if self._measured is not None and not is_told:
-                    await channel.send(self._measured)
-                    is_told = True
-                self._news.clear()
-                await channel.send(self._said())
-                try:
-                    async with asyncio.timeout(REPORT_S):
-                        await self._news.wait()
-                except TimeoutError:
-                    pass
-        finally:
-            if measuring is not None:
-                measuring.cancel()
-                await asyncio.gather(measuring, return_exceptions=True)
+        while True:
+            if self._measured is None:
+                await self._measure(channel, model)
+            if self._measured is not None and not is_told:
+                await channel.send(self._measured)
+                is_told = True
+            self._news.clear()
+            await channel.send(self._said())
+            try:
+                async with asyncio.timeout(REPORT_S):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+
+    async def _measure(self, channel: Channel, model: RingModel) -> None:
+        """Begin, or take what has come of it."""
+        if self._measuring is None:
+            self._measuring = asyncio.create_task(self._work.measure(model), name="measure")
+            self._measuring.add_done_callback(lambda _: self._news.set())
+        elif self._measuring.done():
+            measuring, self._measuring = self._measuring, None
+            self._measured = await self._result(channel, measuring)
 
     async def _result(self, channel: Channel, measuring: asyncio.Task[Measured]) -> Measured:
         """What was measured; that it failed is told to the starter as well."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.base.adapters import DropoutKey, RowRun
+from shoal.base.adapters import AdapterConfig, AdapterId, DropoutKey, RowRun
 from shoal.base.errors import AdapterBad
+from shoal.base.spans import Span
+from shoal.model.adapter_tensors import adapter_of
 from shoal.model.lora import LoraDropout, LoraPair, lora_in, targets_of
 from shoal.model.lora_dropout import dropout_mask
+from shoal.model.lora_rows import LoraLayers
+from shoal.model.row_tiles import COUNTS
 
 KEY = DropoutKey(seed=3, step=7)
 WIDTH = 50
@@ -96,3 +100,28 @@ def test_an_unknown_target_is_named() -> None:
     for target in ("1", "q_proj"):
         with pytest.raises(AdapterBad, match="no linear layer"), lora_in(block, {target: pair}, 1):
             pass
+
+
+def test_a_size_is_probed_once_and_in_steps() -> None:
+    block = torch.nn.ModuleDict({"up": torch.nn.Linear(8, 16), "down": torch.nn.Linear(16, 8)})
+    modules = dict(block.items())
+    part = adapter_of(
+        AdapterConfig(rank=3, alpha=3.0, targets=("down", "up")),
+        "float32",
+        {
+            0: {
+                "up": LoraPair(torch.ones(3, 8), torch.ones(16, 3)),
+                "down": LoraPair(torch.ones(3, 16), torch.ones(8, 3)),
+            }
+        },
+    )
+    manifest, (entry,) = part.manifest, part.manifest.blocks
+    layers = LoraLayers(Span(0, 1), lambda _: modules, "cpu", is_exact=True)
+    assert layers.unprobed(manifest, entry) == [(3, 8), (3, 16), (8, 3), (16, 3)]
+    for size in layers.unprobed(manifest, entry):
+        assert len(list(layers.probe(size))) == len(COUNTS)
+    assert layers.unprobed(manifest, entry) == []
+    layers.load(AdapterId(1), manifest, entry, part.blocks[0])
+    assert layers.num_bytes == manifest.num_bytes(Span(0, 1))
+    plain = LoraLayers(Span(0, 1), lambda _: modules, "cpu", is_exact=False)
+    assert plain.unprobed(manifest, entry) == []

@@ -48,6 +48,10 @@ class AdaptedSequences(Sequences[C]):
         run = self._lora_thread.run
         try:
             for block in part.manifest.within(self._served):
+                for size in self._layers.unprobed(part.manifest, block):
+                    steps = self._layers.probe(size)
+                    while not await run(partial(next, steps, True)):
+                        pass  # passes of others have their turn between steps
                 data = part.blocks[block.index]
                 await run(partial(self._layers.load, adapter, part.manifest, block, data))
         except BaseException:

@@ -7,12 +7,13 @@ and oneDNN's bfloat16 calls take 40 us each where these take 5.
 
 Exact mode: the rows of one adapter in a tile are padded to counts that keep a row's bits, found
 by the probe of `exact.py` for each pair of shapes; where there are none they go one by one.
+A client chooses the shapes, so each is probed in short jobs, with passes of others between.
 Shapes: T rows of a pass, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from shoal.base.adapters import (
 from shoal.base.errors import AdapterBad, InternalError
 from shoal.base.spans import Span
 from shoal.model.adapter_tensors import read_pairs
-from shoal.model.exact import product_counts
+from shoal.model.exact import search_product_counts
 from shoal.model.lora import LoraPair, sizes_of
 from shoal.model.lora_pass import current_pass
 from shoal.model.row_tiles import RowTiles, tiles_of
@@ -37,6 +38,9 @@ from shoal.model.rows import all_finite
 
 _ALIGNMENT_BYTES: Final = 64
 """Of torch's memory on CPUs. Libraries may sum in another order where rows begin elsewhere."""
+
+Size = tuple[int, int]
+"""(outputs, inputs) of a product."""
 
 BlockModules = Callable[[int], dict[str, torch.nn.Module]]
 """The modules of a block, by path, that adapters may target."""
@@ -82,7 +86,8 @@ class LoraLayers:
         self._modules = modules
         self._device = device
         self._is_exact = is_exact
-        self._tiles: dict[tuple[torch.Size, torch.Size], RowTiles | None] = {}
+        self._counts: dict[Size, set[int]] = {}
+        """What probes found, exact mode: at most RANK_MAX for each width of the model."""
         self._hooks: dict[tuple[int, str], _Hook] = {}
 
     def check(self, manifest: AdapterManifest) -> None:
@@ -96,10 +101,24 @@ class LoraLayers:
             for shape in block.shapes:
                 _check_shape(block, shape, sizes)
 
+    def unprobed(self, manifest: AdapterManifest, block: AdapterBlock) -> list[Size]:
+        """What `probe` must see before this block is loaded. From any thread."""
+        if not self._is_exact:
+            return []
+        rank = manifest.config.rank
+        sizes = {(rank, shape.inputs) for shape in block.shapes}
+        sizes |= {(shape.outputs, rank) for shape in block.shapes}
+        return sorted(sizes - self._counts.keys())
+
+    def probe(self, size: Size) -> Iterator[None]:
+        """Find the row counts that keep a row's bits in products of this size, in steps."""
+        like = torch.empty(size, dtype=torch.float32, device=self._device)
+        self._counts[size] = yield from search_product_counts(like)
+
     def load(
         self, adapter: AdapterId, manifest: AdapterManifest, block: AdapterBlock, data: Any
     ) -> None:
-        """Take one block's tensors in.
+        """Take one block's tensors in, after `probe`.
 
         Raises:
             AdapterBad: values that are not finite.
@@ -135,10 +154,8 @@ class LoraLayers:
         return _Layer(a, b, self._tiles_for(a, b) if self._is_exact else None)
 
     def _tiles_for(self, a: torch.Tensor, b: torch.Tensor) -> RowTiles | None:
-        shapes = (a.shape, b.shape)
-        if shapes not in self._tiles:
-            self._tiles[shapes] = tiles_of(product_counts(a) & product_counts(b))
-        return self._tiles[shapes]
+        (rank, inputs), outputs = a.shape, b.shape[0]
+        return tiles_of(self._counts[rank, inputs] & self._counts[outputs, rank])
 
 
 class _Hook:

@@ -7,7 +7,7 @@ and whoever stands beside it. Pure but for the computation that is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,7 +76,20 @@ def best_counts(run: Callable[[Sequence[int], int], torch.Tensor]) -> set[int]:
     `run(numbers, num_rows)` gives the results of these rows, numbered below
     `TILE_ROWS_MAX`, in a pass of `num_rows`.
     """
-    return set(choose_class(_classes(run)))
+    search = search_counts(run)
+    while True:
+        try:
+            next(search)
+        except StopIteration as end:
+            found: set[int] = end.value
+            return found
+
+
+def search_counts(
+    run: Callable[[Sequence[int], int], torch.Tensor],
+) -> Generator[None, None, set[int]]:
+    """`best_counts`, with a stop before each row count that is tried."""
+    return set(choose_class((yield from _classes(run))))
 
 
 def fills_vectors(count: int, widths: Iterable[tuple[int, int]]) -> bool:
@@ -88,10 +101,13 @@ def fills_vectors(count: int, widths: Iterable[tuple[int, int]]) -> bool:
     return all(count * width * item_bytes % _VECTOR_BYTES == 0 for width, item_bytes in widths)
 
 
-def _classes(run: Callable[[Sequence[int], int], torch.Tensor]) -> list[list[int]]:
+def _classes(
+    run: Callable[[Sequence[int], int], torch.Tensor],
+) -> Generator[None, None, list[list[int]]]:
     """`COUNTS` in classes of equal bits; counts whose rows depend on their place are left out."""
     classes: list[tuple[list[int], torch.Tensor]] = []
     for count in reversed(COUNTS):
+        yield
         rows = _stable_rows(run, count)
         if rows is None:
             continue

@@ -210,6 +210,28 @@ def test_a_slow_reader_misses_nothing_and_disturbs_nobody(monkeypatch):
     story()
 
 
+@thin()
+async def test_reading_alone_ends_a_pause_too(it):
+    client = await it.swarm.open_thin_client(patience_s=20.0)
+    session = await client.open_session()
+    session.append(PROMPT)
+    await session.read()
+    dead = session.head
+    await head_of(it, session).crash()
+    await asyncio.sleep(0.1)
+    session.append(PROMPT)
+    await session.read()
+    (recovery,) = session.recoveries
+    assert (recovery.lost, recovery.replacement) == ((dead,), (session.head,))
+    await asyncio.sleep(30.0)  # longer than the patience: that pause must be over
+    await it.servers[it.name(dead)].start()
+    await head_of(it, session).crash()
+    assert len(await ask(session, 3)) == 3
+    assert len(session.recoveries) == 2
+    assert session.head == dead
+    session.close()
+
+
 @thin("a 0:2, b 2:4, late-h 0:4", {"late-h": "toy"})
 async def test_without_a_head_it_waits_and_then_says_so(it):
     client = await it.swarm.open_thin_client(patience_s=5.0)

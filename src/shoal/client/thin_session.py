@@ -77,7 +77,7 @@ class _Place:
 
 @dataclass(slots=True)
 class _Trouble:
-    """Since the last token."""
+    """Since the last answer."""
 
     since_s: float
     lost: PeerId | None
@@ -247,10 +247,10 @@ class ThinSession:
                         if last is not None:
                             self.append([last])
                             place.held = len(self._ids)
+                        self._recovered(place)
                         if chosen is None:
                             self._has_row = True
                             return
-                        self._recovered(place)
                         left, last = left - 1, chosen.id
                         self._has_row = is_end or not left
                         yield chosen
@@ -390,7 +390,7 @@ class ThinSession:
         raise error
 
     def _recovered(self, place: _Place) -> None:
-        """A token came: what was lost is behind us."""
+        """A token came, or all was run: what was lost is behind us."""
         peer = place.stream.peer
         self._head_class = self._client.class_of(peer) or self._head_class
         trouble, self._trouble = self._trouble, None

@@ -155,6 +155,50 @@ def test_what_is_held_is_counted_and_given_back() -> None:
     asyncio.run(backend.aclose())
 
 
+def test_trained_tensors_count_as_held_and_are_read_when_their_block_runs() -> None:
+    backend = backend_of()
+    trainer = trainer_of(backend)
+    whole = tiny_model("llama")
+    rows, gradients = seeded_rows(whole, LENGTHS)
+    plain = PassWork(span=SPAN, lengths=LENGTHS, rows=bytes(tensor_bytes(rows)), encoding="float32")
+    trained = make_tensors(whole, (0, 5)).within(SPAN)
+    least = trainer.least_bytes(plain)
+
+    async def held(work: PassWork, limit: int = 1 << 30) -> int:
+        one = trainer.begin(work, is_for_backward=True, held_bytes_max=limit)
+        while one.steps_left:
+            await one.step()
+        count = one.held_bytes
+        one.output()
+        one.turn(bytes(tensor_bytes(gradients)))
+        while one.steps_left:
+            await one.step()
+        assert not one.held_bytes  # blocks that are undone hold nothing
+        return count
+
+    async def story() -> None:
+        for limit in (least, least + 20_000, least + 300_000):  # measured under way
+            assert least <= await held(plain, limit) <= limit
+        alone = await held(plain)
+        work = replace(plain, trained=trained)
+        both = await held(work)
+        assert both >= alone + len(trained.values)
+        assert both == await held(work)
+        for limit in (least, least + 20_000, both - 1):
+            assert await held(work, limit) <= limit
+        values = bytearray(trained.values)
+        values[-4:] = b"\xff" * 4
+        bad = replace(work, trained=replace(trained, values=bytes(values)))
+        one = trainer.begin(bad, is_for_backward=True, held_bytes_max=0)
+        for _ in range(5):
+            await one.step()
+        with pytest.raises(AdapterBad, match="block 5"):
+            await one.step()
+
+    asyncio.run(story())
+    asyncio.run(backend.aclose())
+
+
 def test_what_cannot_be_is_refused() -> None:
     backend = backend_of()
     trainer = trainer_of(backend)

@@ -136,7 +136,7 @@ class PassGradients:
 
     rows: bytes
     """Of the rows that went in, in the work's encoding."""
-    tensors: bytes
+    tensors: Values
     """Of the trained tensors, in float32; empty where there are none."""
 
 
@@ -159,19 +159,19 @@ class TrainingPass(Protocol):
         """Run one block.
 
         Raises:
-            BadInput, AdapterBad: rows or tensors that can't be; found at the first step at
-                the latest.
+            BadInput, AdapterBad: rows that can't be, at the first step, or tensors of the
+                block.
             BadOutput: good values gave such as can't be.
         """
 
     def output(self) -> bytes:
-        """The rows that leave the span. Only once forward steps are done."""
+        """The rows that leave the span. Only once, when forward steps are done."""
 
     def turn(self, gradients: Values) -> None:
         """Go back, from the gradients of the rows that left. Only once, after the last step."""
 
     def gradients(self) -> PassGradients:
-        """What came of it. Only once backward steps are done."""
+        """What came of it. Only once, when backward steps are done."""
 
     def close(self) -> None:
         """Free everything. Idempotent."""
@@ -180,12 +180,15 @@ class TrainingPass(Protocol):
 class BlockTrainer(Protocol):
     """Runs training passes. Its steps and a backend's runs never overlap."""
 
+    def least_bytes(self, work: PassWork) -> int:
+        """Memory that a way back of `work` holds at the least, over blocks that are here."""
+
     def begin(self, work: PassWork, *, is_for_backward: bool, held_bytes_max: int) -> TrainingPass:
         """A pass at its start; nothing is computed yet.
 
-        What blocks compute is kept for the way back while it fits into `held_bytes_max`; for
-        the others only the rows that entered them, and they are run again. The gradients are
-        the same.
+        What blocks compute is kept for the way back while it fits into `held_bytes_max`, with
+        the rows that enter all of them; of the others only these rows, and they are run again.
+        The gradients are the same.
 
         Raises:
             BadInput: a span, lengths, sizes or an encoding that can't be.

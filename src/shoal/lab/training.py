@@ -126,6 +126,10 @@ class ToyTrainer:
         """Of the backend."""
         return self._facts()
 
+    def least_bytes(self, work: PassWork) -> int:
+        """See BlockTrainer; all that a pass holds here."""
+        return _HELD_BYTES_PER_ROW * work.num_rows * len(work.span)
+
     def begin(self, work: PassWork, *, is_for_backward: bool, held_bytes_max: int) -> _ToyPass:
         """See BlockTrainer."""
         facts = self.facts

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final, Protocol, TypeVar
 
@@ -21,14 +21,19 @@ from shoal.base.adapters import RowRun
 from shoal.base.backend import BackendFacts
 from shoal.base.errors import BadInput, BadOutput, InternalError, ShoalError
 from shoal.base.spans import Span
-from shoal.base.training import PassGradients, PassWork, TrainingPass, Values
+from shoal.base.training import BlockTensors, PassGradients, PassWork, TrainingPass, Values
 from shoal.model.device_thread import DeviceThread
 from shoal.model.lora import LoraDropout, lora_in
 from shoal.model.onednn_linear import OneDnnLinear
-from shoal.model.rows import all_finite, rows_from_bytes, rows_to_bytes
+from shoal.model.rows import all_finite, rows_from_bytes, rows_to_bytes, tensor_bytes
 from shoal.model.span_model import SpanModel
 from shoal.model.training_memory import HeldCount, leave_inference
-from shoal.model.training_tensors import BlockParts, check_shapes, parts_of
+from shoal.model.training_tensors import (
+    BlockParts,
+    check_shapes,
+    read_parts,
+    values_of,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +42,13 @@ T = TypeVar("T")
 TRANSPOSED_BYTES_MAX: Final = 2 << 30
 """Weights that are held a second time for backward passes, at most; beyond it they are turned
 again for every pass, which takes half as long again."""
+
+
+KINDS_MAX: Final = 4096
+"""Kinds of blocks and tensors whose graphs' memory is remembered: ranks can be chosen freely."""
+
+Kind = tuple[int, int, int, bool, BlockTensors | None]
+"""Block, magnitude of lengths, rank, whether there is dropout, and what is trained."""
 
 
 class WholeRunner(Protocol):
@@ -66,8 +78,12 @@ class _Ran:
     block: int
     entered: torch.Tensor
     """(T, D) rows; wants gradients."""
-    left: torch.Tensor | None
+    left: torch.Tensor | None = None
     """(T, D) rows with their graph; None: to be run again."""
+    parts: BlockParts | None = None
+    """What is trained inside it, as the graph has it."""
+    graph_bytes: int = 0
+    """Of the graph and of these tensors."""
 
 
 class TorchTrainer:
@@ -90,8 +106,8 @@ class TorchTrainer:
         """Whether the runner takes sequences of different lengths at once."""
         self.weights: frozenset[int] = frozenset()
         """Where the memory of all weights begins."""
-        self.row_bytes: dict[tuple[int, int, bool], float] = {}
-        """What graphs hold per row: by block, magnitude of lengths, whether tensors are trained."""
+        self.row_bytes: dict[Kind, float] = {}
+        """What graphs hold per row, trained tensors aside."""
         self._facts = facts
         self._thread = thread
         self._is_ready = False
@@ -101,6 +117,11 @@ class TorchTrainer:
     def facts(self) -> BackendFacts:
         """Of the backend."""
         return self._facts()
+
+    def least_bytes(self, work: PassWork) -> int:
+        """See BlockTrainer: the rows that enter each block."""
+        row = self.facts.hidden_size * self.model.dtype.itemsize
+        return work.num_rows * row * len(work.span)
 
     def begin(self, work: PassWork, *, is_for_backward: bool, held_bytes_max: int) -> TrainingPass:
         """See BlockTrainer."""
@@ -161,13 +182,17 @@ class _Pass:
         self._work = work
         self._is_for_backward = is_for_backward
         self._held_bytes_max = held_bytes_max
+        self._values = values_of(work, trainer.facts.hidden_size)
+        self._least_bytes = trainer.least_bytes(work)
         self._graph_bytes = 0
         self._next = work.span.start
         self._rows: torch.Tensor | None = None
         """(T, D) where the pass is now: rows on the way out, their gradients on the way back."""
-        self._parts: dict[int, BlockParts] = {}
         self._ran: list[_Ran] = []
         self._grads: Values | None = None
+        self._answer: bytes | None = None
+        self._found: torch.Tensor | None = None
+        """(N,) gradients of all trained values, block by block."""
         self._is_turned = False
         self._input_bytes = 0
 
@@ -189,30 +214,30 @@ class _Pass:
 
     def output(self) -> bytes:
         """The rows that left the span."""
-        if self._rows is None or self.steps_left or self._is_turned:
+        if self._answer is None or self._is_turned:
             raise InternalError("output of a pass that isn't through")
-        return self._encoded(self._rows, "rows")
+        answer, self._answer = self._answer, None
+        return answer
 
     def turn(self, gradients: Values) -> None:
         """Go back; the gradients are looked at by the first step."""
         if self._rows is None or self.steps_left or self._is_turned or not self._is_for_backward:
             raise InternalError("a pass turned that can't")
-        self._is_turned, self._grads = True, gradients
+        self._is_turned, self._grads, self._answer = True, gradients, None
 
     def gradients(self) -> PassGradients:
         """What came of it."""
-        if not self._is_turned or self._rows is None or self._ran:
+        if not self._is_turned or self._answer is None:
             raise InternalError("gradients of a pass that isn't through")
-        trained = self._work.trained
-        blocks = () if trained is None else trained.spec.blocks
-        tensors = b"".join(self._parts[block.index].gradient_bytes() for block in blocks)
-        return PassGradients(rows=self._encoded(self._rows, "gradients"), tensors=tensors)
+        answer, self._answer = self._answer, None
+        tensors = b"" if self._found is None else tensor_bytes(self._found)
+        return PassGradients(rows=answer, tensors=tensors)
 
     def close(self) -> None:
         """Free everything."""
-        self._rows = self._grads = None
+        self._rows = self._grads = self._answer = self._found = None
         self._ran.clear()
-        self._parts.clear()
+        self._values.clear()
         self._graph_bytes = self._input_bytes = 0
 
     def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -232,20 +257,24 @@ class _Pass:
         return run
 
     def _out(self) -> None:
-        if self._rows is None:
-            self._rows = self._read()
-        block, entered = self._next, self._rows.detach()
-        is_held = self._is_for_backward and self._graph_bytes < self._held_bytes_max
+        rows = self._read() if self._rows is None else self._rows
+        block, entered = self._next, rows.detach()
+        parts = self._parts_of(block)
         if self._is_for_backward:
             entered.requires_grad_()
-        with self._graph(block) if is_held else torch.no_grad():
-            left = self._run(block, entered)
-        if self._is_for_backward:
+            ran = _Ran(block=block, entered=entered)
+            left = self._run_held(ran, parts)
             self._input_bytes += entered.nbytes
-            self._ran.append(_Ran(block=block, entered=entered, left=left if is_held else None))
+            self._graph_bytes += ran.graph_bytes
+            self._ran.append(ran)
+        else:
+            with torch.no_grad():
+                left = self._run(block, entered, parts)
         self._rows, self._next = left.detach(), block + 1
-        if not self.steps_left and not all_finite(self._rows):
-            raise self._bad_output("values")
+        if not self.steps_left:
+            if not all_finite(self._rows):
+                raise self._bad_output("values")
+            self._answer = self._encoded(self._rows, "rows")
 
     def _back(self) -> None:
         if self._grads is not None:
@@ -253,11 +282,11 @@ class _Pass:
             self._grads = None
         ran = self._ran.pop()
         self._trainer.prepare_gradients(ran.block)
-        left = ran.left
+        left, parts = ran.left, ran.parts
         if left is None:
+            parts = self._parts_of(ran.block)
             with torch.enable_grad():
-                left = self._run(ran.block, ran.entered)
-        parts = self._parts.get(ran.block)
+                left = self._run(ran.block, ran.entered, parts)
         leaves = [] if parts is None else parts.leaves
         found = torch.autograd.grad(left, [ran.entered, *leaves], self._rows, allow_unused=True)
         gradients = [
@@ -265,20 +294,44 @@ class _Pass:
             for leaf, gradient in zip([ran.entered, *leaves], found, strict=True)
         ]
         self._rows = gradients[0]
-        if parts is not None:
-            parts.gradients = gradients[1:]
-        if not self._ran and not self._is_finite():
-            raise self._bad_output("gradients")
+        self._input_bytes -= ran.entered.nbytes
+        self._graph_bytes -= ran.graph_bytes
+        self._collect(ran.block, gradients[1:])
+        if not self._ran:
+            if not all_finite(self._rows):
+                raise self._bad_output("gradients")
+            self._answer = self._encoded(self._rows, "gradients")
 
-    def _run(self, block: int, rows: torch.Tensor) -> torch.Tensor:
+    def _collect(self, block: int, gradients: Sequence[torch.Tensor]) -> None:
+        """Put a block's gradients into their place."""
+        if not gradients:
+            return
+        if self._found is None:
+            count = sum(one.num_values for one in self._values.values())
+            self._found = torch.empty(count, dtype=torch.float32)
+        at = self._values[block].first
+        for one in gradients:
+            if not all_finite(one):
+                raise self._bad_output("gradients")
+            self._found[at : at + one.numel()] = one.flatten()
+            at += one.numel()
+
+    def _parts_of(self, block: int) -> BlockParts | None:
+        """What is trained inside a block: read anew each time, as reading is cheap."""
+        trained, values = self._work.trained, self._values.get(block)
+        if trained is None or values is None:
+            return None
+        trainer = self._trainer
+        return read_parts(values, trained.spec, trainer.facts.hidden_size, trainer.device)
+
+    def _run(self, block: int, rows: torch.Tensor, parts: BlockParts | None) -> torch.Tensor:
         """(T, D) behind one block, with what is trained inside it."""
-        parts = self._parts.get(block)
         if parts is not None and parts.prompt is not None:
             rows = _prompted(rows, parts.prompt, self._work.lengths)
         runner, span, outputs, at = self._trainer.runner, Span(block, block + 1), [], 0
         for first, lengths in self._groups():
             taken = rows[at : at + sum(lengths)]
-            with self._lora(block, first, lengths):
+            with self._lora(block, parts, first, lengths):
                 outputs.append(runner.run_whole(taken, lengths, span))
             at += sum(lengths)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -295,8 +348,10 @@ class _Pass:
             yield first, together
             first += len(together)
 
-    def _lora(self, block: int, first: int, lengths: Sequence[int]) -> AbstractContextManager[None]:
-        parts, trained, draw = self._parts.get(block), self._work.trained, self._work.draw
+    def _lora(
+        self, block: int, parts: BlockParts | None, first: int, lengths: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        trained, draw = self._work.trained, self._work.draw
         if parts is None or trained is None or trained.spec.config is None or not parts.pairs:
             return nullcontext()
         config, dropout = trained.spec.config, None
@@ -306,30 +361,47 @@ class _Pass:
             dropout = LoraDropout(probability=config.dropout, key=draw.key, block=block, runs=runs)
         return lora_in(self._trainer.model.block(block), parts.pairs, config.scale, dropout)
 
-    @contextmanager
-    def _graph(self, block: int) -> Iterator[None]:
-        """While inside, graphs are made; their memory is counted the first time.
+    def _run_held(self, ran: _Ran, parts: BlockParts | None) -> torch.Tensor:
+        """(T, D) behind a block, whose graph `ran` holds from now on if there is room.
 
-        Counting takes a quarter of a block's time, so blocks that ran before are reckoned by
-        what they took then.
+        Memory is counted the first time only: that takes a quarter of a block's time, so
+        blocks that ran before are reckoned by what they took then.
         """
         known, rows = self._trainer.row_bytes, self._work.num_rows
-        longest = max(self._work.lengths).bit_length()  # attention may hold its scores
-        kind = (block, longest, block in self._parts)
+        block, entered = ran.block, ran.entered
+        kind, own_bytes = self._kind(block), 0 if parts is None else parts.num_bytes
+        room = self._held_bytes_max - self._graph_bytes - self._least_bytes
+        if own_bytes + int(known.get(kind, 0.0) * rows) > room or room <= 0:
+            with torch.no_grad():
+                return self._run(block, entered, parts)
         with torch.enable_grad():
             if kind in known:
-                yield
+                left = self._run(block, entered, parts)
             else:
-                count = HeldCount(self._trainer.weights)
+                own = () if parts is None else parts.leaves
+                places = {entered.untyped_storage().data_ptr()}
+                places |= {leaf.untyped_storage().data_ptr() for leaf in own}
+                count = HeldCount(self._trainer.weights | places)
                 with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda one: one):
-                    yield
+                    left = self._run(block, entered, parts)
+                if len(known) >= KINDS_MAX:
+                    known.clear()
                 known[kind] = count.num_bytes / rows
-        self._graph_bytes += int(known[kind] * rows)
+        graph_bytes = own_bytes + int(known[kind] * rows)
+        if graph_bytes <= room:  # else it was the first of its kind
+            ran.left, ran.parts, ran.graph_bytes = left, parts, graph_bytes
+        return left
+
+    def _kind(self, block: int) -> Kind:
+        longest = max(self._work.lengths).bit_length()  # attention may hold its scores
+        trained, values = self._work.trained, self._values.get(block)
+        if trained is None or values is None:
+            return block, longest, 0, False, None
+        return block, longest, trained.spec.rank, self._work.draw is not None, values.block
 
     def _read(self) -> torch.Tensor:
         rows = self._rows_of(self._work.rows)
-        if self._work.trained is not None:
-            self._parts = parts_of(self._work, self._trainer.facts, self._trainer.device)
+        self._work = replace(self._work, rows=b"")  # the message's memory
         return rows
 
     def _read_gradients(self, values: Values) -> torch.Tensor:
@@ -349,12 +421,6 @@ class _Pass:
             return rows_to_bytes(rows, self._work.encoding)
         except BadInput as error:
             raise BadOutput(f"{what} of blocks {self._work.span}: {error.detail}") from error
-
-    def _is_finite(self) -> bool:
-        """Whether all gradients are; looked at once, at the end: such values go on and on."""
-        found = [one for parts in self._parts.values() for one in parts.gradients]
-        rows = [] if self._rows is None else [self._rows]
-        return all(map(all_finite, [*rows, *found]))
 
     def _bad_output(self, what: str) -> BadOutput:
         return BadOutput(

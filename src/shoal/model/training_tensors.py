@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from shoal.base.backend import BackendFacts
 from shoal.base.errors import AdapterBad, BadInput
-from shoal.base.training import BlockTensors, PassWork, TrainedTensors
+from shoal.base.training import BlockTensors, PassWork, TrainedSpec, TrainedTensors
 from shoal.model.lora import LoraPair, targets_of
-from shoal.model.rows import DTYPES, all_finite, tensor_bytes
+from shoal.model.rows import DTYPES, all_finite
 from shoal.model.span_model import SpanModel
 
 
@@ -23,8 +22,6 @@ class BlockParts:
     prompt: torch.Tensor | None
     """(P, D)"""
     pairs: Mapping[str, LoraPair]
-    gradients: list[torch.Tensor] = field(default_factory=list)
-    """Of the leaves, once a pass came back."""
 
     @property
     def leaves(self) -> list[torch.Tensor]:
@@ -32,24 +29,34 @@ class BlockParts:
         prompts = [] if self.prompt is None else [self.prompt]
         return prompts + [half for pair in self.pairs.values() for half in (pair.a, pair.b)]
 
-    def gradient_bytes(self) -> bytes:
-        """The gradients in float32, in the order of the tensors' bytes."""
-        found = (one.to("cpu", torch.float32) for one in self.gradients)
-        return b"".join(bytes(tensor_bytes(one)) for one in found)
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of them."""
+        return sum(leaf.nbytes for leaf in self.leaves)
 
 
-def parts_of(work: PassWork, facts: BackendFacts, device: str) -> dict[int, BlockParts]:
-    """The trained tensors of a pass, by block. They want gradients.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockValues:
+    """What is trained inside one block, as it came."""
+
+    block: BlockTensors
+    values: memoryview
+    first: int
+    """Number of its first value among those of all blocks."""
+    num_values: int
+
+
+def values_of(work: PassWork, hidden_size: int) -> dict[int, BlockValues]:
+    """Each block's share of a pass' trained tensors, uncopied.
 
     Raises:
-        BadInput: sizes that don't add up, or sequences shorter than a prompt.
-        AdapterBad: values that are not finite.
+        BadInput: sizes or blocks that don't fit, or sequences shorter than a prompt.
     """
     trained = work.trained
     if trained is None:
         return {}
-    spec, size = trained.spec, facts.hidden_size
-    num_bytes, expected = memoryview(trained.values).nbytes, spec.num_bytes(size)
+    spec = trained.spec
+    num_bytes, expected = memoryview(trained.values).nbytes, spec.num_bytes(hidden_size)
     if num_bytes != expected:
         raise BadInput(f"{num_bytes} bytes of trained tensors, not {expected}")
     if spec.prompt_tokens > min(work.lengths):
@@ -57,16 +64,29 @@ def parts_of(work: PassWork, facts: BackendFacts, device: str) -> dict[int, Bloc
             f"a deep prompt of {spec.prompt_tokens} rows and a sequence of {min(work.lengths)}: "
             "put as many rows in front of every sequence"
         )
-    dtype = DTYPES[spec.encoding]
-    parts: dict[int, BlockParts] = {}
-    for block, values in spec.parts(trained.values, size):
-        # One copy: torch wants memory that can be written to.
-        flat = torch.frombuffer(bytearray(values), dtype=dtype)
-        if not all_finite(flat):
-            raise AdapterBad(f"tensors of block {block.index} hold values that are not finite")
-        flat = flat.to(device=device, dtype=torch.float32)
-        parts[block.index] = _parts(block, flat, size, spec.rank)
-    return parts
+    found: dict[int, BlockValues] = {}
+    first = 0
+    for block, values in spec.parts(trained.values, hidden_size):
+        if block.index not in work.span:
+            raise BadInput(f"trained tensors of block {block.index}, outside of {work.span}")
+        count = block.num_values(hidden_size, spec.rank)
+        found[block.index] = BlockValues(block=block, values=values, first=first, num_values=count)
+        first += count
+    return found
+
+
+def read_parts(one: BlockValues, spec: TrainedSpec, hidden_size: int, device: str) -> BlockParts:
+    """The trained tensors of one block. They want gradients.
+
+    Raises:
+        AdapterBad: values that are not finite.
+    """
+    # One copy: torch wants memory that can be written to.
+    flat = torch.frombuffer(bytearray(one.values), dtype=DTYPES[spec.encoding])
+    if not all_finite(flat):
+        raise AdapterBad(f"tensors of block {one.block.index} hold values that are not finite")
+    flat = flat.to(device=device, dtype=torch.float32)
+    return _parts(one.block, flat, hidden_size, spec.rank)
 
 
 def _parts(block: BlockTensors, flat: torch.Tensor, size: int, rank: int) -> BlockParts:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.base.adapters import AdapterConfig, AdapterPart
 from shoal.base.errors import AdapterBad
+from shoal.model import adapter_files
 from shoal.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft, write_peft
 from shoal.model.adapter_tensors import adapter_of, pairs_of
 from shoal.model.lora import LoraPair
@@ -53,6 +54,22 @@ def test_what_is_written_is_read_again(one: AdapterPart, tmp_path: Path) -> None
     assert {k: bytes(v) for k, v in back.blocks.items()} == one.blocks
     pairs = pairs_of(back)
     assert pairs[0]["mlp.up_proj"].b.shape == (80, 2)
+
+
+def test_what_fails_amid_writing_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_peft(tmp_path, adapter(3), CONFIG, "base")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(tensors: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter_files, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        write_peft(tmp_path, adapter(), CONFIG, "base")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_target_modules_as_peft_means_them(tmp_path: Path) -> None:

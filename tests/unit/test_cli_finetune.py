@@ -167,6 +167,11 @@ def test_what_is_missing_or_in_the_way(
     assert finetune(model, "--local", "--data", data, "--out", out, "--steps", 1) == 0
     capsys.readouterr()
     assert "holds a run already" in refused(model, "--local", "--data", data, "--out", out)
+    (out / "checkpoint.safetensors").rename(tmp_path / "checkpoint")
+    assert "holds an adapter (adapter_config.json)" in refused(
+        model, "--local", "--data", data, "--out", out
+    )
+    (tmp_path / "checkpoint").rename(out / "checkpoint.safetensors")
     assert "--steps: with --resume" in refused("--local", "--resume", out, "--steps", 2)
     write(data, TEXTS[1:])
     assert "has changed since the run" in refused("--local", "--resume", out)

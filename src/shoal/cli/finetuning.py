@@ -19,7 +19,7 @@ from shoal.cli.tuning_place import Place, open_base
 from shoal.hf.saved_session import write_file
 from shoal.hf.tuning_build import build
 from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_checkpoint
-from shoal.hf.tuning_files import write_result
+from shoal.hf.tuning_files import CONFIG, TENSORS, write_result
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import steps_of
 
@@ -163,7 +163,8 @@ def begin(place: Place, asked: Asked) -> Finetuning:
     """A new run at its first step.
 
     Raises:
-        ConfigError: data that can't be used, a folder that holds a run already, an option.
+        ConfigError: data that can't be used, a folder that holds a run or an adapter already,
+            an option.
         ModelError: unknown, broken or unsupported.
         NoRouteError, PeerError: no swarm.
     """
@@ -172,6 +173,12 @@ def begin(place: Place, asked: Asked) -> Finetuning:
             f"{asked.out} holds a run already: go on with --resume {asked.out}, or give another "
             "--out"
         )
+    for name in (CONFIG, TENSORS):
+        if (asked.out / name).exists():
+            raise ConfigError(
+                f"{asked.out} holds an adapter ({name}) that would be overwritten: give another "
+                "--out"
+            )
     model = open_model(asked.given)
     examples = read_examples(asked.data, asked.method, model.source.tokenizer())
     settings = asked.settings

@@ -7,8 +7,9 @@ are. What we can't do as PEFT would is refused by the name of its option, never 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,6 +82,8 @@ def read_peft(directory: Path, model_config: Any) -> AdapterPart:
 def write_peft(directory: Path, adapter: AdapterPart, model_config: Any, base_model: str) -> None:
     """Write a whole adapter so that PEFT reads it. Makes the directory.
 
+    Each file is replaced as a whole, the weights first: what was there before is lost to no
+    failure amid it.
     `base_model` is what PEFT shall load as the base: a directory or a hub id.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -92,10 +95,22 @@ def write_peft(directory: Path, adapter: AdapterPart, model_config: Any, base_mo
             name = f"{_PREFIX}{prefix}.{index}.{target}"
             tensors[f"{name}.lora_A.weight"] = pair.a.contiguous()
             tensors[f"{name}.lora_B.weight"] = pair.b.contiguous()
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    _replace(
+        directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
     config = _config(adapter, parts, base_model)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+    _replace(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def is_peft_directory(directory: Path) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shoal.base.ids import peer_text
 from shoal.cli.app import run
 from shoal.cli.finetune_curve import smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
@@ -24,6 +25,8 @@ from shoal.hf.tuning_checkpoint import StepDone
 from shoal.hf.tuning_settings import TuningSettings
 from tests.models import tiny_model
 from tests.tuning_cases import TEMPLATE, letters
+
+ADDRESS = f"tcp://{peer_text(bytes(32))}@127.0.0.1:9"
 
 TEXTS = [{"text": "the sea is " + "blue " * (number % 3 + 1)} for number in range(10)]
 PAIRS = [{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(10)]
@@ -183,6 +186,19 @@ def test_labels_belong_to_a_classifier(
     data = write(tmp_path / "data.jsonl", LABELS)
     assert finetune(model, "--local", "--data", data, "--out", tmp_path / "out") == 2
     assert "has labels: learn them with --method classifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "most"), [("lora", 4096), ("prompt", 4080)])
+def test_examples_that_no_server_runs_are_refused_at_once(
+    method: str, most: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl", [{"text": "a" * 5000}] * 3)
+    code = finetune(
+        model, "--join", ADDRESS, "--data", data, "--out", tmp_path / "out", "--method", method,
+        "--max-length", most + 1,
+    )  # fmt: skip
+    assert code == 2
+    assert f"--max-length {most}, or learn without" in capsys.readouterr().err
 
 
 def test_the_first_interrupt_asks_and_the_second_ends(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ AccumulateOption = Annotated[
     int, typer.Option(metavar="N", help="Passes of one step: their gradients add up.")
 ]
 MaxLengthOption = Annotated[
-    int, typer.Option(metavar="N", help="Cut examples after so many tokens.")
+    int, typer.Option(metavar="N", help="Cut examples after so many tokens; servers run 4096.")
 ]
 RateOption = Annotated[
     float | None,

@@ -12,9 +12,10 @@ from shoal.hf.tuning_build import Method
 from shoal.hf.tuning_examples import Prepared, label_names, prepare, split
 from shoal.hf.tuning_lines import Line, read_lines
 from shoal.hf.tuning_settings import TuningSettings
+from shoal.server.training_limits import ROWS_PER_PASS_MAX
 
 LENGTH_MAX_LIMIT: Final = 65_536
-"""Tokens of one example; no server runs longer ones in one pass."""
+"""Tokens of one example in this process; what servers run is `Examples.check_lengths`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,24 @@ class Examples:
     def fingerprint(self) -> str:
         """Changes when the examples to learn do."""
         return self.learned.fingerprint()
+
+    def check_lengths(self, method: Method) -> None:
+        """See that servers can run every example in one pass, the prompt before it included.
+
+        Raises:
+            ConfigError: some are too long.
+        """
+        all_of_them = self.learned.examples + (
+            () if self.kept_back is None else self.kept_back.examples
+        )
+        longest = max(len(one.ids) for one in all_of_them)
+        prompt = 0 if method.name == "lora" else method.prompt_tokens
+        if longest + prompt > ROWS_PER_PASS_MAX:
+            raise ConfigError(
+                f"an example of {longest} tokens after a prompt of {prompt}: servers run at most "
+                f"{ROWS_PER_PASS_MAX} in one pass: cut examples with --max-length "
+                f"{max(2, ROWS_PER_PASS_MAX - prompt)}, or learn without servers (--local)"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,8 +163,8 @@ def begin(place: Place, asked: Asked) -> Finetuning:
     """A new run at its first step.
 
     Raises:
-        ConfigError: data that can't be used, a folder that holds a run or an adapter already,
-            an option.
+        ConfigError: data that can't be used or is too long for servers, a folder that holds a
+            run or an adapter already, an option.
         ModelError: unknown, broken or unsupported.
         NoRouteError, PeerError: no swarm.
     """
@@ -227,6 +227,8 @@ def _opened(
     model: OpenModel,
     checkpoint: Checkpoint | None,
 ) -> Finetuning:
+    if place.swarm is not None:
+        examples.check_lengths(spec.method)
     with ExitStack() as stack:
         base = open_base(place, model, stack)
         tuned = build(

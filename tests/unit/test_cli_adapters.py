@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.cli.adapters import adapter_limits, check_adapter, parse_served
+from shoal.cli.adapters import adapter_limits, check_adapter, choose_adapter, parse_served
+from shoal.cli.models import OpenModel
 from shoal.cli.status import renderables
 from shoal.client.adapters import find_adapter
+from shoal.discovery.directory import Snapshot
 from shoal.plan.routing import Wanted
 from shoal.plan.view import ServerView, SwarmView
 
@@ -63,6 +66,14 @@ def test_thin_clients_have_none() -> None:
     assert check_adapter(None, is_thin=True) is None
     with pytest.raises(ConfigError, match="--thin"):
         check_adapter("x", is_thin=True)
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "SHOAL_DEEP_PROMPT", "SHOAL_CLASSES"])
+def test_chats_name_who_takes_other_kinds(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    model = OpenModel(given="m", source=None, name="m", num_blocks=2, hidden_size=4)
+    with pytest.raises(ConfigError, match=f"use shoal generate --adapter {tmp_path}"):
+        choose_adapter(str(tmp_path), model, Snapshot(version=0))
 
 
 def test_a_client_may_keep_a_quarter() -> None:

@@ -132,7 +132,8 @@ def choose_adapter(
 
     Raises:
         AdapterBad: the directory holds none that can be used.
-        ConfigError: no such directory, and no server has one of this name.
+        ConfigError: no such directory, and no server has one of this name; or it holds what
+            only generate takes.
     """
     if not given:
         return ChosenAdapter()
@@ -144,6 +145,8 @@ def choose_adapter(
             if is_learned(directory):
                 name, prompt = read_prompt_of(directory, model)
                 return ChosenAdapter(name=name, prompt=prompt)
+        else:
+            _check_not_learned(directory)
         from shoal.model.adapter_files import read_peft
 
         part = read_peft(directory, model.source.config)
@@ -152,6 +155,17 @@ def choose_adapter(
 
     view = snapshot.view(model.name, (model.num_blocks, model.hidden_size))
     return ChosenAdapter(name=find_adapter(view, given))
+
+
+def _check_not_learned(directory: Path) -> None:
+    from shoal.hf.tuning_files import KINDS, learned_kind
+
+    kind = KINDS.get(learned_kind(directory))
+    if kind is not None:
+        raise ConfigError(
+            f"{directory} holds {kind}, and chats take LoRA adapters only: use "
+            f"shoal generate --adapter {directory}"
+        )
 
 
 def adapter_to_resume(

@@ -40,7 +40,12 @@ TEXT_BYTES_MAX: Final = 1 << 20
 _PROMPT: Final = "prompt_embeddings"
 _ADDITIONS: Final = "deep_prompts"
 _CLASSES: Final = "base_model.score.weight"
-_KINDS: Final = {"PROMPT_TUNING", "SHOAL_DEEP_PROMPT", "SHOAL_CLASSES"}
+KINDS: Final = {
+    "PROMPT_TUNING": "a prompt",
+    "SHOAL_DEEP_PROMPT": "deep prompts",
+    "SHOAL_CLASSES": "a head for classes",
+}
+"""What `learned_kind` may say but LoRA, and what people call it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +117,7 @@ def read_learned(folder: Path) -> Learned:
         ConfigError: no such folder, another kind of adapter, or altered files.
     """
     kind = learned_kind(folder)
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ConfigError(f"{folder} holds a {kind} adapter, not prompts or a head for classes")
     try:
         tensors = load(read_whole(folder / TENSORS, TENSOR_BYTES_MAX))

@@ -129,6 +129,31 @@ def test_a_killed_head_is_a_pause(model, swarm, mortal, nursery):
         swarm[1].signal(signal.SIGCONT)
 
 
+def test_a_head_that_is_told_to_stop_ends_its_answers_first(model, serve, nursery):
+    """It has no sessions of its own: the chain is another server. Meanwhile metrics answer."""
+    (chain,) = serve(model, ["0:7"])
+    launch = nursery.launch()
+    head = Server(model, "0:1", "--with-head", "--metrics", ":0", join=chain.address, launch=launch)
+    asking = None
+    try:
+        head.ready()
+        asking = Process(
+            "generate", str(model), "--join", chain.address, "--prompt", "The sea",
+            "--max-new-tokens", "400", "--threads", "1", "--thin", launch=nursery.launch(),
+        )  # fmt: skip
+        wait_until(lambda: head_of([head]) is not None, "a head that is asked")
+        head.signal(signal.SIGTERM)
+        assert "answers=1" in head.wait_line(head.out, "draining ")
+        url = head.wait_line(head.err, "metrics url=").split("url=")[1].strip()
+        assert "shoal_server_head_answers 1" in urlopen(url, timeout=30).read().decode()
+        assert asking.wait() == 0, asking.report()
+        assert "replaced by" not in "".join(asking.err)
+        assert "".join(asking.out).rstrip("\n") == alone(model, "The sea", 400)[1]
+        assert head.wait() == 0, head.report()
+    finally:
+        end_all([one for one in (asking, head) if one is not None])
+
+
 def test_a_thin_gateway_answers_as_one_with_weights(model, swarm):
     join = ("--join", swarm[0].address, "--threads", "1")
     found = [started("gateway", str(model), *join, *more) for more in ((), ("--thin",))]

@@ -177,8 +177,8 @@ DrainOption = Annotated[
         "--drain",
         metavar="S",
         min=0,
-        help="Seconds for sessions to move to other servers when this one is told to stop; 0: "
-        "stop at once, and they are repaired.",
+        help="Seconds for sessions to move to other servers, and for answers to thin clients to "
+        "end, when this one is told to stop; 0: stop at once, and they are repaired.",
     ),
 ]
 WeightsRateOption = Annotated[

@@ -47,7 +47,7 @@ from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_HEAD, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.metering import MeteredTransport
-from shoal.net.tasks import first_failure
+from shoal.net.tasks import first_failure, wait_ended
 from shoal.net.tcp import TcpTransport
 from shoal.server.adapters import BYTES_MAX
 from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
@@ -227,13 +227,15 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         if here.weights is not None:
             here.weights.yield_to(lambda: server.engine.running_tokens > 0)
         here.door.open(server)
-        stack.push_async_callback(announcer.withdraw, FAREWELL_S)
-        stack.push_async_callback(_drain, server, announcer, settings.drain_s)
-        if heads is not None:
-            stack.callback(heads.leave)
         if settings.metrics is not None:
             parts = ServerParts(server=server, transport=here.transport, heads=heads)
             await stack.enter_async_context(serving_metrics(settings.metrics, parts))
+        stack.push_async_callback(announcer.withdraw, FAREWELL_S)
+        # Not before it has drained: until then somebody must refute that it has gone.
+        stack.push_async_callback(_end, here.keeping)
+        stack.push_async_callback(_drain, server, heads, announcer, settings.drain_s)
+        if heads is not None:
+            stack.callback(heads.leave)
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={here.addresses[0]} blocks={facts.span}", flush=True)
@@ -241,7 +243,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         mover = mover_of(server, backend, announcer, load)
         keeping = [*here.keeping, *_upkeep(settings, here, server, mover, load_s)]
         stack.push_async_callback(_end, keeping[len(here.keeping) :])
-        await first_failure(*map(_wait_for, keeping), server.wait_broken())
+        await first_failure(*map(wait_ended, keeping), server.wait_broken())
 
 
 def _upkeep(
@@ -334,19 +336,23 @@ async def _fetch_items(
     await fetch_items(model, items, swarm, span)
 
 
-async def _drain(server: Server, announcer: Announcer, within_s: float) -> None:
-    """Leave in good order: nothing new comes in, and owners move their sessions elsewhere."""
-    if not len(server.sessions) or not within_s:
+async def _drain(
+    server: Server, heads: HeadService | None, announcer: Announcer, within_s: float
+) -> None:
+    """Leave in good order: nothing new comes in, owners move their sessions elsewhere, and thin
+    clients get the answers at work to their end."""
+    answers = 0 if heads is None else heads.num_answers
+    if not within_s or not (len(server.sessions) or answers):
         return
-    print(f"draining sessions={len(server.sessions)} within={within_s:.0f}s", flush=True)
+    print(f"draining sessions={len(server.sessions)} answers={answers} within={within_s:.0f}s",
+          flush=True)  # fmt: skip
     await announcer.announce("draining")
-    if not await server.drain(within_s):
-        logger.warning("sessions left behind sessions=%d; their owners repair them elsewhere",
-                       len(server.sessions))  # fmt: skip
-
-
-async def _wait_for(task: asyncio.Task[None]) -> None:
-    await task
+    works = [server.drain(within_s)]
+    if heads is not None:
+        works.append(heads.drain(within_s))
+    if not all(await asyncio.gather(*works)):
+        logger.warning("left behind sessions=%d answers=%d; their owners repair them elsewhere",
+                       len(server.sessions), 0 if heads is None else heads.num_answers)  # fmt: skip
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

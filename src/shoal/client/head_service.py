@@ -7,6 +7,7 @@ tokens and asks another one. All sessions of a stream end with it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Sequence
@@ -89,6 +90,16 @@ class HeadService:
     def leave(self) -> None:
         """Take nothing new; what is at work goes on."""
         self.is_leaving = True
+
+    async def drain(self, within_s: float) -> bool:
+        """Take nothing new; returns whether all answers at work ended in time."""
+        self.leave()
+        held = [one for guest in self._guests for one in guest.sessions.values()]
+        at_work = [one.task for one in held if one.task is not None and not one.task.done()]
+        if not at_work:
+            return True
+        _, left = await asyncio.wait(at_work, timeout=within_s)
+        return not left
 
     @property
     def num_sessions(self) -> int:

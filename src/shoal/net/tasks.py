@@ -54,3 +54,9 @@ async def first_failure(*works: Coroutine[Any, Any, None]) -> None:
     for task in tasks:
         if task in done:
             task.result()
+
+
+async def wait_ended(task: asyncio.Task[None]) -> None:
+    """Return or raise as the task does; who stops waiting does not stop it, unlike by `await`."""
+    await asyncio.wait([task])
+    task.result()

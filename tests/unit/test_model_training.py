@@ -184,6 +184,14 @@ def test_trained_tensors_count_as_held_and_are_read_when_their_block_runs() -> N
         both = await held(work)
         assert both >= alone + len(trained.values)
         assert both == await held(work)
+        one = trainer.begin(work, is_for_backward=True, held_bytes_max=1 << 30)
+        for _ in range(3):
+            await one.step()
+        most = one.narrow()
+        while one.steps_left:
+            await one.step()
+        assert least < one.held_bytes <= most < both
+        one.close()
         for limit in (least, least + 20_000, both - 1):
             assert await held(work, limit) <= limit
         values = bytearray(trained.values)

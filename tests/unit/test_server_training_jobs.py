@@ -6,19 +6,21 @@ import asyncio
 import gc
 import weakref
 
-from shoal.base.errors import SessionLost, ShoalError
+from shoal.base.errors import MessageTooLarge, PeerBusy, SessionLost, ShoalError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.base.training import BlockTrainer, PassGradients, PassWork
 from shoal.lab.clock import run_virtual
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import HIDDEN_SIZE
-from shoal.server.training_jobs import KeptPasses, PassJob
+from shoal.server.training_jobs import KEPT_PER_CLIENT_MAX, KeptPasses, PassJob
 from shoal.server.training_queue import TrainingQueue
 
 A, B = PeerId(b"a" * 32), PeerId(b"b" * 32)
 ROW = 4 * HIDDEN_SIZE
 SPAN = Span(0, 4)
+PASS_BYTES = 64 * 2 * 4
+"""What a toy pass of two rows holds."""
 
 
 class Bytes(bytearray):
@@ -113,5 +115,46 @@ def test_calls_that_wait_or_run_when_the_server_moves_are_lost_not_bad() -> None
             1: SessionLost,
             2: SessionLost,
         }
+
+    run_virtual(story)
+
+
+def test_passes_that_run_at_once_share_the_memory() -> None:
+    async def story() -> None:
+        place = Place(total_bytes_max=4 * PASS_BYTES)
+        kept = place.job(B)
+        await finish(kept)
+        jobs = [place.job(PeerId(bytes([n]) * 32), back=True) for n in range(8)]
+        for job in jobs:
+            await job.step()  # all begin before any is through
+        refused = [job for job in jobs if job.is_over]
+        assert len(refused) == 4
+        assert all(isinstance(error, PeerBusy) for error in place.errors.values())
+        assert not len(place.kept)  # it made room, and so did passes that might have held more
+        place.errors.clear()
+        await asyncio.gather(*(finish(job) for job in jobs))
+        await finish(place.job(A, back=True))
+        assert not place.errors
+        large = place.job(A, 9, back=True)
+        await finish(large)
+        assert [type(error) for error in place.errors.values()] == [MessageTooLarge]
+        assert place.backend.training.num_open == 0
+
+    run_virtual(story)
+
+
+def test_what_is_kept_of_a_client_is_bounded_and_nothing_depends_on_it() -> None:
+    async def story() -> None:
+        place = Place()
+        for number in range(KEPT_PER_CLIENT_MAX + 1):
+            await finish(place.job(A, number=number))
+        assert len(place.kept) == KEPT_PER_CLIENT_MAX == len(place.results) - 1
+        small = Place(client_bytes_max=2 * PASS_BYTES - 1)
+        await finish(small.job(A))
+        await finish(small.job(A, number=2))
+        assert len(small.kept) == 1
+        await finish(small.job(A, None, back=True))
+        await finish(small.job(A, None, number=2, back=True))
+        assert {call: type(error) for call, error in small.errors.items()} == {4: SessionLost}
 
     run_virtual(story)

@@ -173,6 +173,9 @@ class TrainingPass(Protocol):
     def gradients(self) -> PassGradients:
         """What came of it. Only once, when backward steps are done."""
 
+    def narrow(self) -> int:
+        """Hold no more graphs than now; returns what it holds at the most from now on."""
+
     def close(self) -> None:
         """Free everything. Idempotent."""
 

@@ -230,6 +230,12 @@ class _ToyPass:
         """What came of it."""
         return PassGradients(rows=self._encoded(), tensors=b"".join(reversed(self._tensors)))
 
+    def narrow(self) -> int:
+        """What is held grows with the blocks, whatever the limit."""
+        if not self._is_for_backward or self._is_turned:
+            return self.held_bytes
+        return self._trainer.least_bytes(self._work)
+
     def close(self) -> None:
         """Free everything."""
         if not self._is_closed:

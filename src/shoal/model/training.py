@@ -233,6 +233,13 @@ class _Pass:
         tensors = b"" if self._found is None else tensor_bytes(self._found)
         return PassGradients(rows=answer, tensors=tensors)
 
+    def narrow(self) -> int:
+        """See TrainingPass. Between steps."""
+        if not self._is_for_backward or self._is_turned:
+            return self.held_bytes
+        self._held_bytes_max = self._graph_bytes + self._least_bytes
+        return self._held_bytes_max
+
     def close(self) -> None:
         """Free everything."""
         self._rows = self._grads = self._answer = self._found = None

@@ -2,6 +2,7 @@
 
 A kept pass saves its way back from running the blocks forward again. It is a favour: it is
 bounded, dropped at will, and whoever comes back for one that is gone sends the rows again.
+What passes under way may hold is set aside when they begin.
 """
 
 from __future__ import annotations
@@ -12,14 +13,31 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from shoal.base.backend import BackendFacts
-from shoal.base.errors import InternalError, SessionLost, ShoalError
+from shoal.base.errors import (
+    InternalError,
+    MessageTooLarge,
+    PeerBusy,
+    SessionLost,
+    ShoalError,
+)
 from shoal.base.ids import PeerId, short
-from shoal.base.training import BlockTrainer, PassGradients, PassWork, TrainingPass, Values
+from shoal.base.training import (
+    BlockTrainer,
+    PassGradients,
+    PassWork,
+    TrainedTensors,
+    TrainingPass,
+    Values,
+)
+from shoal.server.training_limits import BUSY_RETRY_S
 
 logger = logging.getLogger(__name__)
 
 KEPT_S: Final = 120.0
 """A pass that nobody came back for is dropped after this: steps of optimisers are shorter."""
+
+KEPT_PER_CLIENT_MAX: Final = 256
+"""Kept passes of one client, however small: a step has some dozens of micro-batches."""
 
 
 class Answers(Protocol):
@@ -39,6 +57,8 @@ class _Kept:
     training_pass: TrainingPass
     since_s: float
     held_bytes: int
+    tensors: TrainedTensors | None
+    """Their values are not counted: the client may have no more of them than its quota."""
 
 
 class KeptPasses:
@@ -48,7 +68,8 @@ class KeptPasses:
         self._client_bytes_max = client_bytes_max
         self._total_bytes_max = total_bytes_max
         self._kept: dict[tuple[PeerId, int], _Kept] = {}
-        self._running: dict[int, TrainingPass] = {}
+        self._reserved: dict[int, tuple[TrainingPass, int]] = {}
+        """Passes under way, and how many bytes each may hold."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -59,31 +80,72 @@ class KeptPasses:
             kept.held_bytes for (one, _), kept in self._kept.items() if client in (None, one)
         )
 
-    def runs(self, one: TrainingPass) -> None:
-        """A pass is on its way; it counts until `ran`."""
-        self._running[id(one)] = one
+    def reserve(self, one: TrainingPass, num_bytes: int) -> None:
+        """A pass is on its way and may hold so much; it counts until `release`."""
+        self._reserved[id(one)] = one, num_bytes
 
-    def ran(self, one: TrainingPass) -> None:
+    def release(self, one: TrainingPass) -> None:
         """A pass is kept now, or over."""
-        self._running.pop(id(one), None)
+        self._reserved.pop(id(one), None)
 
-    def room_to_run(self, pass_bytes_max: int) -> int:
-        """What a way back that begins anew may hold, now that others run as well."""
-        running = sum(one.held_bytes for one in self._running.values())
-        return max(0, min(pass_bytes_max, self._total_bytes_max - running))
+    def room_to_run(self, pass_bytes_max: int, least_bytes: int, now_s: float) -> int:
+        """What a way back that begins anew may hold; others make room for the least.
 
-    def room(self, client: PeerId, now_s: float) -> int:
-        """How much more may be kept for a client."""
+        Raises:
+            MessageTooLarge: `least_bytes` are more than all may hold.
+            PeerBusy: others hold too much now.
+        """
         self.expire(now_s)
-        mine = self._client_bytes_max - self.held_bytes(client)
-        running = sum(one.held_bytes for one in self._running.values())
-        return max(0, min(mine, self._total_bytes_max - self.held_bytes() - running))
+        if least_bytes > self._total_bytes_max:
+            raise MessageTooLarge(
+                f"the rows that enter these blocks are {least_bytes} bytes, and this server holds "
+                f"{self._total_bytes_max}: send fewer rows at once"
+            )
+        if self._free_bytes < least_bytes:
+            for one, _ in list(self._reserved.values()):
+                self.reserve(one, one.narrow())
+        while self._kept and self._free_bytes < least_bytes:
+            self.drop(*next(iter(self._kept)))
+        if self._free_bytes < least_bytes:
+            raise PeerBusy("the memory for training is taken", retry_after_s=BUSY_RETRY_S)
+        return max(least_bytes, self._share(pass_bytes_max))
 
-    def keep(self, client: PeerId, number: int, one: TrainingPass, now_s: float) -> None:
+    def room_to_keep(self, client: PeerId, pass_bytes_max: int, now_s: float) -> int:
+        """What one more pass of a client may hold; 0: nothing more is kept of it."""
+        self.expire(now_s)
+        if sum(one == client for one, _ in self._kept) >= KEPT_PER_CLIENT_MAX:
+            return 0
+        mine = self._client_bytes_max - self.held_bytes(client)
+        return max(0, min(mine, self._share(pass_bytes_max)))
+
+    @property
+    def _free_bytes(self) -> int:
+        reserved = sum(num_bytes for _, num_bytes in self._reserved.values())
+        return self._total_bytes_max - self.held_bytes() - reserved
+
+    def _share(self, pass_bytes_max: int) -> int:
+        """A pass gets half of what is free at most: others come before it is through."""
+        return max(0, min(pass_bytes_max, self._free_bytes // 2))
+
+    def keep(
+        self,
+        client: PeerId,
+        number: int,
+        one: TrainingPass,
+        tensors: TrainedTensors | None,
+        now_s: float,
+    ) -> None:
         """Keep a pass that went through, in place of one of that number."""
         self.drop(client, number)
-        kept = _Kept(training_pass=one, since_s=now_s, held_bytes=one.held_bytes)
-        self._kept[(client, number)] = kept
+        self._kept[(client, number)] = _Kept(
+            training_pass=one, since_s=now_s, held_bytes=one.held_bytes, tensors=tensors
+        )
+
+    def drop_with(self, client: PeerId, tensors: TrainedTensors) -> None:
+        """Free the passes of a client that have these tensors: it gave them up."""
+        for (one, number), kept in list(self._kept.items()):
+            if one == client and kept.tensors is tensors:
+                self.drop(one, number)
 
     def has(self, client: PeerId, number: int) -> bool:
         """Whether the pass is kept."""
@@ -193,8 +255,9 @@ class PassJob:
         if not self._is_backward:
             self._answers.done(self._call, one.output())
             if self._is_kept and one.held_bytes:
-                self._kept.ran(one)
-                self._kept.keep(self._client, self.number, one, self._clock())
+                self._kept.release(one)
+                tensors = None if self._work is None else self._work.trained
+                self._kept.keep(self._client, self.number, one, tensors, self._clock())
                 self._pass = None
         elif self._is_back:
             self._answers.done(self._call, one.gradients())
@@ -209,27 +272,27 @@ class PassJob:
             if kept is None:
                 raise SessionLost("the pass is not kept any more: send its rows again")
             self._pass = kept
-            self._kept.runs(kept)
             self._turn(kept)
             return kept
         span, mine = self._work.span, self._facts().span
         if not mine.covers(span):  # they were when the call came
             raise SessionLost(f"blocks {span} are not served here any more (we have {mine})")
-        room = self._kept.room_to_run(self._held_bytes_max)
-        is_for_backward = self._is_backward
-        if not is_for_backward and self._is_kept:
-            room = min(room, self._kept.room(self._client, self._clock()))
-            is_for_backward = self._is_kept = room > 0
-        self._pass = self._trainer().begin(
-            self._work, is_for_backward=is_for_backward, held_bytes_max=room
-        )
-        self._kept.runs(self._pass)
+        trainer, now_s = self._trainer(), self._clock()
+        least_bytes, room, is_for_backward = trainer.least_bytes(self._work), 0, self._is_backward
+        if is_for_backward:
+            room = self._kept.room_to_run(self._held_bytes_max, least_bytes, now_s)
+        elif self._is_kept:
+            room = self._kept.room_to_keep(self._client, self._held_bytes_max, now_s)
+            is_for_backward = self._is_kept = room >= max(1, least_bytes)
+        self._pass = trainer.begin(self._work, is_for_backward=is_for_backward, held_bytes_max=room)
+        self._kept.reserve(self._pass, room if is_for_backward else 0)
         return self._pass
 
     def _turn(self, one: TrainingPass) -> None:
         if self._gradients is None:
             raise InternalError("a way back without gradients")
         one.turn(self._gradients)
+        self._kept.reserve(one, one.held_bytes)  # it holds no more from now on
         self._gradients, self._is_back = None, True
 
     def _fail(self, error: ShoalError) -> None:
@@ -240,6 +303,6 @@ class PassJob:
     def _close(self) -> None:
         self._work = self._gradients = None  # whoever still holds the job holds no rows
         if self._pass is not None:
-            self._kept.ran(self._pass)
+            self._kept.release(self._pass)
             self._pass.close()
             self._pass = None

@@ -263,7 +263,9 @@ class Visitor:
 
     def _put(self, message: PutTensors, data: memoryview) -> None:
         """Hold tensors; the oldest make room."""
-        self._tensors.pop(message.name, None)
+        before = self._tensors.pop(message.name, None)
+        if before is not None:
+            self._server.kept.drop_with(self._client, before)
         limit = self._server.limits.tensor_bytes_per_client
         held = sum(memoryview(one.values).nbytes for one in self._tensors.values())
         while self._tensors and (
@@ -271,6 +273,7 @@ class Visitor:
         ):
             _, oldest = self._tensors.popitem(last=False)
             held -= memoryview(oldest.values).nbytes
+            self._server.kept.drop_with(self._client, oldest)
         self._tensors[message.name] = TrainedTensors(spec=spec_of(message), values=data)
 
     def _job(self, message: Forward | Backward, data: memoryview) -> PassJob:

@@ -497,6 +497,24 @@ async def test_a_move_lets_go_of_passes_and_ends_no_run(it):
 
 
 @scene("a 0:4, spare-b 0:4")
+async def test_one_servers_word_ends_no_run_and_two_do(it):
+    def refuse(*_, **__):
+        raise BadInput("bad, believe me")
+
+    rng = random.Random(20)
+    client = training(it, lanes_max=1)
+    it["a"].backend.training.begin = refuse
+    await check_step(client, draw_batch(rng, WHOLE, 0), rng)
+    assert client.repairs
+    it["spare-b"].backend.training.begin = refuse
+    began_s = now_s()
+    with pytest.raises(BadInput, match="believe me"):
+        await client.forward(draw_batch(rng, WHOLE, 1), is_kept=False)
+    assert now_s() - began_s < 10
+    await client.close()
+
+
+@scene("a 0:4, spare-b 0:4")
 async def test_gradients_come_in_one_order_whoever_is_there(it):
     rng = random.Random(19)
     client = training(it)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TERMINAL: Final = (BadInput, AdapterBad, ConfigError, MessageTooLarge)
-"""Failures that no other server would change."""
+"""Failures that no other server would change, if they are what a server says they are."""
 
 PAUSE_S: Final = 0.25
 """Before the same server is tried again; doubled each time."""
@@ -92,6 +92,8 @@ class Trouble:
         self._host = host
         self._since_s: float | None = None
         self._strikes: dict[PeerId, int] = {}
+        self._doubted: dict[type[ShoalError], PeerId] = {}
+        """Who said first that nobody would do better."""
         self._retry_s: dict[PeerId, float] = {}
         """How long to wait before a peer is asked again."""
 
@@ -140,8 +142,9 @@ class Trouble:
 
         Raises:
             ShoalError: the failure itself, where nobody else would do better or patience ends.
+                That no other server would do better is believed of two, or where there is no other.
         """
-        if isinstance(error, TERMINAL):
+        if isinstance(error, TERMINAL) and self._is_believed(lane, stage, error):
             raise error
         peer, now_s = stage.peer, asyncio.get_running_loop().time()
         logger.info("training failed peer=%s span=%s reason=%s: %s",
@@ -167,6 +170,22 @@ class Trouble:
             lane.mend(stage, self.experience())
 
         await self.until_found(mend)
+
+    def _is_believed(self, lane: Lane, stage: Stage, error: ShoalError) -> bool:
+        """Whether a server's word that nobody would do better ends the matter."""
+        first = self._doubted.setdefault(type(error), stage.peer)
+        if first != stage.peer:
+            return True
+        view = self._host.view()
+        others = tuple(one for one in view.servers if one.peer != stage.peer)
+        try:
+            choose_chain(
+                replace(view, servers=others), stage.span, self.experience(), self._host.rng,
+                wanted=lane.wanted,
+            )  # fmt: skip
+        except NoRouteError:
+            return True
+        return False
 
     def passed(self, stage: Stage) -> None:
         """A server did its part."""

@@ -3,16 +3,20 @@
 import asyncio
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import ConfigError, PeerBusy, PeerRefused, PeerUnreachable
 from shoal.base.spans import Span
+from shoal.cli import ring_join
 from shoal.cli.app import run
+from shoal.cli.joining import SwarmChoice
 from shoal.cli.ring_config import RingConfig, parse_split, read_config
 from shoal.cli.ring_file import RingFile, find_ring, written
-from shoal.cli.ring_host import RESERVE_BYTES, check_room
+from shoal.cli.ring_host import RESERVE_BYTES, HostSettings, check_room
+from shoal.cli.ring_join import JoinSettings, join_until_over
 from shoal.cli.ring_memory import container_left, memory_left, process_memory
 from shoal.cli.ring_show import as_dict, table_of
 from shoal.cli.ring_sizes import ring_sizes
@@ -21,7 +25,12 @@ from shoal.model.measure import measure_block_times
 from shoal.model.probe_source import ProbeSource
 from shoal.model.span_model import block_bytes
 from shoal.model.torch_backend import BackendConfig, load_backend
-from shoal.wire.ring import RingNode, RingState
+from shoal.net.address import ListenAddress
+from shoal.net.channel import accept_channel
+from shoal.net.identity import Identity
+from shoal.net.membership import SwarmPass
+from shoal.net.tcp import TcpTransport
+from shoal.wire.ring import JoinRing, RingNode, RingState
 from tests.models import NUM_BLOCKS, tiny_source
 
 TOML = """
@@ -225,3 +234,40 @@ def test_a_view_of_the_nodes():
     text = console.export_text()
     for part in ("board", "[0,2)", "failed: [disk] full", "peak 6", "7 MiB", "2.00 ms", "25%"):
         assert part in text
+
+
+def test_a_machine_that_is_not_taken_asks_again(monkeypatch, capsys):
+    monkeypatch.setattr(ring_join, "LOOK_S", 0.01)
+    answers = [PeerBusy("no more nodes"), PeerBusy("no more nodes"), PeerRefused("go away")]
+    swarm_pass = SwarmPass.open("tests")
+
+    async def serve(stream):
+        channel, _ = await accept_channel(stream, swarm_pass)
+        try:
+            assert isinstance((await channel.receive())[0], JoinRing)
+            await channel.refuse(answers.pop(0))
+        except PeerUnreachable:
+            pass  # who only sees whether we are here
+
+    async def story():
+        transport = TcpTransport(Identity.generate())
+        listener = await transport.listen(ListenAddress("tcp", "127.0.0.1", 0), serve)
+        settings = JoinSettings(
+            swarm=SwarmChoice(joins=(listener.address,), name="tests", invite=None),
+            name="n", listen=None, announce=None,
+            host=HostSettings(threads=1, memory_bytes=None), cache_limit_bytes=1,
+            patience_s=5.0, is_once=False,
+        )  # fmt: skip
+        try:
+            with pytest.raises(PeerRefused, match="go away"):
+                await join_until_over(settings)
+            answers.append(PeerBusy("no more nodes"))
+            with pytest.raises(PeerBusy):
+                await join_until_over(replace(settings, is_once=True))
+        finally:
+            await transport.close()
+
+    asyncio.run(story())
+    out, err = capsys.readouterr()
+    assert err.count("no more nodes") == 1
+    assert "joined" not in out

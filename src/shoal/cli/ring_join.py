@@ -74,18 +74,28 @@ async def join_until_over(settings: JoinSettings) -> None:
         ShoalError: no starter answers in time, it refuses us, or this machine can't help.
     """
     patience_s: float | None = settings.patience_s
+    is_told = False
     while True:
         starter = await _find_starter(settings, patience_s)
+        patience_s = None
         try:
             reason = await _one_ring(settings, starter)
         except (PeerUnreachable, PeerTimeout) as error:
             if settings.is_once:
                 raise
             reason = error.detail
+        except PeerBusy as error:  # the ring is full, or about to end
+            if settings.is_once:
+                raise
+            if not is_told:
+                print(f"{error.detail}; asking again, Ctrl-C leaves", file=sys.stderr, flush=True)
+            is_told = True
+            await asyncio.sleep(LOOK_S)
+            continue
+        is_told = False
         print(f"the ring is over: {reason}", file=sys.stderr, flush=True)
         if settings.is_once:
             return
-        patience_s = None
         print("waiting for the next ring; Ctrl-C leaves", file=sys.stderr, flush=True)
 
 
@@ -148,11 +158,13 @@ async def _one_ring(settings: JoinSettings, addresses: tuple[Address, ...]) -> s
         stack.push_async_callback(transport.close)
         base = await stack.enter_async_context(AsyncExitStack())  # outlives the host
         starter = Place(addresses[0].peer, addresses)
+        name = settings.name or platform.node()
 
         def peers(footing: Footing) -> Swarm:
             return RingSwarm(transport, swarm_pass, footing.directory.snapshot, starter)
 
         async def get_model(ring: RingModel) -> tuple[OpenModel, Footing]:
+            print(f"joined peer={peer_text(identity.peer)} name={name}", flush=True)
             quiet_transformers()
             nobody = Swarm(transport, swarm_pass, _nobody)
             model = await open_from(ring.model.hex(), nobody, [starter], settings.cache_limit_bytes)
@@ -168,9 +180,7 @@ async def _one_ring(settings: JoinSettings, addresses: tuple[Address, ...]) -> s
             return model, footing
 
         host = await stack.enter_async_context(RingHost(settings.host, get_model, peers))
-        name = settings.name or platform.node()
         member = RingMember(host, name)
-        print(f"joined peer={peer_text(identity.peer)} name={name}", flush=True)
         return await member.run(lambda: _dial(addresses, transport, swarm_pass))
 
 

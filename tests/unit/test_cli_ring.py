@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -13,24 +14,28 @@ from shoal.base.spans import Span
 from shoal.cli import ring_join
 from shoal.cli.app import run
 from shoal.cli.joining import SwarmChoice
+from shoal.cli.models import OpenModel
 from shoal.cli.ring_config import RingConfig, parse_split, read_config
 from shoal.cli.ring_file import RingFile, find_ring, written
+from shoal.cli.ring_footing import stand
 from shoal.cli.ring_host import RESERVE_BYTES, HostSettings, check_room
 from shoal.cli.ring_join import JoinSettings, join_until_over
 from shoal.cli.ring_memory import container_left, memory_left, process_memory
 from shoal.cli.ring_show import as_dict, table_of
 from shoal.cli.ring_sizes import ring_sizes
 from shoal.cli.ring_up import starter_keys
+from shoal.model.manifest import build_manifest
 from shoal.model.measure import measure_block_times
 from shoal.model.probe_source import ProbeSource
 from shoal.model.span_model import block_bytes
 from shoal.model.torch_backend import BackendConfig, load_backend
-from shoal.net.address import ListenAddress
+from shoal.net.address import Address, ListenAddress
 from shoal.net.channel import accept_channel
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
+from shoal.net.memory import MemoryNetwork
 from shoal.net.tcp import TcpTransport
-from shoal.wire.ring import JoinRing, RingNode, RingState
+from shoal.wire.ring import JoinRing, RingModel, RingNode, RingState
 from tests.models import NUM_BLOCKS, tiny_source
 
 TOML = """
@@ -234,6 +239,32 @@ def test_a_view_of_the_nodes():
     text = console.export_text()
     for part in ("board", "[0,2)", "failed: [disk] full", "peak 6", "7 MiB", "2.00 ms", "25%"):
         assert part in text
+
+
+def test_who_finds_nobody_to_join_listens_no_more():
+    source = tiny_source()
+    manifest = build_manifest(source)
+    model = OpenModel(
+        given="tiny", source=source, name=bytes(16).hex(), num_blocks=NUM_BLOCKS, hidden_size=8,
+        manifest=manifest,
+    )  # fmt: skip
+    me = Identity.generate()
+
+    async def story():
+        transport = MemoryNetwork().transport(me.peer)
+        nobody = Address("memory", Identity.generate().peer, "nobody", 1)
+        for _ in range(2):
+            async with AsyncExitStack() as stack:
+                with pytest.raises(PeerUnreachable):
+                    await stand(
+                        stack, me, SwarmPass.open("tests"), transport, model=model,
+                        ring=RingModel(bytes(16), "float32", "none", "auto", 16),
+                        listen=ListenAddress("memory", "node", 1), joins=(nobody,),
+                        weights_bytes_per_s=1 << 20,
+                    )  # fmt: skip
+        await transport.close()
+
+    asyncio.run(story())
 
 
 def test_a_machine_that_is_not_taken_asks_again(monkeypatch, capsys):

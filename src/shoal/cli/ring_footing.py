@@ -62,7 +62,11 @@ async def stand(
     facts = empty_facts(model, ring.dtype, ring.cache_tokens)
     door = Door(swarm_pass, book, facts, offered)
     listener = await transport.listen(listen, door.serve_stream)
-    await stack.enter_async_context(directory)
+    try:
+        await stack.enter_async_context(directory)
+    except BaseException:
+        await listener.close()  # who tries again would not get the port
+        raise
     return Footing(
         identity=identity,
         swarm_pass=swarm_pass,

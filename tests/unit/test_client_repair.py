@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from shoal.base.errors import NoRouteError, PeerBusy, PeerMisbehaved, ShoalError
+from shoal.base.errors import AdapterBad, NoRouteError, PeerBusy, PeerMisbehaved, ShoalError
 from shoal.base.ids import PeerId, SessionId
 from shoal.base.spans import Span
 from shoal.client.experience import ExperienceBook
@@ -213,6 +213,30 @@ def test_who_refuses_is_passed_over(error, until_s):
             assert not it.experience.has_failures
             assert it.experience.snapshot(until_s - 0.5).avoid == {peer(2)}
             assert it.experience.snapshot(until_s + 0.5).avoid == frozenset()
+
+    run_virtual(run)
+
+
+BAD = AdapterBad("no layer of that name")
+
+
+@pytest.mark.parametrize(
+    ("servers", "refusing", "ends"),
+    [(SPARE, {2}, False), (SPARE, {2, 3}, True), (SPARE[:2], {2}, True)],
+    ids=["one of two", "both", "the only one"],
+)
+def test_one_servers_word_on_an_adapter_is_not_enough(servers, refusing, ends):
+    async def run():
+        it = Servers(*servers)
+        it.refusing = {peer(number): BAD for number in refusing}
+        state, began_s = make_state(), now_s()
+        if ends:
+            with pytest.raises(AdapterBad, match="no layer"):
+                await supervise(it, state).mend()
+        else:
+            await supervise(it, state).mend()
+            assert hops(state.chain) == [(1, 0, 2), (3, 2, 4)]
+        assert now_s() - began_s < PATIENCE_S / 2
 
     run_virtual(run)
 

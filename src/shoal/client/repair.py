@@ -80,17 +80,6 @@ class Swarm(tending.Swarm, Protocol):
         """The session can't go on: forget it here and at its servers."""
 
 
-def _check_adapter(followed: Followed) -> None:
-    """Give up where a server can't use the session's adapter: no other one could.
-
-    Raises:
-        AdapterBad: what is wrong with it.
-    """
-    for error in followed.refused.values():
-        if isinstance(error, AdapterBad):
-            raise error
-
-
 class Supervisor:
     """Opens one session's chain and mends it until the session ends."""
 
@@ -116,6 +105,8 @@ class Supervisor:
         """How often peers failed or refused in the repair that runs."""
         self._held: dict[tuple[PeerId, int], int] = {}
         """The least that hops said to hold in it: what came later is replay."""
+        self._adapter_bad_at: set[PeerId] = set()
+        """Peers that said in it that the adapter can't be."""
         self._refusing: set[PeerId] = set()
         """Peers that answered in it, and would not."""
 
@@ -181,6 +172,7 @@ class Supervisor:
         lost: set[PeerId] = set()
         self._strikes.clear()
         self._refusing.clear()
+        self._adapter_bad_at.clear()
         self._held.clear()
         while True:
             state.check_open()
@@ -197,7 +189,7 @@ class Supervisor:
                 if not followed.refused and not self._concerns_chain(state.trouble):
                     state.take_trouble()
                     break
-                _check_adapter(followed)
+                self._check_adapter(followed, chain)
                 lost |= self._learn(followed)
                 error = next(iter(followed.refused.values()), NoRouteError("servers keep failing"))
             except NoRouteError as failure:
@@ -374,6 +366,35 @@ class Supervisor:
             self._state.chain = ()
             self._state.standbys = ()
         return followed
+
+    def _check_adapter(self, followed: Followed, chain: Sequence[Stage]) -> None:
+        """Give up where servers can't use the session's adapter.
+
+        Two are believed that no other one could, or one where nobody else has its blocks.
+
+        Raises:
+            AdapterBad: what is wrong with it.
+        """
+        for peer, error in followed.refused.items():
+            if isinstance(error, AdapterBad):
+                self._adapter_bad_at.add(peer)
+                if len(self._adapter_bad_at) > 1 or self._is_alone(peer, chain):
+                    raise error
+
+    def _is_alone(self, peer: PeerId, chain: Sequence[Stage]) -> bool:
+        """Whether nobody else has some of a server's blocks."""
+        view = self._swarm.view()
+        others = replace(view, servers=tuple(one for one in view.servers if one.peer != peer))
+        experience = self._swarm.experience.snapshot(asyncio.get_running_loop().time())
+        try:
+            for stage in chain:
+                if stage.peer == peer and len(stage.span):
+                    choose_chain(
+                        others, stage.span, experience, self._swarm.rng, wanted=self._wanted
+                    )
+        except NoRouteError:
+            return True
+        return False
 
     def _learn(self, followed: Followed) -> set[PeerId]:
         """Whom to avoid after a refusal, and for how long; returns who must be replaced."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+import random
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
+from shoal.base.adapters import AdapterId
 from shoal.base.backend import BlockBackend, SequenceId
-from shoal.base.errors import BadInput, ConfigError, InternalError
+from shoal.base.errors import AdapterMissing, BadInput, ConfigError, InternalError
 from shoal.base.spans import Span
+from shoal.lab.toy_adapters import toy_adapter
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.server.switching import SwitchingBackend
 from tests.contracts.backend_cases import Bench, Subject
@@ -136,6 +139,15 @@ def test_old_sequences_stay_and_new_ones_go_to_the_new_blocks() -> None:
     assert old.is_closed
     with pytest.raises(BadInput, match=r"blocks \[0,2\) are not served here"):
         backend.open(SequenceId(5), Span(0, 2))
+
+
+def test_an_adapter_of_the_new_blocks_is_not_in_the_old_ones() -> None:
+    backend, adapter = SwitchingBackend(toy(Span(0, 4))), AdapterId(1)
+    backend.add(toy(Span(2, 6)))
+    asyncio.run(backend.load_adapter(adapter, toy_adapter(random.Random(1), BLOCKS)))
+    backend.open(SequenceId(1), Span(2, 4), adapter)
+    with pytest.raises(AdapterMissing, match=r"blocks \[0,2\) are being left"):
+        backend.open(SequenceId(2), Span(0, 2), adapter)
 
 
 def test_only_the_blocks_may_change() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from shoal.base.adapters import AdapterId, AdapterManifest, AdapterPart
 from shoal.base.backend import BackendFacts, BlockBackend, Call, Outcome, SequenceId
-from shoal.base.errors import BadInput, ConfigError, InternalError
+from shoal.base.errors import AdapterMissing, BadInput, ConfigError, InternalError
 from shoal.base.spans import Span
 from shoal.base.training import BlockTrainer
 
@@ -76,11 +76,14 @@ class SwitchingBackend:
 
         Raises:
             BadInput: none has it (any more).
+            AdapterMissing: only the old one has the blocks, and the adapter came after it.
         """
         self._check_new(sequence)
         home = next((one for one in self._backends() if one.facts.span.covers(span)), None)
         if home is None:
             raise BadInput(f"blocks {span} are not served here (we have {self.facts.span})")
+        if home is self._old and adapter is not None and not home.holds_adapter(adapter):
+            raise AdapterMissing(f"blocks {span} are being left here, and take no new adapters")
         home.open(sequence, span, adapter)
         self._at[sequence] = home
 

@@ -6,13 +6,15 @@ import asyncio
 
 import pytest
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
+from shoal.hf.ring import Ring, RingChoice, RingSample
 from shoal.hf.ring_times import FACTOR_MAX, RingPace, measure_head, measure_ring
+from shoal.hf.sampling import Sampler
 from shoal.plan.slots import RingTimes
 from shoal.plan.spec import DecodeTimes
-from shoal.plan.view import Stage
+from shoal.plan.view import ServerView, Stage, SwarmView
 
 A, B, C = (PeerId(bytes([number]) * 32) for number in range(3))
 
@@ -56,6 +58,28 @@ def test_blocks_that_were_dealt_out_anew():
     one.move([Stage(peer=C, span=Span(0, 1)), Stage(peer=B, span=Span(1, 5))], [[(1, 0.05)], []])
     assert (one.peers, one.spans) == ((C, B), (1, 4))
     assert stages(one) == [0.05, 4 * 0.01, 0.005]
+
+
+class Known:
+    """A client that knows these servers."""
+
+    def __init__(self, *peers):
+        self._servers = tuple(
+            ServerView(peer=peer, addresses=(), span=Span(0, 5), cache_tokens=160) for peer in peers
+        )
+
+    def view(self):
+        return SwarmView(model="m", num_blocks=5, hidden_size=8, servers=self._servers)
+
+
+def test_a_server_that_has_gone_since_it_was_measured():
+    def limits(*peers):
+        return Ring(Known(*peers), None, pace(), RingChoice()).limits([sample] * 20)
+
+    sample = RingSample(prompt_ids=(1,), max_new_tokens=10, sampler=Sampler())
+    assert limits(B) == limits(A, B, C)
+    with pytest.raises(NoRouteError, match="every server"):
+        limits(C)
 
 
 class Row:

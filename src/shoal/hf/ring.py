@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from shoal.base.errors import BadInput, ConfigError
+from shoal.base.errors import BadInput, ConfigError, NoRouteError
 from shoal.base.ids import SessionId
 from shoal.client.samples import SampleLimits, run_samples
 from shoal.client.turnstile import Turnstile
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from shoal.client.chain_session import ChainSession
     from shoal.client.client import Client
     from shoal.client.session import Payload
-    from shoal.plan.view import ServerView
 
 PROMPTS_PER_STAGE: Final = 1
 """Prompts that are computed at the same time, for each stage: one chunk each keeps all busy."""
@@ -193,10 +192,18 @@ class Ring:
     def limits(self, samples: Sequence[RingSample]) -> SampleLimits:
         """How many of these may hold cache at once, and how their prompts travel.
 
+        By the servers that are known: one may have gone since the ring was measured.
+
         Raises:
             ConfigError: a cache that can't hold even the longest of them.
+            NoRouteError: no server of the ring is known any more.
         """
-        servers = self._servers()
+        known = {server.peer: server for server in self._client.view().servers}
+        spans = zip(self.pace.peers, self.pace.spans, strict=True)
+        stages = [(known[peer], blocks) for peer, blocks in spans if peer in known]
+        servers = [server for server, _ in stages]
+        if not servers:
+            raise NoRouteError("every server of the ring has gone: see shoal ring status")
         longest = max(sample.tokens for sample in samples)
         room = samples_at_once([server.cache_tokens for server in servers], longest, PAGE_TOKENS)
         if not room:
@@ -206,15 +213,12 @@ class Ring:
                 f"cache of the ring holds {least}. Ask for fewer tokens, or give the nodes more"
             )
         at_once = min(self._choice.at_once or room, room, len(samples))
-        prefill_s = max(
-            server.prefill_s_per_block_token * blocks
-            for server, blocks in zip(servers, self.pace.spans, strict=True)
-        )
+        prefill_s = max(server.prefill_s_per_block_token * blocks for server, blocks in stages)
         pass_s = self.pace.times.longest_s(self._slots(at_once).rows(at_once))
         rows = choose_chunk_rows(prefill_s, pass_s)
         return SampleLimits(
             at_once=at_once,
-            prompts_at_once=min(at_once, PROMPTS_PER_STAGE * len(servers)),
+            prompts_at_once=min(at_once, PROMPTS_PER_STAGE * len(self.pace.peers)),
             chunk_rows=self._choice.chunk_rows or rows,
         )
 
@@ -254,10 +258,6 @@ class Ring:
 
     def _slots(self, samples: int) -> Slots:
         return self.pace.slots(samples, self._choice.slots)
-
-    def _servers(self) -> list[ServerView]:
-        known = {server.peer: server for server in self._client.view().servers}
-        return [known[peer] for peer in self.pace.peers if peer in known]
 
 
 async def open_ring(

@@ -233,7 +233,7 @@ class Visitor:
         message, data = upload.message, memoryview(upload.data)
         try:
             if isinstance(message, PutTensors):
-                self._put(message, data)
+                self._put(message, upload.data)
                 self._post(Done(message.call))
             else:
                 job = self._job(message, data)
@@ -261,20 +261,21 @@ class Visitor:
         if sum(self._sizes.values()) + message.num_bytes > limit:
             raise PeerBusy(f"your calls hold {limit} bytes here", retry_after_s=BUSY_RETRY_S)
 
-    def _put(self, message: PutTensors, data: memoryview) -> None:
+    def _put(self, message: PutTensors, data: bytearray) -> None:
         """Hold tensors; the oldest make room."""
-        before = self._tensors.pop(message.name, None)
+        spec, before = spec_of(message), self._tensors.pop(message.name, None)
         if before is not None:
+            if before.spec == spec and before.values == data:  # kept passes have them
+                self._tensors[message.name] = before
+                return
             self._server.kept.drop_with(self._client, before)
         limit = self._server.limits.tensor_bytes_per_client
         held = sum(memoryview(one.values).nbytes for one in self._tensors.values())
-        while self._tensors and (
-            held + data.nbytes > limit or len(self._tensors) >= TENSOR_SETS_MAX
-        ):
+        while self._tensors and (held + len(data) > limit or len(self._tensors) >= TENSOR_SETS_MAX):
             _, oldest = self._tensors.popitem(last=False)
             held -= memoryview(oldest.values).nbytes
             self._server.kept.drop_with(self._client, oldest)
-        self._tensors[message.name] = TrainedTensors(spec=spec_of(message), values=data)
+        self._tensors[message.name] = TrainedTensors(spec=spec, values=data)
 
     def _job(self, message: Forward | Backward, data: memoryview) -> PassJob:
         micro = message.micro

@@ -158,6 +158,8 @@ class Fuzzer:
             case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
                 count = max(low or 0, min(high or 4, rng.choice((0, 1, 4, 60))))
                 return [self.field(item) for _ in range(count)]
+            case msgspec.inspect.TupleType(item_types=items):
+                return tuple(self.field(item) for item in items)
             case msgspec.inspect.StructType(cls=cls):
                 return self.value(cls)
         raise TypeError(f"no values known for {kind}: add a case")

@@ -20,6 +20,9 @@ from tests.e2e.processes import Process, Server, error_line
 pytestmark = pytest.mark.e2e
 
 STEPS = 24
+MANY_STEPS = 120
+"""Some seconds: long enough for a signal to meet the run."""
+
 TEXTS = [{"prompt": f"{at} and {at} is ", "completion": str(2 * at)} for at in range(1, 13)]
 MOODS = [{"text": f"{at} sun", "label": "dry"} for at in range(6)] + [
     {"text": f"{at} rain", "label": "wet"} for at in range(6)
@@ -111,6 +114,7 @@ def test_interrupted_and_gone_on(
     """Ctrl-C saves; the end is that of a run nobody interrupted, bit by bit; prompts generate."""
     join = serve(model, ["0:4", "4:7"])[0].address
     options = ("--join", join, "--method", "prompt", "--prompt-tokens", "4")
+    options = (*options, "--steps", str(MANY_STEPS))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended(nursery, *command(model, data, whole, *options))
     client = Process(*command(model, data, cut, *options), launch=nursery.launch())
@@ -122,7 +126,7 @@ def test_interrupted_and_gone_on(
     assert not (cut / "training.json").exists()
     client.end()
     resume = ("finetune", "--resume", str(cut), "--join", join, "--threads", "1", "--json")
-    assert told(ended(nursery, *resume))["steps"] == STEPS
+    assert told(ended(nursery, *resume))["steps"] == MANY_STEPS
     assert losses(cut) == losses(whole)
     prompt, behind = "2 and 2 is ", ("--adapter", str(cut), "--max-new-tokens")
     answer = generate(nursery, model, join, prompt, *behind, "6")

@@ -44,6 +44,10 @@ def pair(method: str, model: DistributedModelForCausalLM):
     return [shaken(build(base, METHODS[method], num_classes=3, seed=4)) for base in bases]
 
 
+def test_a_swarm_that_is_whole_lacks_nothing(model: DistributedModelForCausalLM) -> None:
+    assert SwarmBase(model).missing() == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_and_gradients_are_those_of_one_process(
     method: str, model: DistributedModelForCausalLM

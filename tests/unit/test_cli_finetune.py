@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from shoal.base.ids import peer_text
+from shoal.base.spans import Span
 from shoal.cli.app import run
 from shoal.cli.finetune_curve import smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
@@ -224,6 +226,25 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 21
     assert lines[0] == "step 1 of 100: loss 1.0000, 25 tokens/s, 3:18 min left"
     assert lines[-1] == "step 100 of 100: loss 1.0000, 25 tokens/s, 0 s left"
+
+
+def test_a_run_says_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = iter([[], [Span(0, 2), Span(5, 6)], [Span(0, 2), Span(5, 6)], []])
+    seen_all = threading.Event()
+
+    def missing() -> list[Span]:
+        spans = next(found, None)
+        if spans is None:
+            seen_all.set()
+        return spans or []
+
+    line = TrainingLine(100, 0)
+    with line.shown(), line.watching(missing, look_s=0.0):
+        assert seen_all.wait(10.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting: no server for blocks [0,2), [5,6)",
+        "all blocks have servers",
+    ]
 
 
 def test_the_curve_falls_where_the_loss_does() -> None:

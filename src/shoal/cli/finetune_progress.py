@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from shoal.base.spans import Span
     from shoal.hf.tuning_checkpoint import Evaluated, StepDone
 
 LINES_WANTED: Final = 20
 """Where stderr is no terminal: about so many lines a run."""
+
+LOOK_S: Final = 2.0
+"""How often to look whether servers are missing while a step is under way."""
 
 RECENT_STEPS: Final = 10
 """Speed and time left are those of the last steps: servers come and go."""
@@ -54,6 +59,8 @@ class TrainingLine:
         self._recent: list[StepDone] = []
         self._bar: Any = None
         self._task: Any = None
+        self._waits_for = ""
+        """What was last said to be missing."""
 
     @contextmanager
     def shown(self) -> Iterator[TrainingLine]:
@@ -75,6 +82,39 @@ class TrainingLine:
             self._task = bar.add_task("", total=self._num_steps, completed=self._done)
             yield self
         self._bar = None
+
+    @contextmanager
+    def watching(
+        self, missing: Callable[[], Sequence[Span]], look_s: float = LOOK_S
+    ) -> Iterator[None]:
+        """Say meanwhile which blocks nobody has: a step waits for them, and nothing moves.
+
+        `missing` is called on a thread of its own.
+        """
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(look_s):
+                self._say_missing(missing())
+
+        thread = threading.Thread(target=look, name="shoal finetune", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _say_missing(self, spans: Sequence[Span]) -> None:
+        names = ", ".join(map(str, spans))
+        if names == self._waits_for:
+            return
+        self._waits_for = names
+        text = f"waiting: no server for blocks {names}" if names else "all blocks have servers"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def stepped(self, done: StepDone) -> None:
         """One step more."""

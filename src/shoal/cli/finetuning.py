@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_ch
 from shoal.hf.tuning_files import CONFIG, TENSORS, write_result
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import steps_of
+from shoal.hf.tuning_swarm import SwarmBase
 
 RECORD: Final = "training.json"
 CURVE: Final = "loss.png"
@@ -75,7 +76,9 @@ class Finetuning:
     def _advance(self, stopping: Stopping) -> None:
         history, every = self.run.history, self.spec.settings.save_every
         line = TrainingLine(self.spec.settings.num_steps, len(history.steps))
-        with line.shown():
+        base = self.run.model.base
+        watching = line.watching(base.missing) if isinstance(base, SwarmBase) else nullcontext()
+        with line.shown(), watching:
             for event in self.run.advance():
                 if isinstance(event, StepDone):
                     line.stepped(event)

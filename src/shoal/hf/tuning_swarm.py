@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from shoal.base.errors import BadInput
-from shoal.base.spans import Span
+from shoal.base.spans import Span, missing_blocks
 from shoal.hf.model import DistributedModelForCausalLM
 from shoal.hf.training import Tuning, run_blocks
 from shoal.hf.tuning_base import Pass
@@ -41,6 +41,20 @@ class SwarmBase:
     def model_name(self) -> str:
         """The model's hash."""
         return self.model.model_name
+
+    def missing(self) -> list[Span]:
+        """Blocks that no server is known for now. From any thread.
+
+        Raises:
+            SessionClosed: the model was closed.
+        """
+        connection = self.model.connection
+        connection.check_open()
+
+        async def served() -> list[Span]:
+            return [server.span for server in connection.visit.client.view().servers]
+
+        return missing_blocks(Span(0, self.num_blocks), connection.loop.run(served()))
 
     def token_table(self) -> torch.Tensor:
         """(V, D) embeddings of all tokens."""

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 
@@ -21,9 +22,11 @@ from shoal.base.errors import (
     ProtocolError,
 )
 from shoal.base.spans import Span
-from shoal.client.training import TrainConfig, TrainingClient
+from shoal.client import training as training_module
+from shoal.client.training import TrainConfig, TrainingClient, _InOrder
 from shoal.client.training_link import OWED_S, STUCK_S
 from shoal.lab.chaos import draw_plan
+from shoal.lab.clock import run_virtual
 from shoal.lab.network import LinkConditions
 from shoal.lab.toy_blocks import HIDDEN_SIZE, finite_row
 from shoal.lab.training_runs import check_step, draw_batch, run_training
@@ -534,3 +537,29 @@ async def test_gradients_come_in_one_order_whoever_is_there(it):
     assert told[0] == told[1]
     assert len(told[0][1]) > 4
     await client.close()
+
+
+@pytest.mark.parametrize("held_bytes_max", [0, 200, 1 << 20])
+def test_little_waits_for_an_earlier_micro_batch(held_bytes_max, monkeypatch):
+    monkeypatch.setattr(training_module, "HELD_BYTES_MAX", held_bytes_max)
+
+    async def run():
+        rng, told, begun = random.Random(21), [], deque(range(12))
+        in_order = _InOrder(range(12), lambda block, _: told.append(block))
+        most = 0
+
+        async def work():
+            nonlocal most
+            while begun:
+                await in_order.room()
+                if begun:
+                    number = begun.popleft()
+                    await asyncio.sleep(rng.uniform(1, 9))
+                    in_order.came(number, [(number, bytes(100))])
+                    most = max(most, in_order._held_bytes())
+
+        await asyncio.gather(*(work() for _ in range(4)))
+        assert told == list(range(12))
+        assert most <= held_bytes_max + 4 * 100
+
+    run_virtual(run)

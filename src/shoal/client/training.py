@@ -54,6 +54,9 @@ LANES_MAX: Final = 8
 
 FLOAT32_BYTES: Final = 4
 
+HELD_BYTES_MAX: Final = 128 << 20
+"""Gradients that wait for those of earlier micro-batches: beyond it, no later ones are begun."""
+
 
 class TrainingHost(Protocol):
     """What training needs of a client."""
@@ -155,6 +158,33 @@ Found = list[tuple[int, bytes]]
 """Blocks, and the gradients of their tensors."""
 
 
+class _InOrder:
+    """Hands gradients on in the order of micro-batches, in whichever they come."""
+
+    def __init__(self, firsts: Iterable[int], add: AddGradients) -> None:
+        self._left = deque(firsts)
+        self._add = add
+        self._held: dict[int, Found] = {}
+        self._moved = asyncio.Event()
+
+    async def room(self) -> None:
+        """Until little waits for its turn. Who is next must have begun already."""
+        while self._held_bytes() > HELD_BYTES_MAX:
+            self._moved.clear()
+            await self._moved.wait()
+
+    def came(self, first: int, found: Found) -> None:
+        """Those of the micro-batch that begins with sequence `first`."""
+        self._held[first] = found
+        while self._left and self._left[0] in self._held:
+            for block, tensors in self._held.pop(self._left.popleft()):
+                self._add(block, tensors)
+        self._moved.set()
+
+    def _held_bytes(self) -> int:
+        return sum(len(tensors) for found in self._held.values() for _, tensors in found)
+
+
 class TrainingClient:
     """Runs training steps for one client."""
 
@@ -216,8 +246,7 @@ class TrainingClient:
             raise BadInput("gradients hold values that are not finite: scale the loss down")
         step, at = row_bytes(batch.encoding, size), 0
         found: dict[int, bytes] = {}
-        held: dict[int, Found] = {}
-        to_add = deque(part.first for part in trail.parts)
+        in_order = _InOrder((part.first for part in trail.parts), add)
         waiting: deque[tuple[_Part, memoryview]] = deque()
         for part in trail.parts:
             end = at + step * sum(part.lengths)
@@ -226,11 +255,12 @@ class TrainingClient:
 
         async def work() -> None:
             while waiting:
+                await in_order.room()
+                if not waiting:
+                    return
                 part, values = waiting.popleft()
-                found[part.first], held[part.first] = await self._back(batch, part, values)
-                while to_add and to_add[0] in held:
-                    for block, tensors in held.pop(to_add.popleft()):
-                        add(block, tensors)
+                found[part.first], tensors = await self._back(batch, part, values)
+                in_order.came(part.first, tensors)
 
         servers = {leg.stage.peer for part in trail.parts for leg in part.legs}
         try:

@@ -59,6 +59,11 @@ class TrainingServer:
         return len(self._visitors)
 
     @property
+    def answer_bytes(self) -> int:
+        """Of all clients' open calls."""
+        return sum(visitor.answer_bytes for visitor in self._visitors.values())
+
+    @property
     def steps(self) -> int:
         """Moves whenever the server computes anything."""
         return self.queue.steps + self._engine.iteration

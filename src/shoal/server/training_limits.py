@@ -18,6 +18,13 @@ as many again."""
 OPEN_BYTES_PER_CLIENT: Final = 256 << 20
 """Rows and gradients of these calls that are in memory here."""
 
+ANSWER_BYTES_PER_CLIENT: Final = 512 << 20
+"""Rows and gradients that go back to one client, from when a call is announced until they are
+taken; a single answer may be larger."""
+
+ANSWER_BYTES_MAX: Final = 2 << 30
+"""The same over all clients."""
+
 TENSOR_BYTES_PER_CLIENT: Final = 256 << 20
 """Trained tensors of one client: LoRA of rank 16 in all layers of a 70B model's half takes
 100 MB in bfloat16. The oldest go first."""
@@ -44,6 +51,8 @@ class TrainingLimits:
     rows_per_pass_max: int = ROWS_PER_PASS_MAX
     passes_per_client: int = PASSES_PER_CLIENT
     open_bytes_per_client: int = OPEN_BYTES_PER_CLIENT
+    answer_bytes_per_client: int = ANSWER_BYTES_PER_CLIENT
+    answer_bytes_max: int = ANSWER_BYTES_MAX
     tensor_bytes_per_client: int = TENSOR_BYTES_PER_CLIENT
     kept_bytes_per_client: int = KEPT_BYTES_PER_CLIENT
     kept_bytes_max: int = KEPT_BYTES_MAX

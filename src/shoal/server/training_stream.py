@@ -56,9 +56,18 @@ IDLE_S: Final = 600.0
 SEND_TIMEOUT_S: Final = 60.0
 """A client that takes no answer for this long is gone."""
 
+ANSWER_BYTES_PER_S: Final = 4 << 10
+"""What a client must take of an answer in the mean: slow links do."""
+
+ANSWER_S_MAX: Final = 3600.0
+"""A large one must be taken faster: a trickle would hold its memory for days."""
+
 
 ANSWERS_MAX: Final = 256
 """Answers that wait to be taken; refusals, mostly, as open calls are few."""
+
+GRADIENT_BYTES: Final = 4
+"""Of one trained value: float32."""
 
 TENSOR_SETS_MAX: Final = 256
 """Sets of trained tensors of one client, however small: a step needs one or two."""
@@ -78,6 +87,10 @@ class Host(Protocol):
     @property
     def steps(self) -> int:
         """Moves whenever the server computes anything."""
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of all clients' open calls."""
 
     def trainer(self) -> BlockTrainer:
         """Who runs passes."""
@@ -107,11 +120,18 @@ class Visitor:
         self._uploads: dict[int, Upload] = {}
         self._sizes: dict[int, int] = {}
         """Bytes in memory of each call whose answer was not taken yet."""
+        self._answer_sizes: dict[int, int] = {}
+        """Bytes of each such call's answer, made or to be made."""
         self._tensors: OrderedDict[bytes, TrainedTensors] = OrderedDict()
         self._jobs: dict[int, PassJob] = {}
         self._answers: asyncio.Queue[tuple[Message, tuple[memoryview, ...]]] = asyncio.Queue()
         self._last_call = 0
         self._is_closed = False
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of the answers to open calls."""
+        return sum(self._answer_sizes.values())
 
     async def run(self) -> None:
         """Until the stream ends."""
@@ -156,21 +176,35 @@ class Visitor:
 
     async def _write(self) -> None:
         while True:
-            message, values = await self._answers.get()
-            try:
+            await self._send(*await self._answers.get())
+
+    async def _send(self, message: Message, values: tuple[memoryview, ...]) -> None:
+        """Send an answer and its bytes.
+
+        Raises:
+            PeerTimeout: the client takes them too slowly.
+        """
+        num_bytes = sum(len(value) for value in values)
+        patience_s = SEND_TIMEOUT_S + min(ANSWER_S_MAX, num_bytes / ANSWER_BYTES_PER_S)
+        try:
+            async with asyncio.timeout(patience_s):
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await self._channel.send(message)
-            except TimeoutError as error:
-                raise PeerTimeout(f"{short(self._client)} takes no answers") from error
-            call = getattr(message, "call", 0)
-            offset = 0
-            for value in values:
-                for at in range(0, len(value), CHUNK_BYTES_MAX):
-                    piece = value[at : at + CHUNK_BYTES_MAX]
-                    async with asyncio.timeout(SEND_TIMEOUT_S):
-                        await self._channel.send(Chunk(call, offset), piece)
-                    offset += len(piece)
-            self._sizes.pop(call, None)
+                call, offset = getattr(message, "call", 0), 0
+                for value in values:
+                    for at in range(0, len(value), CHUNK_BYTES_MAX):
+                        piece = value[at : at + CHUNK_BYTES_MAX]
+                        async with asyncio.timeout(SEND_TIMEOUT_S):
+                            await self._channel.send(Chunk(call, offset), piece)
+                        offset += len(piece)
+        except TimeoutError as error:
+            raise PeerTimeout(f"{short(self._client)} takes no answers") from error
+        self._closed(call)
+
+    def _closed(self, call: int) -> None:
+        """Nothing of a call is in memory any more."""
+        self._sizes.pop(call, None)
+        self._answer_sizes.pop(call, None)
 
     async def _say_alive(self) -> None:
         while True:
@@ -210,6 +244,7 @@ class Visitor:
             self.failed(call, error)
             return
         self._sizes[call] = message.num_bytes
+        self._answer_sizes[call] = self._answer_size(message)
         self._uploads[call] = Upload(message=message, data=bytearray())
         if not message.num_bytes:
             self._complete(self._uploads.pop(call))
@@ -260,6 +295,33 @@ class Visitor:
         limit = limits.open_bytes_per_client
         if sum(self._sizes.values()) + message.num_bytes > limit:
             raise PeerBusy(f"your calls hold {limit} bytes here", retry_after_s=BUSY_RETRY_S)
+        self._check_answer(self._answer_size(message), self.answer_bytes)
+
+    def _answer_size(self, message: PutTensors | Forward | Backward) -> int:
+        """Bytes of the answer, as far as it is known now."""
+        if isinstance(message, PutTensors):
+            return 0
+        micro, size = message.micro, self._server.facts.hidden_size
+        num_bytes = sum(micro.lengths) * row_bytes(micro.encoding, size)
+        tensors = self._tensors.get(micro.tensors)
+        if tensors is not None and isinstance(message, Backward):
+            spec = tensors.spec
+            values = sum(block.num_values(size, spec.rank) for block in spec.blocks)
+            num_bytes += GRADIENT_BYTES * values
+        return num_bytes
+
+    def _check_answer(self, num_bytes: int, mine: int) -> None:
+        """Refuse an answer that finds no room beside others; one alone always does.
+
+        Raises:
+            PeerBusy: there are others.
+        """
+        limits, retry_s = self._server.limits, BUSY_RETRY_S
+        total = self._server.answer_bytes - self.answer_bytes + mine
+        if mine and mine + num_bytes > limits.answer_bytes_per_client:
+            raise PeerBusy(f"answers of {mine} bytes wait for you", retry_after_s=retry_s)
+        if total and total + num_bytes > limits.answer_bytes_max:
+            raise PeerBusy(f"answers of {total} bytes are not taken", retry_after_s=retry_s)
 
     def _put(self, message: PutTensors, data: bytearray) -> None:
         """Hold tensors; the oldest make room."""
@@ -283,6 +345,11 @@ class Visitor:
         gradients, rows = None, data
         if isinstance(message, Backward):
             gradients, rows = data[:num_bytes], data[num_bytes:]
+        size = self._answer_size(message)
+        if size > self._answer_sizes[message.call]:  # other tensors came meanwhile
+            mine = self.answer_bytes - self._answer_sizes[message.call]
+            self._check_answer(size, mine)
+            self._answer_sizes[message.call] = size
         work = None
         if len(rows):
             work = self._work(micro, rows)
@@ -333,9 +400,11 @@ class Visitor:
         gone = set(numbers)
         for call, upload in list(self._uploads.items()):
             if not isinstance(upload.message, PutTensors) and upload.message.number in gone:
-                del self._uploads[call], self._sizes[call]
+                del self._uploads[call]
+                self._closed(call)
         for call, job in list(self._jobs.items()):
             if job.number in gone:
                 job.give_up()
                 self._server.queue.remove(self._client, job)
-                del self._jobs[call], self._sizes[call]
+                del self._jobs[call]
+                self._closed(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from shoal.base.adapters import DropoutKey
+from shoal.base.spans import Span
 from shoal.hf import AutoDistributedModelForCausalLM, DistributedModelForCausalLM, LocalSwarm
 from shoal.hf.tuning_build import build
 from shoal.hf.tuning_classes import AutoDistributedModelForSequenceClassification
@@ -44,8 +46,24 @@ def pair(method: str, model: DistributedModelForCausalLM):
     return [shaken(build(base, METHODS[method], num_classes=3, seed=4)) for base in bases]
 
 
-def test_a_swarm_that_is_whole_lacks_nothing(model: DistributedModelForCausalLM) -> None:
-    assert SwarmBase(model).missing() == []
+def test_a_swarm_lacks_what_only_servers_have_that_failed(
+    model: DistributedModelForCausalLM,
+) -> None:
+    base, client = SwarmBase(model), model.connection.visit.client
+
+    async def fail() -> None:
+        for server in client.view().servers:
+            client.experience.failed(server.peer, asyncio.get_running_loop().time())
+
+    async def serve() -> None:
+        for server in client.view().servers:
+            client.experience.served(server.peer)
+
+    assert base.missing() == []
+    model.connection.loop.run(fail())
+    assert base.missing() == [Span(0, base.num_blocks)]
+    model.connection.loop.run(serve())
+    assert base.missing() == []
 
 
 @pytest.mark.parametrize("method", METHODS)

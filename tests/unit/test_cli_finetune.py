@@ -229,7 +229,8 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_says_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
-    found = iter([[], [Span(0, 2), Span(5, 6)], [Span(0, 2), Span(5, 6)], []])
+    lost, busy = [Span(0, 2), Span(5, 6)], [Span(2, 5)]
+    found = iter([[], busy, [], lost, lost, lost, [], []])
     seen_all = threading.Event()
 
     def missing() -> list[Span]:
@@ -242,7 +243,7 @@ def test_a_run_says_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> Non
     with line.shown(), line.watching(missing, look_s=0.0):
         assert seen_all.wait(10.0)
     assert capsys.readouterr().err.splitlines() == [
-        "waiting: no server for blocks [0,2), [5,6)",
+        "waiting for servers of blocks [0,2), [5,6)",
         "all blocks have servers",
     ]
 

@@ -89,13 +89,17 @@ class TrainingLine:
     ) -> Iterator[None]:
         """Say meanwhile which blocks nobody has: a step waits for them, and nothing moves.
 
-        `missing` is called on a thread of its own.
+        `missing` is called on a thread of its own. What is over by the next look is not said.
         """
         ended = threading.Event()
 
         def look() -> None:
+            before = ""
             while not ended.wait(look_s):
-                self._say_missing(missing())
+                names = ", ".join(map(str, missing()))
+                if names == before:
+                    self._say_missing(names)
+                before = names
 
         thread = threading.Thread(target=look, name="shoal finetune", daemon=True)
         thread.start()
@@ -105,12 +109,11 @@ class TrainingLine:
             ended.set()
             thread.join()
 
-    def _say_missing(self, spans: Sequence[Span]) -> None:
-        names = ", ".join(map(str, spans))
+    def _say_missing(self, names: str) -> None:
         if names == self._waits_for:
             return
         self._waits_for = names
-        text = f"waiting: no server for blocks {names}" if names else "all blocks have servers"
+        text = f"waiting for servers of blocks {names}" if names else "all blocks have servers"
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:

@@ -5,6 +5,7 @@ Shapes: B rows, S positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -43,7 +44,7 @@ class SwarmBase:
         return self.model.model_name
 
     def missing(self) -> list[Span]:
-        """Blocks that no server is known for now. From any thread.
+        """Blocks that nobody has but servers that failed us or are full. From any thread.
 
         Raises:
             SessionClosed: the model was closed.
@@ -52,7 +53,9 @@ class SwarmBase:
         connection.check_open()
 
         async def served() -> list[Span]:
-            return [server.span for server in connection.visit.client.view().servers]
+            client = connection.visit.client
+            avoided = client.experience.snapshot(asyncio.get_running_loop().time()).avoid
+            return [one.span for one in client.view().servers if one.peer not in avoided]
 
         return missing_blocks(Span(0, self.num_blocks), connection.loop.run(served()))
 

@@ -13,7 +13,7 @@ from shoal.server.training_limits import TrainingLimits
 from shoal.server.training_stream import SEND_TIMEOUT_S
 from shoal.wire.messages import Error
 from shoal.wire.training import Chunk, Done, Forward, Micro
-from tests.simulation.scene import now_s, scene, until
+from tests.simulation.scene import scene, until
 
 ROW = 4 * HIDDEN_SIZE
 ROWS = 64
@@ -66,16 +66,16 @@ async def test_answers_to_come_are_counted_when_calls_are_announced(it):
 async def test_who_takes_answers_in_a_trickle_is_left(it):
     channel = await it.client.dial(it["a"].peer, PURPOSE_TRAINING)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training_stream, "ANSWER_S_MAX", 100.0)
-        rows = 1 << 14
-        for call in (1, 2):
-            await channel.send(forward(call, rows))
-            for at in range(0, rows * ROW, 1 << 17):
-                await channel.send(Chunk(call, at), bytes(1 << 17))
-        began_s = now_s()
-        taking = asyncio.ensure_future(_trickle(channel, 0.8 * SEND_TIMEOUT_S))
-        await until(lambda: it["a"].server.training.num_clients == 0, within_s=1000.0)
-        assert now_s() - began_s < 2 * (100.0 + SEND_TIMEOUT_S)
+        patched.setattr(training_stream, "ANSWER_S_MAX", 10.0)
+        rows = 1 << 15
+        await channel.send(forward(1, rows))
+        for at in range(0, rows * ROW, 1 << 17):
+            await channel.send(Chunk(1, at), bytes(1 << 17))
+        while not isinstance((await channel.receive())[0], Done):
+            pass
+        # Each chunk is taken in time, but not all of them.
+        taking = asyncio.ensure_future(_trickle(channel, 0.4 * SEND_TIMEOUT_S))
+        await until(lambda: it["a"].server.training.num_clients == 0, within_s=100.0)
         taking.cancel()
         channel.close()
         await asyncio.gather(taking, return_exceptions=True)

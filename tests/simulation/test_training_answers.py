@@ -7,12 +7,12 @@ import pytest
 from shoal.base.errors import PeerBusy
 from shoal.lab.toy_blocks import HIDDEN_SIZE
 from shoal.net.channel import PURPOSE_TRAINING
-from shoal.server import training_stream
+from shoal.server import training, training_stream
 from shoal.server.config import ServerConfig
 from shoal.server.training_limits import TrainingLimits
 from shoal.server.training_stream import SEND_TIMEOUT_S
 from shoal.wire.messages import Error
-from shoal.wire.training import Chunk, Done, Forward, Micro
+from shoal.wire.training import Chunk, Done, Forget, Forward, Micro
 from tests.simulation.scene import scene, until
 
 ROW = 4 * HIDDEN_SIZE
@@ -85,3 +85,26 @@ async def _trickle(channel, pause_s):
     while True:
         await asyncio.sleep(pause_s)
         await channel.receive()
+
+
+@scene("a 0:1")
+async def test_who_only_keeps_a_place_gives_it_to_a_newcomer(it):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "CLIENTS_MAX", 1)
+        other = await it.open_client()
+        holder = await it.client.dial(it["a"].peer, PURPOSE_TRAINING)
+        await holder.send(Forget([]))
+        await until(lambda: it["a"].server.training.num_clients == 1)
+        early = await other.dial(it["a"].peer, PURPOSE_TRAINING)
+        answer, _ = await early.receive()
+        assert answer.code == PeerBusy.code
+        for _ in range(4):
+            await asyncio.sleep(0.3 * training.IDLE_PLACE_S)
+            await holder.send(Forget([]))
+        late = await other.dial(it["a"].peer, PURPOSE_TRAINING)
+        await late.send(forward(1, 1))
+        await late.send(Chunk(1, 0), bytes(ROW))
+        answer, _ = await late.receive()
+        assert answer == Done(1, ROW, 0)
+        holder.close()
+        late.close()

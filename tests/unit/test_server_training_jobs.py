@@ -9,7 +9,13 @@ import weakref
 from shoal.base.errors import MessageTooLarge, PeerBusy, SessionLost, ShoalError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.base.training import BlockTrainer, PassGradients, PassWork
+from shoal.base.training import (
+    BlockTrainer,
+    PassGradients,
+    PassWork,
+    TrainedSpec,
+    TrainedTensors,
+)
 from shoal.lab.clock import run_virtual
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import HIDDEN_SIZE
@@ -58,10 +64,7 @@ class Place:
         self._calls += 1
         work = None
         if rows is not None:
-            values = rows if isinstance(rows, Bytes) else bytes(rows * ROW)
-            work = PassWork(
-                span=SPAN, lengths=(len(values) // ROW,), rows=values, encoding="float32"
-            )
+            work = _work(rows)
         return PassJob(
             client, self._calls, number, work,
             gradients=bytes((2 if work is None else work.num_rows) * ROW) if back else None,
@@ -69,6 +72,11 @@ class Place:
             facts=lambda: self.backend.facts,
             held_bytes_max=1 << 20, clock=asyncio.get_running_loop().time,
         )  # fmt: skip
+
+
+def _work(rows: int | Bytes) -> PassWork:
+    values = rows if isinstance(rows, Bytes) else bytes(rows * ROW)
+    return PassWork(span=SPAN, lengths=(len(values) // ROW,), rows=values, encoding="float32")
 
 
 async def finish(job: PassJob) -> None:
@@ -149,6 +157,16 @@ def test_what_is_kept_of_a_client_is_bounded_and_nothing_depends_on_it() -> None
         for number in range(KEPT_PER_CLIENT_MAX + 1):
             await finish(place.job(A, number=number))
         assert len(place.kept) == KEPT_PER_CLIENT_MAX == len(place.results) - 1
+        tensors = TrainedTensors(
+            spec=TrainedSpec(config=None, encoding="float32", blocks=()), values=b""
+        )
+        one = place.trainer().begin(_work(2), is_for_backward=True, held_bytes_max=0)
+        place.kept.forget()
+        place.kept.keep(A, 1, one, tensors, 0.0)
+        place.kept.drop_with(B, tensors)
+        assert place.kept.has(A, 1)
+        place.kept.drop_with(A, tensors)  # whose memory is the client's no more
+        assert not place.backend.training.num_open
         small = Place(client_bytes_max=2 * PASS_BYTES - 1)
         await finish(small.job(A))
         await finish(small.job(A, number=2))

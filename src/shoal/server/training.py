@@ -7,6 +7,7 @@ gaps (`training_queue.py`).
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from shoal.base.backend import BackendFacts, BlockBackend
@@ -26,6 +27,9 @@ CLIENTS_MAX: Final = 64
 
 FULL_RETRY_S: Final = 30.0
 """When to come back to a server with as many: steps take seconds, trainings hours."""
+
+IDLE_PLACE_S: Final = 60.0
+"""A client without a call for this long gives its place to a newcomer when all are taken."""
 
 
 class TrainingServer:
@@ -79,7 +83,7 @@ class TrainingServer:
         older = self._visitors.get(client)
         if older is not None:
             older.close()
-        elif len(self._visitors) >= CLIENTS_MAX:
+        elif len(self._visitors) >= CLIENTS_MAX and not self._make_place():
             full = PeerBusy(f"{CLIENTS_MAX} clients train here", retry_after_s=FULL_RETRY_S)
             await channel.refuse(full)
             return
@@ -93,6 +97,15 @@ class TrainingServer:
             visitor.close()
             if self._visitors.get(client) is visitor:
                 del self._visitors[client]
+
+    def _make_place(self) -> bool:
+        """Leave whoever has been idle longest; it may come back with all that it needs."""
+        now_s = asyncio.get_running_loop().time()
+        client = max(self._visitors, key=lambda one: self._visitors[one].idle_s(now_s))
+        if self._visitors[client].idle_s(now_s) < IDLE_PLACE_S:
+            return False
+        self._visitors.pop(client).close()
+        return True
 
     def trainer(self) -> BlockTrainer:
         """Who runs passes.

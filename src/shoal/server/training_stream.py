@@ -126,12 +126,17 @@ class Visitor:
         self._jobs: dict[int, PassJob] = {}
         self._answers: asyncio.Queue[tuple[Message, tuple[memoryview, ...]]] = asyncio.Queue()
         self._last_call = 0
+        self._used_s = asyncio.get_running_loop().time()
         self._is_closed = False
 
     @property
     def answer_bytes(self) -> int:
         """Of the answers to open calls."""
         return sum(self._answer_sizes.values())
+
+    def idle_s(self, now_s: float) -> float:
+        """How long no call has been open; messages that ask for nothing don't count."""
+        return 0.0 if self._sizes else now_s - self._used_s
 
     async def run(self) -> None:
         """Until the stream ends."""
@@ -203,7 +208,8 @@ class Visitor:
 
     def _closed(self, call: int) -> None:
         """Nothing of a call is in memory any more."""
-        self._sizes.pop(call, None)
+        if self._sizes.pop(call, None) is not None:
+            self._used_s = asyncio.get_running_loop().time()
         self._answer_sizes.pop(call, None)
 
     async def _say_alive(self) -> None:

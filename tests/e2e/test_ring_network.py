@@ -41,7 +41,8 @@ def ring(nursery, model, tmp_path_factory, lan):
     file = folder / "ring.json"
     started = [
         Process(
-            "ring", "up", "--model", str(model), "--nodes", "3", "--split", "2,2,3", "--ring", str(file),
+            "ring", "up", "--model", str(model), "--nodes", "3", "--split", "2,2,3",
+            "--ring", str(file),
             "--listen", f"tcp://{lan.host('starter')}:0",
             launch=nursery.launch(lan.namespace("starter")),
         )

@@ -118,7 +118,7 @@ def test_interrupted_and_gone_on(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended(nursery, *command(model, data, whole, *options))
     client = Process(*command(model, data, cut, *options), launch=nursery.launch())
-    client.wait_line(client.err, "step 5 of")
+    client.wait_line(client.err, "step 6 of")
     client.signal(signal.SIGINT)
     client.wait(60)
     assert any("go on with: shoal finetune --resume" in line for line in client.err)

@@ -7,9 +7,10 @@ chain and a call of the head; at a head server it comes by itself, unless a gram
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from shoal.base.head import Chosen
+from shoal.client.chain_session import ChainSession
 from shoal.client.thin_session import ThinSession, Wish
 from shoal.gateway.answering import Writing
 from shoal.hf.generation import Happened, RowScores, TokenHead, TokenLog
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from shoal.base.ids import SessionId
-    from shoal.client.chain_session import ChainSession
     from shoal.client.session import Move, Recovery
     from shoal.plan.view import Stage
 
@@ -69,16 +69,14 @@ class TokenSequence(Happened, Protocol):
         """No more tokens are wanted for now."""
 
 
-class ChainSequence:
-    """The head is here. See `TokenSequence`."""
+S = TypeVar("S", ChainSession, ThinSession)
 
-    def __init__(self, session: ChainSession, head: TokenHead, batch: RowScores) -> None:
-        self._session = session
-        self._head = head
-        self._batch = batch
-        self._log = TokenLog(head, session.encoding, session.length)
-        self._scores: torch.Tensor | None = None
-        """(V,) of the position behind the last one."""
+
+class _OfSession(Generic[S]):
+    """What a sequence tells of the session behind it."""
+
+    def __init__(self, session: S) -> None:
+        self._session: S = session
         self.id = session.id
 
     @property
@@ -93,7 +91,7 @@ class ChainSequence:
 
     @property
     def recoveries(self) -> tuple[Recovery, ...]:
-        """The repairs so far."""
+        """The repairs so far, of head servers too."""
         return self._session.recoveries
 
     @property
@@ -105,6 +103,18 @@ class ChainSequence:
     def numerics(self) -> str:
         """What repairs did to the numbers."""
         return self._session.numerics
+
+
+class ChainSequence(_OfSession[ChainSession]):
+    """The head is here. See `TokenSequence`."""
+
+    def __init__(self, session: ChainSession, head: TokenHead, batch: RowScores) -> None:
+        super().__init__(session)
+        self._head = head
+        self._batch = batch
+        self._log = TokenLog(head, session.encoding, session.length)
+        self._scores: torch.Tensor | None = None
+        """(V,) of the position behind the last one."""
 
     def truncate(self, length: int) -> None:
         """Forget positions >= `length`."""
@@ -143,40 +153,14 @@ class ChainSequence:
         """Nothing is under way between tokens."""
 
 
-class ThinSequence:
+class ThinSequence(_OfSession[ThinSession]):
     """A server has the head. See `TokenSequence`."""
 
     def __init__(self, session: ThinSession) -> None:
-        self._session = session
+        super().__init__(session)
         self._coming: AsyncGenerator[Chosen, None] | None = None
         self._unsent: int | None = None
         """A token that was chosen and is not in the session yet."""
-        self.id = session.id
-
-    @property
-    def length(self) -> int:
-        """Positions so far."""
-        return self._session.length
-
-    @property
-    def chain(self) -> tuple[Stage, ...]:
-        """Who runs which blocks now."""
-        return self._session.chain
-
-    @property
-    def recoveries(self) -> tuple[Recovery, ...]:
-        """The repairs so far, of head servers too."""
-        return self._session.recoveries
-
-    @property
-    def moves(self) -> tuple[Move, ...]:
-        """The planned changes so far."""
-        return self._session.moves
-
-    @property
-    def numerics(self) -> str:
-        """What repairs did to the numbers."""
-        return self._session.numerics
 
     def truncate(self, length: int) -> None:
         """Forget positions >= `length`."""

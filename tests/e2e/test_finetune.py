@@ -121,7 +121,7 @@ def test_interrupted_and_gone_on(
     client.wait_line(client.err, "step 6 of")
     client.signal(signal.SIGINT)
     client.wait(60)
-    assert any("go on with: shoal finetune --resume" in line for line in client.err)
+    client.wait_line(client.err, "go on with: shoal finetune --resume")
     assert "interrupted\n" in client.err
     assert not (cut / "training.json").exists()
     client.end()

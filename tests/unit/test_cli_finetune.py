@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 import threading
 from itertools import islice
 from pathlib import Path
@@ -203,7 +205,7 @@ def test_examples_that_no_server_runs_are_refused_at_once(
     assert f"--max-length {most}, or learn without" in capsys.readouterr().err
 
 
-def test_the_first_interrupt_asks_and_the_second_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_interrupt_asks_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     with Stopping().noticing() as stopping:
         assert not stopping.is_asked
@@ -212,7 +214,27 @@ def test_the_first_interrupt_asks_and_the_second_ends(capsys: pytest.CaptureFixt
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    assert "finishing this step" in capsys.readouterr().err
+    assert "finishing this step" in capfd.readouterr().err
+
+
+class Interrupting(io.RawIOBase):
+    """Whoever writes to it is interrupted in the middle, as by a Ctrl-C at the right moment."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return len(data)
+
+
+def test_an_interrupt_may_strike_in_the_middle_of_a_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BufferedWriter(Interrupting()))
+    with Stopping().noticing() as stopping:
+        with monkeypatch.context() as context:
+            context.setattr(sys, "stderr", stream)
+            print("step 6 of 120", file=sys.stderr, flush=True)
+        assert stopping.is_asked
 
 
 def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

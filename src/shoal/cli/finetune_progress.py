@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,9 @@ LOOK_S: Final = 2.0
 RECENT_STEPS: Final = 10
 """Speed and time left are those of the last steps: servers come and go."""
 
+STDERR: Final = 2
+STOPPING_TEXT: Final = b"\nfinishing this step, then saving; press Ctrl-C again to stop at once\n"
+
 
 class Stopping:
     """The first Ctrl-C asks for the end after this step, the second one ends at once."""
@@ -43,11 +47,8 @@ class Stopping:
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
-        print(
-            "\nfinishing this step, then saving; press Ctrl-C again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Not print: the signal may have struck in the middle of one, which can't be entered twice.
+        os.write(STDERR, STOPPING_TEXT)
 
 
 class TrainingLine:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from model_servers import Server, connected, random_rows, running, workers_of
+from random_model import SHAPES
 from report import environment, publish
 from rounds import Way, take_rounds
 from shoal.client.chain_session import ChainSession
@@ -102,11 +103,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small shape only, 1 round")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--rounds", type=int, default=3, help="that count")
+    parser.add_argument("--shapes", nargs="+", default=["110m", "1.1b"], choices=list(SHAPES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = environment()
     rows: list[dict[str, object]] = []
-    for shape in ("small",) if options.quick else ("110m", "1.1b"):
+    for shape in ("small",) if options.quick else options.shapes:
         with running(shape, 2) as servers:
             tokens = 24 if shape == "1.1b" else 100
             taken = asyncio.run(

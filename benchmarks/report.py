@@ -55,6 +55,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _portable(argument: str) -> str:
+    """Where files lie on this machine says nothing elsewhere: their names do."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def _cell(value: object) -> str:
     if value is None:
         return NO_FIGURE
@@ -82,7 +87,7 @@ def publish(
     if details is not None:
         content["rounds"] = dict(details)
     (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", *map(_portable, sys.argv)])
     machine = f"{facts['cpu']}, {facts['cpus']} CPUs, load before {facts['load_before'][0]}"
     note = f"# {theme}\n\n`{command}`\n{machine}\n\n{text}\n"
     (folder / f"{stem}.md").write_text(note, encoding="utf-8")

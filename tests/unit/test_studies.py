@@ -6,10 +6,16 @@ import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.lab.study import Report, Task, between, falling, mean, within
-from shoal.lab.study_acceptance import ACCEPTANCE, acceptance_markdown, judged
+from shoal.lab.study_acceptance import (
+    ACCEPTANCE,
+    acceptance_content,
+    acceptance_markdown,
+    judged,
+)
 from shoal.lab.study_churn import churned
 from shoal.lab.study_exactness import bad_example
 from shoal.lab.study_failures import EVENT_KINDS
+from shoal.lab.study_kept import Kept, Made
 from shoal.lab.study_list import STUDIES
 from shoal.lab.study_maps import load_map
 from shoal.lab.study_swarms import scattered_swarm
@@ -24,7 +30,7 @@ def assert_holds(report: Report) -> None:
 
 def shows(report: Report, *numbers: int) -> bool:
     """Whether each of these acceptance figures finds its checks there."""
-    return all(ACCEPTANCE[number - 1].checks(report) for number in numbers)
+    return all(ACCEPTANCE[number - 1].checks(report.checks) for number in numbers)
 
 
 def quick(name: str, seeds: int | None = None) -> Report:
@@ -144,10 +150,16 @@ def test_every_acceptance_figure_has_a_verdict():
     assert [one.number for one in ACCEPTANCE] == list(range(1, 14))
     assert all(one.study in STUDIES or one.elsewhere for one in ACCEPTANCE)
     good, bad = between("the bad example: a", 1, 0, 2), between("programs: b", 2, 0, 1)
-    verdicts = judged({"exactness": Report(rows=(), checks=(good, bad))})
+    made = Made(date="2026-11-21", commit="abc1234")
+    verdicts = judged({"exactness": Kept(checks=(good, bad), seeds=5, is_quick=True, made=made)})
     words = {one.figure.number: one.word for one in verdicts}
     assert (words[5], words[6], words[7]) == ("DIFFERS", "holds", "not run")
-    assert "| 5 | both programs agree" in acceptance_markdown(verdicts)
+    text = acceptance_markdown(verdicts)
+    assert "| exactness | abc1234, 2026-11-21, 5 seeds, quick | 0 of 1 | DIFFERS |" in text
+    assert text.endswith("* 5 DIFFERS: programs: b: 0 to 1; found 2")
+    figures = acceptance_content(verdicts)["figures"]
+    assert figures[4]["run"]["commit"] == "abc1234"
+    assert figures[6]["run"] is None
 
 
 def test_the_gain_outlives_the_assumptions():

@@ -19,6 +19,9 @@ from shoal.lab.study_data import NO_DATA, Data
 Origin = Literal["published", "simulated", "measured"]
 """Who says so: the paper; our rules and simulator; our own clock (times of solvers)."""
 
+Given = Literal["rtts", "requests", "map"]
+"""Recorded data that a user may give: round trips, requests, a map."""
+
 ORIGINS: Final[tuple[Origin, ...]] = ("published", "simulated", "measured")
 
 
@@ -147,6 +150,8 @@ class Study:
     """Unless told otherwise,"""
     quick_seeds: int = 1
     """and with --quick."""
+    takes: tuple[Given, ...] = ()
+    """Recorded data with which it shows more."""
 
 
 def within(name: str, found: float, expected: float, share: float) -> Check:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shoal.lab.study import Check, Report
+from shoal.lab.study import Check
+from shoal.lab.study_kept import Kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +27,9 @@ class Figure:
     elsewhere: str = ""
     """What shows it instead, or the part that no study shows."""
 
-    def checks(self, report: Report) -> list[Check]:
-        """Those of a report that are this figure's."""
-        return [one for one in report.checks if any(word in one.name for word in self.words)]
+    def checks(self, checks: Sequence[Check]) -> list[Check]:
+        """Those of its study that are this figure's."""
+        return [one for one in checks if any(word in one.name for word in self.words)]
 
 
 ACCEPTANCE: Final = (
@@ -86,53 +87,92 @@ class Verdict:
     """What came of a figure."""
 
     figure: Figure
-    held: int
-    of: int
+    differing: tuple[Check, ...] = ()
+    of: int = 0
+    """Checks that there were."""
+    kept: Kept | None = None
+    """The run that shows it; None: none does."""
+
+    @property
+    def held(self) -> int:
+        """Checks that hold."""
+        return self.of - len(self.differing)
 
     @property
     def word(self) -> str:
         """For people."""
         if not self.of:
             return "not run"
-        return "holds" if self.held == self.of else "DIFFERS"
+        return "DIFFERS" if self.differing else "holds"
+
+    @property
+    def run(self) -> str:
+        """Which run shows it, for people."""
+        if self.kept is None:
+            return ""
+        made = self.kept.made
+        count = f"{self.kept.seeds} seed{'s' if self.kept.seeds > 1 else ''}"
+        words = (made.commit, made.date, count, "quick" if self.kept.is_quick else "")
+        return ", ".join(filter(None, words))
 
 
-def judged(reports: Mapping[str, Report]) -> list[Verdict]:
-    """The verdicts on all figures, from the reports by study that there are."""
+def judged(runs: Mapping[str, Kept]) -> list[Verdict]:
+    """The verdicts on all figures, from the runs by study that there are."""
     verdicts = []
     for figure in ACCEPTANCE:
-        report = reports.get(figure.study)
-        checks = figure.checks(report) if report is not None else []
-        held = sum(one.holds for one in checks)
-        verdicts.append(Verdict(figure=figure, held=held, of=len(checks)))
+        kept = runs.get(figure.study)
+        checks = figure.checks(kept.checks) if kept is not None else []
+        differing = tuple(one for one in checks if not one.holds)
+        verdicts.append(Verdict(figure=figure, differing=differing, of=len(checks), kept=kept))
     return verdicts
 
 
 def acceptance_markdown(verdicts: Sequence[Verdict]) -> str:
-    """A table for people."""
-    lines = ["| # | figure | shown by | checks that hold | |", "|---|---|---|---|---|"]
+    """A table for people, and below it what differs."""
+    lines = [
+        "| # | figure | shown by | run | checks that hold | |",
+        "|---|---|---|---|---|---|",
+    ]
     for one in verdicts:
         shown = "; ".join(filter(None, (one.figure.study, one.figure.elsewhere)))
         share = f"{one.held} of {one.of}" if one.of else ""
         lines.append(
-            f"| {one.figure.number} | {one.figure.title} | {shown} | {share} | {one.word} |"
+            f"| {one.figure.number} | {one.figure.title} | {shown} | {one.run} | {share} "
+            f"| {one.word} |"
         )
-    return "\n".join(lines)
+    differing = [
+        f"* {one.figure.number} DIFFERS: {check.name}; found {check.found}"
+        for one in verdicts
+        for check in one.differing
+    ]
+    return "\n".join([*lines, *(["", *differing] if differing else [])])
 
 
 def acceptance_content(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """The same as a JSON object."""
+    return {"figures": [_content(one) for one in verdicts]}
+
+
+def _content(verdict: Verdict) -> dict[str, Any]:
+    figure, kept = verdict.figure, verdict.kept
+    run = None
+    if kept is not None:
+        run = {
+            "date": kept.made.date,
+            "commit": kept.made.commit,
+            "seeds": kept.seeds,
+            "quick": kept.is_quick,
+        }
     return {
-        "figures": [
-            {
-                "number": one.figure.number,
-                "title": one.figure.title,
-                "study": one.figure.study,
-                "elsewhere": one.figure.elsewhere,
-                "held": one.held,
-                "of": one.of,
-                "verdict": one.word,
-            }
-            for one in verdicts
-        ]
+        "number": figure.number,
+        "title": figure.title,
+        "study": figure.study,
+        "elsewhere": figure.elsewhere,
+        "run": run,
+        "held": verdict.held,
+        "of": verdict.of,
+        "verdict": verdict.word,
+        "differing": [
+            {"expected": check.name, "found": check.found} for check in verdict.differing
+        ],
     }

@@ -39,6 +39,7 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_bprr.scattered,
             seeds=60,
             quick_seeds=40,
+            takes=("map",),
         ),
         Study(
             name="bprr-ablation",
@@ -119,6 +120,7 @@ STUDIES: Final[dict[str, Study]] = {
             run=study_realism.realism,
             seeds=30,
             quick_seeds=5,
+            takes=("rtts", "requests"),
         ),
         Study(
             name="ring",

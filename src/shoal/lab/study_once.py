@@ -31,8 +31,9 @@ DANGER_S: Final = 0.005
 ROOM_MIN: Final = 1.3
 """Servers must hold so many times the model together; other draws are left out."""
 
-DRAWS: Final = 3
-"""So many times the study's seeds: one draw takes seconds, and single draws differ by far."""
+DRAWS: Final = 12
+"""So many times the study's seeds: single draws gain from nothing to 2.6 times, so that the mean of
+60 was 1.39 with a standard error of 0.04, and that of 240 is 1.34 with one of 0.02."""
 
 BEFORE: Final[Mapping[int, tuple[float, ...]]] = {
     12: (1.20, 1.30, 1.40, 1.42, 1.00, 1.09),

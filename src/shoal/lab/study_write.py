@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from shoal.lab.sim_result import write_summary
 from shoal.lab.study import ORIGINS, Chart, Origin, Report, Row, Study, Task
+from shoal.lab.study_kept import Made
 
 PACKAGES: Final = ("shoal", "numpy", "scipy", "topohub", "matplotlib")
 
@@ -23,8 +24,8 @@ COLOURS: Final = (
 DPI: Final = 120
 
 
-def environment() -> dict[str, Any]:
-    """The versions that figures depend on, and the machine that measured ones do."""
+def environment(made: Made) -> dict[str, Any]:
+    """The code and versions that figures depend on, and the machine that measured ones do."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -32,6 +33,8 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
     return {
+        "date": made.date,
+        "commit": made.commit,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
@@ -92,11 +95,11 @@ def _cell(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def write_report(folder: Path, study: Study, task: Task, report: Report) -> list[Path]:
+def write_report(folder: Path, study: Study, task: Task, report: Report, made: Made) -> list[Path]:
     """`NAME.csv`, `NAME.json` and, where matplotlib is installed, `NAME-N.png` in `folder`."""
     paths = [folder / f"{study.name}.csv", folder / f"{study.name}.json"]
     _write_csv(paths[0], study, report)
-    write_summary(paths[1], _content(study, task, report))
+    write_summary(paths[1], _content(study, task, report, made))
     if importlib.util.find_spec("matplotlib") is not None:
         tables = report.tables()
         for number, chart in enumerate(report.charts, 1):
@@ -122,7 +125,7 @@ def _setting(row: Row) -> str:
     return ", ".join(f"{key} {value}" for key, value in row.keys)
 
 
-def _content(study: Study, task: Task, report: Report) -> Mapping[str, Any]:
+def _content(study: Study, task: Task, report: Report, made: Made) -> Mapping[str, Any]:
     return {
         "study": study.name,
         "title": study.title,
@@ -130,7 +133,7 @@ def _content(study: Study, task: Task, report: Report) -> Mapping[str, Any]:
         "seeds": list(range(task.seeds)),
         "quick": task.is_quick,
         "data": list(task.data.provenances),
-        "environment": environment(),
+        "environment": environment(made),
         "origins": list(ORIGINS),
         "rows": [
             {

@@ -102,8 +102,8 @@ AnnounceOption = Annotated[
     str | None,
     typer.Option(
         metavar="tcp://HOST:PORT",
-        help="Address to tell others if it is not the one listened on (behind a router, "
-        "or with several networks); port 0 means the same port.",
+        help="Address to tell others if it is not the one listened on (behind a router); port 0 "
+        "means the same port. Without it 0.0.0.0 stands for this machine's own addresses.",
     ),
 ]
 JoinsOption = Annotated[

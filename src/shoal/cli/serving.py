@@ -28,6 +28,7 @@ from shoal.cli.loading import load_blocks
 from shoal.cli.metrics_host import ServerParts, serving_metrics
 from shoal.cli.models import OpenModel
 from shoal.cli.moving import keep_placed, loader, mover_of
+from shoal.cli.own_addresses import own_addresses
 from shoal.cli.peer_weights import Swarm, fetch_items, head_items, span_items, weight_store
 from shoal.cli.placing import PlaceChoice, find_place
 from shoal.cli.recorder import server_maker
@@ -50,7 +51,7 @@ from shoal.net.metering import MeteredTransport
 from shoal.net.tasks import first_failure, wait_ended
 from shoal.net.tcp import TcpTransport
 from shoal.server.adapters import BYTES_MAX
-from shoal.server.announcing import Announcement, Announcer, StoreBook, public_address
+from shoal.server.announcing import Announcement, Announcer, StoreBook
 from shoal.server.config import StreamService
 from shoal.server.door import Door
 from shoal.server.moving import SpanMover
@@ -287,14 +288,12 @@ def _addresses(
     Raises:
         ConfigError: malformed, or no network.
     """
+    addresses = own_addresses(listening, settings.listen, settings.announce)
     if not settings.swarm.is_lan:
-        return (public_address(listening, settings.announce),), ()
+        return addresses, ()
     from shoal.discovery.lan import lan_hosts
 
-    hosts = lan_hosts(listening.host)
-    if settings.announce is not None:
-        return (public_address(listening, settings.announce),), hosts
-    return tuple(replace(listening, host=host) for host in hosts), hosts
+    return addresses, lan_hosts(parse_listen(settings.listen).host)
 
 
 def _announcement(

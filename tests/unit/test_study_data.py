@@ -208,5 +208,39 @@ def test_a_map_without_published_figures_is_refused(tmp_path: Path):
         STUDIES["bprr-scattered"].run(Task(seeds=1, is_quick=True, data=data))
 
 
+def test_a_map_with_too_few_places_is_refused(tmp_path: Path):
+    data = load_data(None, None, written(tmp_path / "GTS-CE.graph", GRAPH))
+    with pytest.raises(ConfigError, match="map GTS-CE has 3 places, and 26 servers"):
+        STUDIES["bprr-scattered"].run(Task(seeds=1, is_quick=True, data=data))
+
+
+def ring(places: int) -> str:
+    """A map of so many places in a circle, 100 microseconds from each to the next."""
+    nodes = "".join(f"n{one} 0 0\n" for one in range(places))
+    pairs = [(one, (one + step) % places) for one in range(places) for step in (1, -1)]
+    edges = "".join(f"e{n} {a} {b} 1 10000 100\n" for n, (a, b) in enumerate(pairs))
+    return f"NODES {places}\nlabel x y\n{nodes}\nEDGES {len(pairs)}\nheading\n{edges}"
+
+
+def test_the_third_map_is_shown_where_the_user_has_it(tmp_path: Path):
+    data = load_data(None, None, written(tmp_path / "GTS-CE.graph", ring(40)))
+    report = STUDIES["bprr-scattered"].run(Task(seeds=2, is_quick=True, data=data))
+    rows = [row for row in report.rows if row.has(map="GTS-CE")]
+    assert len(rows) == 4
+    assert all(row.value("proposed, model only") > 0 for row in rows)
+    assert any("GTS-CE: the file's own delays" in note for note in report.notes)
+
+
+def test_too_few_hosts_or_requests_are_refused_before_any_work(tmp_path: Path):
+    few, many = hosts(tmp_path / "few.csv", 20), hosts(tmp_path / "many.csv", 30)
+    short = recorded(tmp_path / "requests.csv", 20)
+    for task, message in (
+        (Task(seeds=1, data=load_data(few, None)), "20 hosts, and 26 servers and a client need 27"),
+        (Task(seeds=1, data=load_data(many, short)), "a run needs 100"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            STUDIES["realism"].run(task)
+
+
 def test_without_data_nothing_is_invented():
     assert real_rows(Task(seeds=1, data=NO_DATA)) == ([], [])

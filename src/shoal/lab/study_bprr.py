@@ -204,7 +204,7 @@ def _beds(given: Network | None) -> list[tuple[Testbed, Map]]:
     """Testbeds on their maps; the one that was given takes the place of its namesake.
 
     Raises:
-        ConfigError: a map that is none of the paper's.
+        ConfigError: a map that is none of the paper's, or with too few places.
     """
     beds = {bed.map: (bed, load_map(MAPS[bed.map])) for bed in TESTBEDS}
     if given is not None:
@@ -214,7 +214,13 @@ def _beds(given: Network | None) -> list[tuple[Testbed, Map]]:
                 f"no published figures are known for the map {given.map.name!r}: name its file "
                 f"{', '.join(f'{name}.graph' for name in known)}"
             )
-        beds[given.map.name] = (known[given.map.name], given.map)
+        bed = known[given.map.name]
+        if given.map.num_places < bed.count:
+            raise ConfigError(
+                f"the map {bed.map} has {given.map.num_places} places, and {bed.count} servers "
+                "need one each"
+            )
+        beds[bed.map] = (bed, given.map)
     return list(beds.values())
 
 

@@ -123,9 +123,12 @@ def load_rtts(path: Path) -> Rtts:
         said = f" {len(lines)} of {named} hosts, whose round trips are all known."
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
     if len(rows) < HOSTS_MIN or any(len(row) != len(rows) for row in rows):
+        found = f"{len(rows)} lines"
+        if rows:
+            found += f" of {min(map(len, rows))} to {max(map(len, rows))} numbers"
         raise ConfigError(
-            f"{path} is no square table: {len(rows)} lines, and {min(map(len, rows), default=0)} "
-            "or more numbers in each"
+            f"{path} is no square table of milliseconds, bare or with the hosts' names on top and "
+            f"at the left: it has {found}"
         )
     return Rtts(rtt_s=tuple(rows), provenance=_provenance(path, content) + said)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Final
 
-from shoal.base.errors import NoRouteError
+from shoal.base.errors import ConfigError, NoRouteError
 from shoal.lab.campaign import quiet
 from shoal.lab.sim_live import simulate_live
 from shoal.lab.sim_result import Result
@@ -71,12 +71,35 @@ BEDS: Final = (
 )
 
 
-def on_hosts(rtts: Rtts, bed: Bed, load: Load, seed: int) -> Problem:
-    """One client and the bed's servers on hosts at random.
+def _beds(task: Task) -> tuple[Bed, ...]:
+    return BEDS[: 1 if task.is_quick else None]
+
+
+def check_data(task: Task) -> None:
+    """Before minutes of work: is what was given enough?
 
     Raises:
-        ConfigError: the table has too few hosts.
+        ConfigError: too few hosts for the servers and a client, or too few requests.
     """
+    data, num_servers = task.data, _beds(task)[-1].count
+    if data.rtts is not None and data.rtts.num_hosts <= num_servers:
+        raise ConfigError(
+            f"the table of round trips has {data.rtts.num_hosts} hosts, and {num_servers} servers "
+            f"and a client need {num_servers + 1}: give a larger one"
+        )
+    if data.requests is None:
+        return
+    known = len(data.requests.within(TOKENS_IN_MAX, TOKENS_OUT_MAX))
+    if known < DRAWN.requests:
+        raise ConfigError(
+            f"{known} of {len(data.requests.requests)} recorded requests have at most "
+            f"{TOKENS_IN_MAX} + {TOKENS_OUT_MAX} tokens, and a run needs {DRAWN.requests}: "
+            "give a longer recording"
+        )
+
+
+def on_hosts(rtts: Rtts, bed: Bed, load: Load, seed: int) -> Problem:
+    """One client and the bed's servers on hosts at random; for `check_data` there are enough."""
     rng = random.Random(f"hosts {seed}")
     home, *hosts = rng.sample(range(rtts.num_hosts), bed.count + 1)
     fast = [server < bed.num_fast for server in range(bed.count)]
@@ -173,7 +196,7 @@ def real_rows(task: Task) -> tuple[list[Row], list[Check]]:
     rtts = task.data.rtts
     if rtts is None:
         return [], []
-    beds = BEDS[: 1 if task.is_quick else None]
+    beds = _beds(task)
     rows = [_hosts_row(task, rtts, bed) for bed in beds]
     checks = [_quicker(row) for row in rows]
     if task.data.requests is not None:

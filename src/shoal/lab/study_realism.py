@@ -17,7 +17,7 @@ from shoal.lab.study import Chart, Check, Figure, Report, Row, Task, mean
 from shoal.lab.study_bloom import MEMORY_9, MEMORY_26, METHODS, SETUP_S, Load, Memory, placed
 from shoal.lab.study_bprr import MAPS, on_map
 from shoal.lab.study_maps import Delay, load_map
-from shoal.lab.study_real import REAL_NOTES, real_rows
+from shoal.lab.study_real import REAL_NOTES, check_data, real_rows
 from shoal.plan.spec import Problem
 
 SIGMA: Final = 0.5
@@ -83,7 +83,12 @@ def run_in(world: World, problem: Problem, method: str, seed: int) -> dict[str, 
 
 
 def realism(task: Task) -> Report:
-    """Petals and the proposal in each world."""
+    """Petals and the proposal in each world.
+
+    Raises:
+        ConfigError: the user's data does not suffice.
+    """
+    check_data(task)
     rows = []
     for map_name, count, num_fast, memory in BEDS[: 1 if task.is_quick else None]:
         network = load_map(MAPS[map_name])

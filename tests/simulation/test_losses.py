@@ -96,7 +96,8 @@ def replayed(it, reader):
 
 @scene("a 0:2, b 2:4, c 4:6, spare-b 2:4", iteration_s=0.2)
 async def test_a_zombie_pushes_in_vain(it):
-    """Stopped while it computes, replaced, and thawed: its rows are refused as stale."""
+    """Cut off while it computes, replaced, and back: its rows are refused as stale, unless it
+    has noticed the silence itself and given the link up."""
     reader = await it.read(10)
     step = asyncio.ensure_future(reader.decode(1))
     await until(lambda: bool(it.hop("b", reader).running))
@@ -105,9 +106,8 @@ async def test_a_zombie_pushes_in_vain(it):
     assert reader.chain == ["a", "spare-b", "c"]
     zombie = it.hop("b", reader)
     assert zombie.log.end == 11
-    assert not zombie.outbound.is_stale
     it.network.thaw(it["b"].peer)
-    await until(lambda: zombie.outbound.is_stale, within_s=1.0)
+    await until(lambda: not zombie.outbound.is_open, within_s=1.0)
     assert zombie.outbound.epoch < reader.session.epoch
     await reader.decode(5)
     assert reader.repairs == [(["b"], ["spare-b"])]
@@ -290,3 +290,29 @@ async def test_steps_that_always_take_long_are_no_standstill(it):
     assert step_s > 2.5
     assert reader.state.resync_after_s > 1.5 * step_s
     assert reader.session.recoveries == before
+
+
+@pytest.mark.parametrize("kind", ["held", "swallowed", "swallowed one way"])
+def test_a_silent_cut_between_two_servers_is_passed_in_time(kind):
+    """As soon as a server that falls silent: the rows then go through the client."""
+
+    @scene("a 0:2, b 2:4, c 4:6")
+    async def story(it):
+        a, b = it["a"].peer, it["b"].peer
+        reader = await it.read(20)
+        await reader.decode(2)
+        if kind == "held":
+            it.network.isolate(a, [b])
+        else:
+            it.network.black_hole(a, b)
+        if kind == "swallowed":
+            it.network.black_hole(b, a)
+        since_s = now_s()
+        await reader.decode(1)
+        assert now_s() - since_s <= 3.0
+        await reader.decode(5)
+        assert reader.chain == ["a", "b", "c"]
+        assert reader.repairs == []
+        assert it.client.experience.snapshot(now_s()).avoid == frozenset()
+
+    story()

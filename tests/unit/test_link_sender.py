@@ -6,13 +6,24 @@ import pytest
 
 from shoal.base.errors import PeerBusy, PeerTimeout, PeerUnreachable, ProtocolError
 from shoal.base.ids import PeerId, SessionId
-from shoal.base.limits import CUTS_MAX, HEADER_BYTES_MAX, OPEN_TIMEOUT_S, PAYLOAD_BYTES_MAX
+from shoal.base.limits import ALIVE_PERIOD_S, CUTS_MAX, HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
 from shoal.lab.clock import run_virtual
+from shoal.link.hearing import QUESTION, SILENT_S
 from shoal.link.log import Log, LogEntry
 from shoal.link.outbound import Outbound
 from shoal.link.sender import RowSender
 from shoal.wire.frames import encode_frame
-from shoal.wire.messages import WANT_ALL, Alive, Error, Have, Open, Rows, encode, split_rows
+from shoal.wire.messages import (
+    WANT_ALL,
+    Alive,
+    Error,
+    Have,
+    Open,
+    Rows,
+    Stale,
+    encode,
+    split_rows,
+)
 
 PEER = PeerId(b"p" * 32)
 WINDOW = 1 << 40
@@ -32,16 +43,22 @@ class Events:
 class Wire:
     """A channel to a receiver that holds nothing and says so; it checks every frame."""
 
-    def __init__(self, *, is_silent=False):
+    def __init__(self, *, is_silent=False, is_deaf=False):
+        """A deaf one says what it has, unasked, and hears nothing of rows and questions."""
         self.peer = PEER
-        self.opened, self.frames = [], []
+        self.opened, self.frames, self.questions = [], [], 0
+        self._is_deaf = is_deaf
         self.is_closed = False
         self._is_silent = is_silent
         self._answers = asyncio.Queue()
 
     async def send(self, message, *payload):
         encode_frame(encode(message), payload)  # raises over the limits
-        if isinstance(message, Open):
+        if message == QUESTION:
+            self.questions += 1
+            if not (self._is_silent or self._is_deaf):
+                self.answer(Stale(message.session, 0, 0))
+        elif isinstance(message, Open):
             self.opened.append(message)
             if not self._is_silent:
                 self.answer(Have(message.session, message.border, message.epoch, 0, 0, WINDOW))
@@ -181,8 +198,41 @@ def test_a_receiver_that_does_not_answer_is_given_up():
         sender.attach(outbound_with(1, (1, b"x")))
         with pytest.raises(PeerTimeout):
             await sender.run(Wire(is_silent=True))
-        assert asyncio.get_running_loop().time() <= 2 * OPEN_TIMEOUT_S
+        assert asyncio.get_running_loop().time() == pytest.approx(SILENT_S)
         assert not sender.is_connected
+
+    run_virtual(story)
+
+
+def test_what_comes_unasked_is_no_sign_that_we_are_heard():
+    """A path may swallow one direction only."""
+
+    async def story():
+        wire = Wire(is_deaf=True)
+        sender = RowSender(PEER, Events())
+        sender.attach(outbound_with(1, (1, b"x")))
+        running = asyncio.ensure_future(sender.run(wire))
+        while not running.done():
+            await asyncio.sleep(0.1)
+            wire.answer(Have(bytes(15) + b"\1", 4, 1, 0, 0, WINDOW))
+        with pytest.raises(PeerTimeout):
+            await running
+        assert wire.questions >= 2
+        assert asyncio.get_running_loop().time() <= SILENT_S + 0.2
+
+    run_virtual(story)
+
+
+def test_a_receiver_that_computes_long_is_waited_for():
+    """It answers questions; with nothing under way there are none."""
+
+    async def story():
+        wire = Wire()
+        await run_for(wire, [outbound_with(1, (1, b"x"))], seconds=60.0)
+        assert wire.questions == pytest.approx(60.0 / ALIVE_PERIOD_S, abs=2)
+        idle = Wire()
+        await run_for(idle, [outbound_with(1)], seconds=60.0)
+        assert idle.questions == 0
 
     run_virtual(story)
 
@@ -192,7 +242,7 @@ def test_a_stream_without_sessions_is_kept_for_a_while():
         sender = RowSender(PEER, Events())
         with pytest.raises(PeerUnreachable, match="no session"):
             await sender.run(Wire(), idle_s=30.0)
-        assert 30.0 <= asyncio.get_running_loop().time() <= 30.0 + OPEN_TIMEOUT_S
+        assert 30.0 <= asyncio.get_running_loop().time() <= 30.0 + 2 * ALIVE_PERIOD_S
 
     run_virtual(story)
 

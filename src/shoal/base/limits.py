@@ -103,10 +103,6 @@ DIAL_TIMEOUT_S: Final = 5.0
 CALL_TIMEOUT_S: Final = 5.0
 """Deadline of one control request; transports notice dead paths only after 15 s."""
 
-OPEN_TIMEOUT_S: Final = 2.0
-"""Deadline of an Open on a data link, which is answered at once whatever the engine does.
-Then the path is dialled anew, so that a cut between two servers is found within seconds."""
-
 ORPHAN_GRACE_S: Final = 5.0
 """A session whose owner's control stream is gone is freed after this."""
 

@@ -1,7 +1,8 @@
 """The senders of one peer: one per receiver, dialled here or adopted when the receiver dials.
 
 A stream that breaks is dialled again once at once (a reset costs one round trip); when
-that fails the owner is told and the sender rests until a new route attaches a session.
+that fails the owner is told and the sender rests until a new route attaches a session. Was the
+stream silent, the new one must be up soon: one question has gone unanswered already.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
-from shoal.base.errors import PeerError, ProtocolError, ShoalError
-from shoal.base.ids import PeerId
+from shoal.base.errors import PeerError, PeerTimeout, ProtocolError, ShoalError
+from shoal.base.ids import PeerId, short
 from shoal.link.outbound import Outbound
 from shoal.link.sender import RowSender, SenderEvents
 from shoal.net.channel import Channel
@@ -24,6 +25,13 @@ HEALTHY_S = 5.0
 
 IDLE_LINK_S = 30.0
 """A stream that carries no session is kept this long for the next one."""
+
+REDIAL_S: Final = 1.0
+"""How long a silent peer has for a new stream, or twice as long as it took for the last one."""
+
+DEAD_S: Final = 1.0
+"""A path that swallowed a stream and a dial is not tried again so soon: a route that was on its
+way meanwhile hears at once what is the matter."""
 
 
 class PoolEvents(SenderEvents, Protocol):
@@ -44,6 +52,8 @@ class SenderPool:
         self._busy: dict[PeerId, int] = {}
         """Tasks that dial or serve a stream, by peer."""
         self._dialling: set[PeerId] = set()
+        self._dead: dict[PeerId, tuple[float, PeerTimeout]] = {}
+        """Peers that were silent and took no new stream: when, and what it looked like."""
         self._tasks = TaskSet("senders")
 
     @property
@@ -113,6 +123,7 @@ class SenderPool:
     async def _keep_dialled(self, sender: RowSender) -> None:
         async with self._in_use(sender):
             try:
+                self._check_dead(sender.peer)
                 await self._dial_until_broken(sender)
                 return
             except ShoalError as failure:
@@ -121,15 +132,44 @@ class SenderPool:
                 self._dialling.discard(sender.peer)
             self._events.on_link_broken(sender.peer, error, sender.outbounds)
 
+    def _check_dead(self, peer: PeerId) -> None:
+        """Raises:
+        PeerTimeout: the path swallowed everything a moment ago.
+        """
+        now_s = asyncio.get_running_loop().time()
+        self._dead = {one: dead for one, dead in self._dead.items() if now_s - dead[0] < DEAD_S}
+        if peer in self._dead:
+            raise self._dead[peer][1]
+
     async def _dial_until_broken(self, sender: RowSender) -> None:
         """Returns when no session uses the link any more."""
         now = asyncio.get_running_loop().time
         broke_at = -HEALTHY_S
+        limit_s: float | None = None
         while sender.outbounds:
-            channel = await self._dial(sender.peer)
+            dialled_s = now()
+            channel = await self._dial_within(sender.peer, limit_s)
+            took_s, limit_s = now() - dialled_s, None
             try:
                 await sender.run(channel, idle_s=IDLE_LINK_S)
-            except (PeerError, ProtocolError):
+            except (PeerError, ProtocolError) as error:
                 if sender.outbounds and now() - broke_at < HEALTHY_S:
                     raise
                 broke_at = now()
+                if isinstance(error, PeerTimeout):
+                    limit_s = max(REDIAL_S, 2 * took_s)
+
+    async def _dial_within(self, peer: PeerId, limit_s: float | None) -> Channel:
+        """A new stream; None: whatever dialling takes.
+
+        Raises:
+            PeerTimeout: not within the limit.
+            ShoalError: it can't be had.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._dial(peer)
+        except TimeoutError as error:
+            dead = PeerTimeout(f"{short(peer)} fell silent and takes no new stream")
+            self._dead[peer] = asyncio.get_running_loop().time(), dead
+            raise dead from error

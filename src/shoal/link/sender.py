@@ -16,9 +16,9 @@ from shoal.base.ids import PeerId, SessionId, short
 from shoal.base.limits import (
     ENTRIES_PER_FRAME_MAX,
     HEADER_BYTES_MAX,
-    OPEN_TIMEOUT_S,
     PAYLOAD_BYTES_MAX,
 )
+from shoal.link.hearing import QUESTION, Hearing, Judgement
 from shoal.link.outbound import Outbound, Sendable
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
@@ -53,8 +53,9 @@ class RowSender:
         self._ready: dict[LinkKey, None] = {}
         self._wake = asyncio.Event()
         self._channel: Channel | None = None
-        self._asked_s: float | None = None
-        """Loop time of the oldest Open since the peer last said anything."""
+        self._hearing = Hearing()
+        self._is_asking = False
+        """Whether the writer is to ask the peer for a word."""
         self._turn = asyncio.Lock()
 
     @property
@@ -103,7 +104,7 @@ class RowSender:
                 self._opens[(outbound.session, outbound.border)] = None
             self._ready.clear()
             self._wake.set()
-            self._asked_s = None
+            self._hearing, self._is_asking = Hearing(), False
             self.is_connected = True
             try:
                 await first_failure(self._write(channel), self._read(channel), self._watch(idle_s))
@@ -114,18 +115,22 @@ class RowSender:
                 channel.close()
 
     async def _write(self, channel: Channel) -> None:
+        now = asyncio.get_running_loop().time
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._opens or self._ready:
+            while self._opens or self._ready or self._is_asking:
+                if self._is_asking:
+                    self._is_asking = False
+                    await channel.send(QUESTION)
                 while self._opens:
                     key = next(iter(self._opens))
                     del self._opens[key]
-                    if self._asked_s is None:
-                        self._asked_s = asyncio.get_running_loop().time()
+                    self._hearing.sent(0, now())
                     await channel.send(Open(*key, self._outbounds[key].epoch))
                 batch = self._collect()
                 if batch:
+                    self._hearing.sent(sum(item.entry.payload_bytes for item in batch), now())
                     rows = Rows([item.header for item in batch])
                     await channel.send(
                         rows, *(item.entry.data() for item in batch if item.entry.payload_bytes)
@@ -153,11 +158,14 @@ class RowSender:
         return batch
 
     async def _read(self, channel: Channel) -> None:
+        now = asyncio.get_running_loop().time
         while True:
             message, _ = await channel.receive()
-            self._asked_s = None
             match message:
                 case Have() | Gap() | Ack() | Stale():
+                    if not isinstance(message, Have):  # which also comes unasked
+                        is_answer = message.session == QUESTION.session
+                        self._hearing.heard(now(), is_answer=is_answer)
                     self._on_answer(message)
                 case Error():
                     raise error_from_code(message.code, message.detail, message.retry_after_s)
@@ -165,17 +173,29 @@ class RowSender:
                     raise ProtocolError(f"{type(message).__name__} is no answer on a data link")
 
     async def _watch(self, idle_s: float) -> None:
-        """Every Open is answered at once; a path that swallows answers is given up."""
+        """Give up a path that swallows what it carries, and a stream that nobody uses."""
         used_s = asyncio.get_running_loop().time()
         while True:
-            await asyncio.sleep(OPEN_TIMEOUT_S / 4)
             now_s = asyncio.get_running_loop().time()
             if self._outbounds:
                 used_s = now_s
             elif now_s - used_s > idle_s:
                 raise PeerUnreachable("no session uses this link")
-            if self._asked_s is not None and now_s - self._asked_s > OPEN_TIMEOUT_S:
-                raise PeerTimeout(f"peer {short(self.peer)} does not answer on its data link")
+            match self._judge(now_s):
+                case Judgement.ASK:
+                    self._is_asking = True
+                    self._wake.set()
+                case Judgement.GIVE_UP:
+                    raise PeerTimeout(f"peer {short(self.peer)} is silent on its data link")
+                case Judgement.WAIT:
+                    pass
+            await asyncio.sleep(self._hearing.wait_s(now_s))
+
+    def _judge(self, now_s: float) -> Judgement:
+        links = self._outbounds.values()
+        is_owed = any(not one.is_open or one.acked < one.cursor or one.has_entry for one in links)
+        unacked_bytes = sum(one.in_flight_bytes for one in links)
+        return self._hearing.look(now_s, is_owed=is_owed, unacked_bytes=unacked_bytes)
 
     def _on_answer(self, message: Have | Gap | Ack | Stale) -> None:
         outbound = self._outbounds.get((SessionId(message.session), message.border))

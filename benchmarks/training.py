@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from rounds import Rounds, Way, take_rounds
 from shoal.cli.models import cache_dir
 from shoal.model.source import open_source
 from tiny_model import save_tiny
+from training_memory import free_bytes, needed, refusal
 from workers import Worker, serving, working
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ SCRIPT: Final = "training_worker.py"
 ONE: Final = "transformers + peft, 1 thread"
 TWO: Final = "transformers + peft, 2 threads"
 LOSS_TOLERANCE: Final = 1e-3
+KINDS: Final = {"forward": "forward", "both": "forward + backward"}
+PROMPT_ROWS: Final = 16
+"""Positions that stand before each sequence, at most."""
 PETALS: Final = (
     "Petals, measured beside on another day (research figures): 8 blocks 512 wide float32, two "
     "servers: forward 0.73 of transformers, backward 0.45; 1.1B shape bfloat16: 0.85 and 0.48"
@@ -53,6 +57,7 @@ class Case:
     servers: tuple[int, ...]
     batches: tuple[int, ...]
     length: int
+    kinds: tuple[str, ...]
     steps: int
     rounds: int
     decoded: int
@@ -64,11 +69,11 @@ class Figures:
     def __init__(self) -> None:
         self.peaks: dict[str, float] = {}
 
-    def asking(self, way: str, worker: Worker, request: dict[str, Any]) -> Callable[[], Any]:
+    def asking(self, way: str, trainer: Trainer, request: dict[str, Any]) -> Callable[[], Any]:
         """A round of this way."""
 
         async def measure() -> float:
-            found = await worker.ask(request)
+            found = await trainer.ask(request)
             self.peaks[way] = found["peak_mb"]
             return float(found["tokens_per_s"])
 
@@ -80,8 +85,14 @@ class Trainer:
     """One who trains, and the processes that must have their core."""
 
     worker: Worker
+    threads: int
     workers: dict[str, int]
     join: str = ""
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of its process, which computes with so many threads."""
+        found: dict[str, Any] = await self.worker.ask(request | {"threads": self.threads})
+        return found
 
 
 @contextmanager
@@ -94,12 +105,13 @@ def trainers(case: Case) -> Iterator[dict[str, Trainer]]:
         joins = {count: first[0] for count, first in zip(case.servers, firsts, strict=True)}
         rest = [(count, span) for count in case.servers for span in spans[count][1:]]
         others = _entered(stack, [_server(case, span, joins[count]) for count, span in rest])
-        clients = [_worker(case, "alone", threads=1), _worker(case, "alone", threads=2)]
+        # One process for both: two of them, with their graphs, are more than many machines have.
+        clients = [_worker(case, "alone", threads=2)]
         clients += [_worker(case, "chain", join, threads=1) for join in joins.values()]
-        one, two, *chained = _entered(stack, clients)
+        one, *chained = _entered(stack, clients)
         found = {
-            ONE: Trainer(worker=one, workers={"process": one.pid}),
-            TWO: Trainer(worker=two, workers={"process": two.pid}),
+            name: Trainer(worker=one, threads=threads, workers={"process": one.pid})
+            for name, threads in ((ONE, 1), (TWO, 2))
         }
         for count, first, client in zip(case.servers, firsts, chained, strict=True):
             pids = {f"server {spans[count][0]}": first[1], "client": client.pid}
@@ -107,7 +119,7 @@ def trainers(case: Case) -> Iterator[dict[str, Trainer]]:
                 if other == count:
                     pids[f"server {span}"] = pid
             name = f"shoal, {count} server{'s' * (count > 1)}"
-            found[name] = Trainer(worker=client, workers=pids, join=joins[count])
+            found[name] = Trainer(worker=client, threads=1, workers=pids, join=joins[count])
         yield found
 
 
@@ -133,16 +145,16 @@ def _entered(stack: ExitStack, managers: Sequence[AbstractContextManager[T]]) ->
 def speeds(case: Case, found: dict[str, Trainer]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the table, and every round."""
     rows, details = [], {}
-    for kind in ("forward", "both"):
+    for kind in case.kinds:
         for batch in case.batches:
             figures = Figures()
             request = {"kind": kind, "batch": batch, "length": case.length}
             ways = {
-                name: Way(workers=one.workers, measure=figures.asking(name, one.worker, request))
+                name: Way(workers=one.workers, measure=figures.asking(name, one, request))
                 for name, one in found.items()
             }
             rounds: dict[str, Rounds] = asyncio.run(take_rounds(ways, case.rounds))
-            what = "forward" if kind == "forward" else "forward + backward"
+            what = KINDS[kind]
             for way, taken in rounds.items():
                 rows.append(
                     {
@@ -206,13 +218,51 @@ async def _beside(
     decoding = asyncio.ensure_future(client.ask(ask))
     passes = []
     while not decoding.done():
-        passes.append(float((await trainer.worker.ask(request))["tokens_per_s"]))
+        passes.append(float((await trainer.ask(request))["tokens_per_s"]))
     return await decoding, sum(passes) / len(passes)
 
 
 async def _losses(trainer: Trainer, request: dict[str, Any]) -> list[float]:
-    found = await trainer.worker.ask(request)
+    found = await trainer.ask(request)
     return [float(loss) for loss in found["losses"]]
+
+
+def that_fit(case: Case) -> tuple[Case, list[dict[str, Any]]]:
+    """The case with the batches that there is memory for, and a row for each other one."""
+    config = open_source(case.model, cache_dir()).config
+    fitting, rows = [], []
+    for batch in case.batches:
+        need = needed(config, case.dtype, case.servers, batch, case.length + PROMPT_ROWS)
+        reason = refusal(need, free_bytes())
+        if reason is None:
+            fitting.append(batch)
+            continue
+        print(f"batch {batch}: {reason}", file=sys.stderr)
+        rows.append(
+            {
+                "model": case.name, "dtype": case.dtype, "method": case.method,
+                "work": "none", "batch": batch, "way": reason, "tokens_per_s": "not measured",
+                "share": "-", "client_peak_mb": "-", "rounds": 0, "dropped": 0,
+            }
+        )  # fmt: skip
+    return replace(case, batches=tuple(fitting)), rows
+
+
+def measured(case: Case, details: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table."""
+    fitting, rows = that_fit(case)
+    tables: dict[str, list[dict[str, Any]]] = {"training": rows}
+    if not fitting.batches:
+        return tables
+    with trainers(fitting) as found:
+        taken, rounds = speeds(fitting, found)
+        rows += taken
+        details |= rounds
+        if case.steps:
+            tables["training_losses"] = losses(fitting, found)
+        if 1 in case.servers and case.decoded:
+            tables["training_fairness"] = fairness(fitting, found)
+    return tables
 
 
 def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
@@ -233,6 +283,7 @@ def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
             servers=tuple(options.servers or (1, 2, 3)),
             batches=batches,
             length=32 if options.quick else options.length,
+            kinds=tuple(options.work or KINDS),
             steps=3 if options.quick else options.steps,
             rounds=1 if options.quick else options.rounds,
             decoded=8 if options.quick else options.decoded,
@@ -249,29 +300,25 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=("prompt", "deep-prompt", "lora"))
     parser.add_argument("--servers", nargs="*", type=int, help="counts (default: 1 2 3)")
     parser.add_argument("--batches", nargs="*", type=int, help="sizes (default: 4 16)")
+    parser.add_argument("--work", nargs="*", choices=KINDS, help="of both (default)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=2, help="that count, of every way")
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps to compare")
-    parser.add_argument("--decoded", type=int, default=60, help="tokens of the decoding client")
+    parser.add_argument("--steps", type=int, default=4, help="optimiser steps to compare; 0: none")
+    parser.add_argument("--decoded", type=int, default=60, help="of the decoding client; 0: none")
+    parser.add_argument("--name", default="", help="behind `training` in names of results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
     options = parser.parse_args()
     facts = environment()
     details: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    others: dict[str, list[dict[str, Any]]] = {"training_losses": [], "training_fairness": []}
+    tables: dict[str, list[dict[str, Any]]] = {}
     with TemporaryDirectory() as folder:
         for case in cases(options, Path(folder)):
-            with trainers(case) as found:
-                taken, rounds = speeds(case, found)
-                rows += taken
-                details |= rounds
-                others["training_losses"] += losses(case, found)
-                if 1 in case.servers and case.decoded:
-                    others["training_fairness"] += fairness(case, found)
-    publish("training", rows, facts, details, options.out)
-    for theme, more in others.items():
-        if more:
-            publish(theme, more, facts, None, options.out)
+            for theme, rows in measured(case, details).items():
+                tables.setdefault(theme, []).extend(rows)
+    suffix = f"_{options.name}" if options.name else ""
+    for theme, rows in tables.items():
+        rounds = details if theme == "training" else None
+        publish(theme + suffix, rows, facts, rounds, options.out)
     print(PETALS, file=sys.stderr)
 
 

@@ -4,7 +4,8 @@
 `python training_worker.py chain MODEL DTYPE METHOD ADDR`,
 `python training_worker.py decode MODEL DTYPE METHOD ADDR` (METHOD is of no effect).
 A request has a kind: `forward` and `both` time one pass over a batch, `train` does optimiser
-steps and answers with their losses, `decode` answers with the times between tokens.
+steps and answers with their losses, `decode` answers with the times between tokens. It may say how
+many threads compute; the worker's own number is the most.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -142,7 +144,8 @@ def timed_pass(trainee: Trainee, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(trainee: Trainee, request: dict[str, Any]) -> dict[str, Any]:
-    """Losses of so many steps of AdamW, each on a batch of its own."""
+    """Losses of so many steps of AdamW, each on a batch of its own; what was learned is undone."""
+    before = [one.detach().clone() for one in trainee.parameters()]
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=RATE, weight_decay=0.0)
     losses = []
     for step in range(request["steps"]):
@@ -151,6 +154,9 @@ def trained(trainee: Trainee, request: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
+    with torch.no_grad():
+        for one, value in zip(trainee.parameters(), before, strict=True):
+            one.copy_(value)
     return {"losses": losses}
 
 
@@ -174,12 +180,24 @@ def peak_mb() -> float:
 
 
 async def train(trainee: Trainee) -> None:
-    """Answer requests. `stop` ends an `until_stopped`, which trains until then."""
+    """Answer requests, all on one thread: torch's number of threads is each thread's own, and
+    so is the memory that is held for the next allocation."""
     kinds: dict[str, Callable[[Trainee, dict[str, Any]], dict[str, Any]]] = {
         "forward": timed_pass, "both": timed_pass, "train": trained,
     }  # fmt: skip
-    async for request in requests():
-        answer(await asyncio.to_thread(kinds[request["kind"]], trainee, request))
+
+    def answered(request: dict[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(request.get("threads", own_threads()))
+        return kinds[request["kind"]](trainee, request)
+
+    with ThreadPoolExecutor(1) as pool:
+        async for request in requests():
+            answer(await asyncio.get_running_loop().run_in_executor(pool, answered, request))
+
+
+def own_threads() -> int:
+    """How many the worker was started with."""
+    return int(os.environ["OMP_NUM_THREADS"])
 
 
 async def decode(model: Any) -> None:
@@ -208,7 +226,7 @@ def _gaps(model: Any, count: int) -> dict[str, Any]:
 def main() -> None:
     """See above."""
     warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(own_threads())
     role, given, dtype, method = sys.argv[1:5]
     if role == "alone":
         asyncio.run(train(alone(given, dtype, method)))

@@ -47,6 +47,19 @@ def test_the_cheapest_chain_is_found(data):
 
 @given(st.data())
 @MANY
+def test_one_search_serves_every_client(data):
+    problem = data.draw(problems(blocks_max=5))
+    placement = data.draw(placements(problem))
+    each = [prices(problem, client, "token") for client in range(problem.num_clients)]
+    other_batch = prices(problem, 0, "token", batch=4)
+    search = Search(problem, placement, each[0])
+    for price in (*each, other_batch):
+        assert search.at(price).cheapest() == Search(problem, placement, price).cheapest()
+    assert search.cheapest() == Search(problem, placement, each[0]).cheapest()
+
+
+@given(st.data())
+@MANY
 def test_waits_count_and_full_servers_are_passed_by(data):
     problem = data.draw(problems(blocks_max=5))
     placement = data.draw(placements(problem))

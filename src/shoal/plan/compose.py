@@ -69,7 +69,8 @@ def compose_chains(
     Ends when no chain has room left, or `sessions_max` sessions have a place.
     """
     sessions = SEATS_MAX if sessions_max is None else sessions_max
-    return tuple(_fill(problem, placement, price, room_of(problem, placement), sessions))
+    search = Search(problem, placement, price)
+    return tuple(_fill(problem, search, room_of(problem, placement), sessions))
 
 
 def composed(
@@ -94,7 +95,7 @@ def composed(
         free = [min(a, b) - c for a, b, c in zip(left, most, taken, strict=True)]
         before = list(free)
         price = mean_prices(problem, "request", batch=batch)
-        chains += _fill(problem, placement, price, free, SEATS_MAX)
+        chains += _fill(problem, Search(problem, placement, price), free, SEATS_MAX)
         taken = [a + b - c for a, b, c in zip(taken, before, free, strict=True)]
     seats: Counter[Chain] = Counter()
     found = []
@@ -124,19 +125,19 @@ def seat_all(
     still has room. Those that find none are left out.
     """
     room = room_of(problem, placement)
-    found = []
+    search: Search | None = None
+    found: list[list[Seated]] = []
     for share, price in zip(problem.shares(sessions), each, strict=True):
-        found.append(_fill(problem, placement, price, room, share))
+        if share:
+            search = Search(problem, placement, price) if search is None else search.at(price)
+        found.append([] if search is None else _fill(problem, search, room, share))
     return found
 
 
-def _fill(
-    problem: Problem, placement: Placement, price: Prices, room: list[int], sessions: int
-) -> list[Seated]:
+def _fill(problem: Problem, search: Search, room: list[int], sessions: int) -> list[Seated]:
     """GCA until `sessions` have a place, out of `room`, which it takes."""
     chains: list[Seated] = []
-    search = Search(problem, placement, price) if sessions > 0 else None
-    while sessions > 0 and search is not None:
+    while sessions > 0:
         found = search.cheapest(room=room)
         if found is None:
             break

@@ -8,6 +8,7 @@ exits anywhere both find the same chains, and a test says so.
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,9 +55,11 @@ class Search:
         exits: Exits | None = None,
     ) -> None:
         exits = exits or problem.exits
+        self._problem, self._placement, self._exits = problem, placement, exits
         self._prices = prices
         self._num_blocks = problem.num_blocks
         self._is_hub = prices.between is None
+        self._nearest = _nearest(prices.between)
         self._entries: list[dict[int, list[_Entry]]] = [{} for _ in range(problem.num_blocks)]
         """By border: the runs that start there, by where they end, the cheapest first."""
         hosted = placement.hosted()
@@ -75,7 +78,19 @@ class Search:
                     self._entries[start].setdefault(end, []).append(entry)
         for ends in self._entries:
             for entries in ends.values():
-                entries.sort()
+                if len(entries) > 1:
+                    entries.sort()
+
+    def at(self, prices: Prices) -> Search:
+        """The same ways for another client. Pushing, that is quick: only ends are priced anew.
+
+        `prices` are of the same problem: blocks cost the same at a server, whoever asks.
+        """
+        if self._is_hub or prices.block != self._prices.block:
+            return Search(self._problem, self._placement, prices, self._exits)
+        other = copy.copy(self)
+        other._prices = prices
+        return other
 
     def cheapest(
         self,
@@ -132,9 +147,9 @@ class Search:
     ) -> Found | None:
         ways: list[dict[int, _Way]] = [{} for _ in range(self._num_blocks + 1)]
         for start, ends in enumerate(self._entries):
-            before = sorted(ways[start].values(), key=lambda way: way.seconds)
-            if start and not before:
+            if not ends or (start and not ways[start]):
                 continue
+            before = sorted(ways[start].values(), key=lambda way: way.seconds)
             arrivals: dict[int, tuple[float, _Way | None]] = {}
             for end, (price, server, need) in _each(ends):
                 if room is not None and need > room[server]:
@@ -158,9 +173,10 @@ class Search:
         if is_first:
             return self._prices.arrive[server], None
         between = self._prices.between
+        least = self._nearest[server]
         best: tuple[float, _Way | None] = (math.inf, None)
         for way in before:
-            if way.seconds >= best[0]:
+            if way.seconds + least >= best[0]:
                 break
             if way.server != server and between is not None:
                 seconds = way.seconds + between[way.server][server]
@@ -179,6 +195,17 @@ class Search:
             hops.append(Hop(way.server, Span(way.start, way.end)))
             way = way.before
         return Found(final.seconds + leave[final.server], tuple(reversed(hops)))
+
+
+def _nearest(between: Sequence[Sequence[float]] | None) -> list[float]:
+    """By server: no way to it from another one is cheaper. Most ways need not be looked at."""
+    if between is None:
+        return []
+    columns = enumerate(zip(*between, strict=True))
+    return [
+        min((price for sender, price in enumerate(column) if sender != server), default=0.0)
+        for server, column in columns
+    ]
 
 
 def _each(ends: Mapping[int, Sequence[_Entry]]) -> Iterator[tuple[int, _Entry]]:

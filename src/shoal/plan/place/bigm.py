@@ -34,15 +34,21 @@ class _Edge:
     size_from: int
 
 
-def plan_bigm(problem: Problem, *, limit_s: float = LIMIT_S) -> Planned:
+def plan_bigm(
+    problem: Problem, *, limit_s: float | None = LIMIT_S, nodes_max: int | None = None
+) -> Planned:
     """The placement with the least mean price per token, sessions running to span ends.
+
+    For the limits see `Program.solve`.
 
     Raises:
         NoRouteError: there is none, or it found none in time.
         ConfigError: push prices, or blocks that are not all equal.
     """
     program = _BigM(problem)
-    return planned(problem, program.program.solve(limit_s=limit_s), program.spans)
+    return planned(
+        problem, program.program.solve(limit_s=limit_s, nodes_max=nodes_max), program.spans
+    )
 
 
 class _BigM:

@@ -59,17 +59,20 @@ def plan_milp(
     problem: Problem,
     *,
     currency: Currency = "token",
-    limit_s: float = LIMIT_S,
+    limit_s: float | None = LIMIT_S,
+    nodes_max: int | None = None,
 ) -> Planned:
     """The placement with the least mean price over all the workload's sessions.
 
-    Sessions are shared out evenly over the clients.
+    Sessions are shared out evenly over the clients. For the limits see `Program.solve`.
 
     Raises:
         NoRouteError, ConfigError: see `place_milp`.
     """
     program = _Windows(problem, currency)
-    return planned(problem, program.program.solve(limit_s=limit_s), program.spans)
+    return planned(
+        problem, program.program.solve(limit_s=limit_s, nodes_max=nodes_max), program.spans
+    )
 
 
 def planned(problem: Problem, solution: Solution, spans_of: SpansOf) -> Planned:
@@ -79,7 +82,11 @@ def planned(problem: Problem, solution: Solution, spans_of: SpansOf) -> Planned:
         NoRouteError: there is no solution.
     """
     if not solution.values:
-        why = "none exists" if solution.bound == math.inf else "the solver found none in time"
+        why = (
+            "none exists"
+            if solution.bound == math.inf
+            else "the solver found none within its limit"
+        )
         raise NoRouteError(
             f"no placement seats all {problem.workload.sessions} sessions at once: {why} "
             "(plan for fewer or shorter sessions, or use another rule)"

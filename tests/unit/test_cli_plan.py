@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shlex
 import sys
@@ -14,6 +15,7 @@ from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.ids import PeerId, peer_text
 from shoal.base.spans import Span, parse_span
 from shoal.cli.app import make_app, run
+from shoal.cli.c_output import c_prints_to_stderr
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.plan_commands import move_lines
 from shoal.cli.plan_file import Asked, read_cluster
@@ -28,6 +30,7 @@ from shoal.plan.trying import Budget
 from shoal.wire.fields import Coordinate
 
 ROOT = Path(__file__).resolve().parents[2]
+SITES = ROOT / "examples" / "clusters" / "sites.toml"
 HOME = ROOT / "examples" / "clusters" / "home.toml"
 WAN = ROOT / "examples" / "clusters" / "wan.toml"
 ADDRESS = f"tcp://{peer_text(PeerId(bytes(32)))}@10.0.0.5:4001"
@@ -49,6 +52,25 @@ def test_a_plan_for_people(capsys):
     for word in ("placement by", "[0,32)", "where sessions run", "replicas", "nothing is faster"):
         assert word in said
     assert "estimates from data sheets" in said
+
+
+def test_slow_ways_between_sites_are_planned_around(capsys):
+    assert run(["plan", str(SITES), "--seed", "3", "--time-limit", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    flow = max(one["rows_per_s"] for one in found["rules"] if one["policy"].startswith("flow"))
+    assert found["value"] >= flow
+    assert found["figures"]["rows_unlinked_per_s"] >= found["figures"]["rows_per_s"]
+    assert any("ways" in line for line in found["advice"])
+
+
+def test_what_libraries_in_c_print_is_not_in_the_answer(capfd):
+    libc = ctypes.CDLL(None)
+    with c_prints_to_stderr():
+        libc.puts(b"from C")
+    print("the answer")
+    said = capfd.readouterr()
+    assert said.out == "the answer\n"
+    assert "from C" in said.err
 
 
 def test_a_plan_as_json(capsys):

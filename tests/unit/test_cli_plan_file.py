@@ -97,6 +97,42 @@ def test_count_makes_several():
     assert problem.links.server_rtt_s[1] == (0.001, 0.0, 0.0005, 0.0005)
 
 
+def test_rates_of_ways_between_servers():
+    assert cluster(GOOD).problem.links.server_bytes_per_s is None
+    text = GOOD.replace('name = "b"', 'name = "b"\ncount = 2\nsite = "x"')
+    text = text.replace("rtt_ms = 20", 'rtt_ms = 20\nbetween_rate = "8Mbit/s"')
+    text += '[[links.pairs]]\nbetween = ["a", "b-2"]\nrate = "16Mbit/s"\n'
+    links = cluster(text).problem.links
+    assert links.server_rtt_s[0] == (0.0, 0.02, 0.02)
+    never = float("inf")
+    assert links.server_bytes_per_s == (
+        (never, 1e6, 2e6),
+        (1e6, never, never),
+        (2e6, never, never),
+    )
+
+
+@pytest.mark.parametrize(
+    ("links", "said"),
+    [
+        ('flow = "hub"\nbetween_rate = "8Mbit/s"', r'links\.between_rate: servers send .* "push"'),
+        ('between_rate = "fast"', r"links\.between_rate: 'fast' is no rate"),
+        ('pairs = [{ between = ["a", "b"] }]', r"links\.pairs\[1\]: rtt_ms is missing"),
+        (
+            'flow = "hub"\npairs = [{ between = ["a", "b"], rate = "1Mbit/s" }]',
+            r"links\.pairs\[1\]\.rate: servers send",
+        ),
+        (
+            'pairs = [{ between = ["a", "client 1"], rate = "1Mbit/s" }]',
+            r"links\.pairs\[1\]\.rate: rates are for ways between servers",
+        ),
+    ],
+)
+def test_rates_that_mean_nothing_are_refused(links, said):
+    with pytest.raises(ConfigError, match=said):
+        cluster(GOOD.replace("rtt_ms = 20", f"rtt_ms = 20\n{links}"))
+
+
 def test_round_trips_from_places():
     text = GOOD.replace("rtt_ms = 20", "last_mile_ms = 3\nstretch = 2")
     text = text.replace('name = "a"', 'name = "a"\nat = [52.5, 13.4]\nsite = "berlin"')

@@ -10,6 +10,7 @@ from shoal.base.spans import Span
 from shoal.plan.cost import (
     HOP_S,
     Hop,
+    at_batch,
     chain_s,
     hop_s,
     hub_entry_s,
@@ -117,3 +118,18 @@ def test_the_live_router_has_the_same_price():
     assert live == pytest.approx(
         hop_s(hub_entry_s(0.04), 0.02, 3) + hop_s(hub_entry_s(0.1), 0.005, 2)
     )
+
+
+@pytest.mark.parametrize("currency", ["token", "request"])
+@pytest.mark.parametrize("is_push", [False, True])
+def test_larger_passes_change_blocks_alone(currency, is_push):
+    problem = simple([100, 100], 3, rtt_s=[0.1, 0.2])
+    times = DecodeTimes(points=((1, 0.01), (8, 0.03)))
+    servers = tuple(replace(one, decode=times) for one in problem.servers)
+    workload = replace(problem.workload, tokens_in=5, tokens_out=7)
+    problem = replace(problem, servers=servers, workload=workload)
+    if is_push:
+        links = replace(problem.links, flow="push", server_rtt_s=((0.0, 0.04), (0.06, 0.0)))
+        problem = replace(problem, links=links)
+    alone = prices(problem, 0, currency)
+    assert at_batch(problem, alone, currency, 5) == prices(problem, 0, currency, batch=5)

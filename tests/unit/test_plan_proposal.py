@@ -18,7 +18,7 @@ from shoal.plan.change import change_between
 from shoal.plan.outlook import look_ahead
 from shoal.plan.placement import Placement, free_bytes, uncovered
 from shoal.plan.proposal import propose
-from shoal.plan.rates import decode_rates
+from shoal.plan.rates import capped_rates
 from shoal.plan.spec import DecodeTimes
 from shoal.plan.trying import PRESENT, Budget, merit
 from tests.unit.plan_problems import placements, problems, simple
@@ -86,7 +86,7 @@ def test_leaving_the_present_placement_has_to_pay(data):
         assert proposal.best.placement == present
         assert not proposal.change.moves
     elif not uncovered(problem, present.spans):
-        now = look_ahead(problem, present, decode_rates(problem))
+        now = look_ahead(problem, present, capped_rates(problem))
         if now.unplaced <= proposal.best.outlook.unplaced:
             assert proposal.value < 0.97 * now.step_s + 1e-12
 
@@ -224,7 +224,7 @@ def test_replicas_share_sessions_when_passes_get_slower():
         problem, servers=tuple(replace(server, decode=twice) for server in problem.servers)
     )
     placement = Placement(spans=spans((0, 8), (0, 8)))
-    outlook = look_ahead(problem, placement, decode_rates(problem))
+    outlook = look_ahead(problem, placement, capped_rates(problem))
     assert [use.sessions for use in outlook.servers] == [2, 2]
     assert outlook.step_s == pytest.approx(0.05 + 8 * 0.02)
     assert outlook.tokens_per_s == pytest.approx(4 / 0.21)

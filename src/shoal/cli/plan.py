@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from shoal.base.errors import ConfigError
+from shoal.cli.c_output import c_prints_to_stderr
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.logs import progress_bar
 from shoal.cli.options import InviteOption, JoinOption, JsonOption, LanOption, SwarmOption
@@ -163,7 +164,7 @@ def _propose(
     if goal is None:
         raise ConfigError(f"--objective {wanted}: choose {', '.join(OBJECTIVES)}")
     budget = Budget(limit_s=limit_s, clock=time.monotonic, started_s=time.monotonic())
-    with progress_bar() as progress:
+    with c_prints_to_stderr(), progress_bar() as progress:
         return propose(
             cluster.problem,
             goal,

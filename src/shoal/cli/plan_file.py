@@ -142,6 +142,7 @@ def read_cluster(top: Table, asked: Asked | None = None) -> Cluster:
             server_rtt_s=tuple(tuple(places.rtt_s(one, end) for end in ends) for one in ends)
             if flow == "push"
             else None,
+            server_bytes_per_s=places.bytes_per_s(ends, flow),
             flow=flow,
             handling_s=handling_s,
             prefill_handling_s=handling_s,

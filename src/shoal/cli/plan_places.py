@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from shoal.base.errors import ConfigError
 from shoal.cli.plan_reader import Table
 from shoal.plan.distance import STRETCH, Position, fibre_rtt_s
+from shoal.plan.spec import Flow
 
 SITE_RTT_MS: Final = 0.5
 """Within one site: a switch and two network stacks."""
@@ -29,6 +30,11 @@ class Endpoint:
     site: str | None = None
     position: Position | None = None
     last_mile_s: float = 0.0
+
+    @property
+    def is_client(self) -> bool:
+        """Not a server."""
+        return self.table.path[:1] == ("clients",)
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -52,15 +58,27 @@ def site_positions(ends: Iterable[Endpoint]) -> dict[str, Position]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """The rules for round trips."""
+class Pair:
+    """What a file says of two ends; None: nothing."""
 
-    pairs: dict[frozenset[str], tuple[float, Table]]
+    rtt_s: float | None
+    bytes_per_s: float | None
+    table: Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The rules for round trips, and for what the ways between servers carry."""
+
+    table: Table
+    pairs: dict[frozenset[str], Pair]
     rtt_ms: float | None
     site_rtt_s: float
     stretch: float
     last_mile_ms: float
     link_bytes_per_s: float
+    between_bytes_per_s: float | None
+    """Of a way from one site to another; None: as much as their links."""
     used: set[str] = field(default_factory=set)
     """`position` once some round trip came from one."""
 
@@ -76,9 +94,13 @@ class Places:
             ConfigError: one does not.
         """
         known = {word for end in ends for word in end.called}
-        for names, (_, table) in self.pairs.items():
+        served = {word for end in ends if not end.is_client for word in end.called}
+        for names, pair in self.pairs.items():
             for name in sorted(names - known):
-                raise table.fail(f"no server, client or site is called {name!r}", "between")
+                raise pair.table.fail(f"no server, client or site is called {name!r}", "between")
+            if pair.bytes_per_s is not None and not names <= served:
+                text = "rates are for ways between servers; a client's is not reckoned with"
+                raise pair.table.fail(text, "rate")
 
     def rtt_s(self, one: Endpoint, other: Endpoint) -> float:
         """The round trip between two ends, seconds: as named, by site, by distance, or any.
@@ -88,11 +110,9 @@ class Places:
         """
         if one is other:
             return 0.0
-        for mine in one.called:
-            for theirs in other.called:
-                found = self.pairs.get(frozenset((mine, theirs)))
-                if found is not None:
-                    return found[0]
+        for pair in self._pairs_of(one, other):
+            if pair.rtt_s is not None:
+                return pair.rtt_s
         if one.site is not None and one.site == other.site:
             return self.site_rtt_s
         if one.position is not None and other.position is not None:
@@ -107,6 +127,42 @@ class Places:
             "name them in [[links.pairs]]"
         )
 
+    def bytes_per_s(
+        self, ends: Sequence[Endpoint], flow: Flow
+    ) -> tuple[tuple[float, ...], ...] | None:
+        """What the way from each server to each other one carries; None: nothing is said.
+
+        Raises:
+            ConfigError: something is, but all goes by way of the client.
+        """
+        said = [(pair.table, "rate") for pair in self.pairs.values() if pair.bytes_per_s]
+        if self.between_bytes_per_s:
+            said.append((self.table, "between_rate"))
+        if not said:
+            return None
+        if flow == "hub":
+            table, key = said[0]
+            text = 'servers send to each other with flow = "push" only; leave this out, or that'
+            raise table.fail(text, key)
+        return tuple(tuple(self._bytes_per_s(one, other) for other in ends) for one in ends)
+
+    def _bytes_per_s(self, one: Endpoint, other: Endpoint) -> float:
+        if one is other:
+            return math.inf
+        for pair in self._pairs_of(one, other):
+            if pair.bytes_per_s is not None:
+                return pair.bytes_per_s
+        is_near = one.site is not None and one.site == other.site
+        return math.inf if is_near else self.between_bytes_per_s or math.inf
+
+    def _pairs_of(self, one: Endpoint, other: Endpoint) -> Iterator[Pair]:
+        """Those that mean these two, the closest names first."""
+        for mine in one.called:
+            for theirs in other.called:
+                found = self.pairs.get(frozenset((mine, theirs)))
+                if found is not None:
+                    yield found
+
 
 def read_places(table: Table) -> Places:
     """[links], but for what is no round trip.
@@ -116,21 +172,38 @@ def read_places(table: Table) -> Places:
     """
     rtt_ms = table.number("rtt_ms", high=1e5) if "rtt_ms" in table else None
     table.asked.add("rtt_ms")
-    pairs: dict[frozenset[str], tuple[float, Table]] = {}
+    pairs: dict[frozenset[str], Pair] = {}
     for pair in table.tables("pairs"):
         names = frozenset(pair.words("between", 2))
         if names in pairs:
             raise pair.fail("this pair was given before", "between")
-        pairs[names] = (pair.number("rtt_ms", high=1e5) / 1e3, pair)
-        pair.done()
+        pairs[names] = _read_pair(pair)
     return Places(
+        table=table,
         pairs=pairs,
         rtt_ms=rtt_ms,
         site_rtt_s=table.number("site_rtt_ms", SITE_RTT_MS, high=1e5) / 1e3,
         stretch=table.number("stretch", STRETCH, low=1.0, high=10.0),
         last_mile_ms=table.number("last_mile_ms", LAST_MILE_MS, high=1e4),
         link_bytes_per_s=table.rate("rate", math.inf),
+        between_bytes_per_s=_rate(table, "between_rate"),
     )
+
+
+def _read_pair(table: Table) -> Pair:
+    if "rate" in table and "rtt_ms" not in table:
+        table.asked.add("rtt_ms")
+        rtt_s = None
+    else:
+        rtt_s = table.number("rtt_ms", high=1e5) / 1e3
+    pair = Pair(rtt_s=rtt_s, bytes_per_s=_rate(table, "rate"), table=table)
+    table.done()
+    return pair
+
+
+def _rate(table: Table, key: str) -> float | None:
+    table.asked.add(key)
+    return table.rate(key) if key in table else None
 
 
 def read_endpoint(table: Table, name: str, places: Places) -> Endpoint:

@@ -63,6 +63,7 @@ def figures_dict(outlook: Outlook) -> dict[str, Any]:
         "response_high_s": _finite(high),
         "requests_per_s_max": _finite(outlook.requests_per_s_max),
         "rows_per_s": _finite(outlook.rows_per_s),
+        "rows_unlinked_per_s": _finite(outlook.rows_unlinked_per_s),
     }
 
 

@@ -99,7 +99,7 @@ def helix(task: Task) -> Report:
         figures=("bound, rows/s", "flow, rows/s", "petals, rows/s", "petals without moves, rows/s"),
         label="rows per second",
     )
-    rows, checks = geographic(task, problem, planned.placement)
+    rows, checks = geographic(task, problem, rates, planned.placement)
     return Report(
         rows=(row, *rows),
         checks=(

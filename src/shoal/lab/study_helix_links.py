@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from dataclasses import replace
+from typing import Final
 
 from shoal.base.spans import Span
 from shoal.lab.study import Check, Figure, Row, Task, falling, mean
-from shoal.plan.compose import Score, Scorer, scorer
+from shoal.plan.over_links import link_scorer, rows_over_links
 from shoal.plan.place.anneal import place_anneal
 from shoal.plan.place.petals import place_petals
-from shoal.plan.placement import Placement, uncovered
-from shoal.plan.spec import Problem
+from shoal.plan.placement import Placement
+from shoal.plan.rates import Rates
+from shoal.plan.spec import Links, Problem
 
 CLUSTERS: Final = (0,) * 4 + (1,) * 2 + (2,) * 6 + (1,) * 8 + (2,) * 4
 """Of the machines in their order: all A100s; 2 L4 and 8 T4; 6 L4 and 4 T4."""
@@ -30,88 +31,28 @@ MOVES: Final = 1500
 DRAWS: Final = 4
 """Of the annealer; the best counts."""
 
-FLOW_MIN: Final = 1e-6
-"""Rows per second below which nothing gets through."""
-
 PUBLISHED: Final = {"helix": 98.0, "petals": 67.0, "swarm": 42.0}
 """Decode tokens per second by placement in the geographic setting, all with Helix' scheduler."""
 
 
-class _Way(NamedTuple):
-    """From one machine to the next; None: the client, at either end."""
-
-    sender: int | None
-    receiver: int | None
-    blocks: int
-    """That the receiver then runs: from where the sender ended to its own end."""
-    rows_per_s: float
-
-
-def flow_over_links(
-    problem: Problem, placement: Placement, clusters: Sequence[int] | None
-) -> float:
-    """The most rows per second that get through; `clusters` None: links don't limit.
-
-    A machine may take over within its span and runs to its end, as in Helix.
-    """
-    from scipy.optimize import linprog
-
-    ways = _ways(problem, placement, clusters)
-    hosted = [server for server, _ in placement.hosted()]
-    rates = {server: problem.servers[server].rows_per_s for server in hosted}
-    busy = [
-        [way.blocks / rates[server] if way.receiver == server else 0.0 for way in ways]
-        for server in hosted
-    ]
-    kept = [
-        [float(way.receiver == server) - float(way.sender == server) for way in ways]
-        for server in hosted
-    ]
-    if not any(way.receiver is None for way in ways):
-        return 0.0
-    solved = linprog(
-        [-1.0 if way.receiver is None else 0.0 for way in ways],
-        A_ub=busy, b_ub=[1.0] * len(hosted), A_eq=kept, b_eq=[0.0] * len(hosted),
-        bounds=[(0.0, way.rows_per_s) for way in ways],
-    )  # fmt: skip
-    return -float(solved.fun)
+def with_links(problem: Problem, clusters: Sequence[int]) -> Problem:
+    """The machines with the ways between them; who hosts what knows no delays here."""
+    count = len(problem.servers)
+    links = Links(
+        client_rtt_s=problem.links.client_rtt_s,
+        server_rtt_s=((0.0,) * count,) * count,
+        server_bytes_per_s=tuple(
+            tuple(INSIDE_BYTES_PER_S if one == other else BETWEEN_BYTES_PER_S for other in clusters)
+            for one in clusters
+        ),
+        flow="push",
+    )
+    return replace(problem, links=links)
 
 
-def _ways(problem: Problem, placement: Placement, clusters: Sequence[int] | None) -> list[_Way]:
-    size, free = problem.model.row_bytes, float("inf")
-    ways = []
-    for server, span in placement.hosted():
-        if span.start == 0:
-            ways.append(_Way(None, server, len(span), free))
-        if span.end == problem.num_blocks:
-            ways.append(_Way(server, None, 0, free))
-        for sender, before in placement.hosted():
-            if sender == server or not span.start <= before.end < span.end:
-                continue
-            rate = free
-            if clusters is not None:
-                is_near = clusters[sender] == clusters[server]
-                rate = (INSIDE_BYTES_PER_S if is_near else BETWEEN_BYTES_PER_S) / size
-            ways.append(_Way(sender, server, span.end - before.end, rate))
-    return ways
-
-
-@dataclass(frozen=True, slots=True)
-class _FlowScorer(Scorer):
-    """Seconds per row over the links: the less, the more gets through."""
-
-    def __call__(self, placement: Placement) -> Score:
-        holes = sum(map(len, uncovered(self.problem, placement.spans)))
-        if holes:
-            return Score(holes, 0, 0.0)
-        rows = flow_over_links(self.problem, placement, CLUSTERS)
-        return Score(0, 0, 1 / rows) if rows > FLOW_MIN else Score(0, 1, 0.0)
-
-
-def annealed(problem: Problem, start: Placement, seed: int, moves: int) -> Placement:
+def annealed(problem: Problem, rates: Rates, start: Placement, seed: int, moves: int) -> Placement:
     """A placement for the flow over links."""
-    plain = scorer(problem)
-    score = _FlowScorer(problem=problem, prices=plain.prices, sessions=1)
+    score = link_scorer(problem, rates)
     return place_anneal(problem, random.Random(seed), score=score, start=start, moves=moves)
 
 
@@ -133,13 +74,19 @@ def swarm_stages(problem: Problem) -> Placement:
     return Placement(spans=tuple(spans))
 
 
-def geographic(task: Task, problem: Problem, linkless: Placement) -> tuple[list[Row], list[Check]]:
+def geographic(
+    task: Task, problem: Problem, rates: Rates, linkless: Placement
+) -> tuple[list[Row], list[Check]]:
     """The flow of each placement, with links that limit and without."""
-    settings: dict[str, Sequence[int] | None] = {"single cluster": None, "three clusters": CLUSTERS}
+    linked = with_links(problem, CLUSTERS)
+    settings = {"single cluster": problem, "three clusters": linked}
     moves, draws = (MOVES // 5, 1) if task.is_quick else (MOVES, DRAWS)
     ours = max(
-        (annealed(problem, linkless, seed, moves) for seed in task.told("ours", range(draws))),
-        key=lambda placement: flow_over_links(problem, placement, CLUSTERS),
+        (
+            annealed(linked, rates, linkless, seed, moves)
+            for seed in task.told("ours", range(draws))
+        ),
+        key=lambda placement: rows_over_links(linked, placement, rates),
     )
     petals = [place_petals(problem, random.Random(seed)) for seed in range(task.seeds)]
     placements = {
@@ -149,9 +96,9 @@ def geographic(task: Task, problem: Problem, linkless: Placement) -> tuple[list[
         "swarm": [swarm_stages(problem)],
     }
     rows = []
-    for setting, clusters in settings.items():
+    for setting, one_setting in settings.items():
         flows = {
-            name: mean([flow_over_links(problem, one, clusters) for one in own])
+            name: mean([rows_over_links(one_setting, one, rates) for one in own])
             for name, own in placements.items()
         }
         best = max(flows.values())
@@ -160,7 +107,7 @@ def geographic(task: Task, problem: Problem, linkless: Placement) -> tuple[list[
             Figure(name=f"{name} by the best", value=flows[name] / best)
             for name in ("petals", "swarm")
         ]
-        if clusters is not None:
+        if one_setting is linked:
             figures += [
                 Figure(name=f"{name}, tokens/s", value=value, origin="published")
                 for name, value in PUBLISHED.items()

@@ -11,6 +11,9 @@ from shoal.plan.spec import Problem
 from shoal.plan.splits import Split
 from shoal.plan.trying import PRESENT
 
+BLIND: Final = "flow"
+"""The rule to compare with where ways between servers have rates."""
+
 ALIKE: Final = 0.03
 """Times closer than this share are called equal: estimates are no better."""
 
@@ -24,6 +27,7 @@ def advise(problem: Problem, proposal: Proposal) -> tuple[str, ...]:
         _still_split(proposal),
         _needed(problem, proposal),
         *_load(problem, proposal),
+        *_links(proposal),
         _move(problem, proposal),
         *_in_danger(proposal),
     ]
@@ -137,6 +141,28 @@ def _load(problem: Problem, proposal: Proposal) -> list[str]:
         said.append(
             f"{rate:g} requests per second are too many: {outlook.requests_per_s_max:.3g} can be "
             "served, beyond that queues grow."
+        )
+    return said
+
+
+def _links(proposal: Proposal) -> list[str]:
+    """For tokens per second: what ways between servers cost, and which rule won for that."""
+    outlook = proposal.best.outlook
+    free = outlook.rows_unlinked_per_s
+    if free is None or proposal.objective not in ("throughput", "pareto"):
+        return []
+    said = []
+    if outlook.rows_per_s * (1 + ALIKE) < free:
+        said.append(
+            f"Ways between servers limit: {outlook.rows_per_s:.3g} tokens/s get through, "
+            f"{free:.3g} would if they had no limit."
+        )
+    blind = [one for one in proposal.tried if one.policy.startswith(BLIND)]
+    best = max((one.outlook.rows_per_s for one in blind), default=outlook.rows_per_s)
+    if best * (1 + ALIKE) < outlook.rows_per_s:
+        said.append(
+            f"The rule for tokens per second ({BLIND}) knows no ways: of its plan {best:.3g} get "
+            f"through them, of this one by {proposal.best.policy} {outlook.rows_per_s:.3g}."
         )
     return said
 

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
-from shoal.plan.cost import Batch, Chain, Currency, Prices, chain_s, mean_prices, prices
+from shoal.plan.cost import (
+    Batch,
+    Chain,
+    Currency,
+    Prices,
+    at_batch,
+    chain_s,
+    mean_prices,
+    prices,
+)
 from shoal.plan.placement import Placement, free_bytes, uncovered
 from shoal.plan.search import Search
 from shoal.plan.spec import Problem
@@ -91,10 +100,11 @@ def composed(
         levels = [[batch * need for need in needs] for batch in batches]
     chains: list[Seated] = []
     taken = [0] * len(left)
+    alone = mean_prices(problem, "request")
     for batch, most in zip(batches, levels, strict=True):
         free = [min(a, b) - c for a, b, c in zip(left, most, taken, strict=True)]
         before = list(free)
-        price = mean_prices(problem, "request", batch=batch)
+        price = at_batch(problem, alone, "request", batch)
         chains += _fill(problem, Search(problem, placement, price), free, SEATS_MAX)
         taken = [a + b - c for a, b, c in zip(taken, before, free, strict=True)]
     seats: Counter[Chain] = Counter()

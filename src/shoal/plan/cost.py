@@ -14,9 +14,10 @@ constants. The push form is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, repeat
 from typing import Final, Literal, NamedTuple
 
 from shoal.base.spans import Span
@@ -104,6 +105,17 @@ def mean_prices(problem: Problem, currency: Currency, *, batch: Batch = 1) -> Pr
     return _scaled(total, 1 / problem.num_clients)
 
 
+def at_batch(problem: Problem, price: Prices, currency: Currency, batch: float) -> Prices:
+    """The same ways, for decode passes of `batch` rows: only blocks cost something else then."""
+    workload, servers = problem.workload, problem.servers
+    blocks = [server.decode.at(batch) for server in servers]
+    if currency == "request":
+        steps = workload.tokens_out - 1
+        prompts = (server.prefill_s(workload.tokens_in) for server in servers)
+        blocks = [prompt + steps * block for prompt, block in zip(prompts, blocks, strict=True)]
+    return replace(price, block=tuple(blocks))
+
+
 def typical_entries(problem: Problem, currency: Currency, *, mean: bool = False) -> list[float]:
     """By server: what getting to it costs when it is not known yet from where.
 
@@ -173,16 +185,19 @@ def _priced(
         return Prices(
             arrive=tuple(arrive), between=None, leave=(0.0,) * len(arrive), block=tuple(blocks)
         )
+    ways: Iterable[Sequence[float]] = links.server_bytes_per_s or repeat(
+        [math.inf] * len(times), len(times)
+    )
     return Prices(
         arrive=tuple(
             push_entry_s(rtt, handling_s, time) for rtt, time in zip(rtts, times, strict=True)
         ),
         between=tuple(
             tuple(
-                push_entry_s(rtt, handling_s, max(out_time, in_time))
-                for rtt, in_time in zip(row, times, strict=True)
+                push_entry_s(rtt, handling_s, max(out_time, in_time, size / rate))
+                for rtt, in_time, rate in zip(row, times, own, strict=True)
             )
-            for row, out_time in zip(links.server_rtt_s, times, strict=True)
+            for row, out_time, own in zip(links.server_rtt_s, times, ways, strict=True)
         ),
         leave=tuple(rtt / 2 + time for rtt, time in zip(rtts, times, strict=True)),
         block=tuple(blocks),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.base.spans import Span
 from shoal.plan.busy import busiest_rate, busy_response_s
 from shoal.plan.compose import Seated, composed, needs_on
 from shoal.plan.cost import Chain, prices
-from shoal.plan.petals import THROUGHPUT_MAX
 from shoal.plan.placement import Placement, free_bytes, replicas, seats
+from shoal.plan.policies import solving
 from shoal.plan.rates import Rates, rows_through
 from shoal.plan.search import Search
 from shoal.plan.spec import Problem
@@ -59,6 +59,8 @@ class Outlook:
     """At rates above this queues may grow without end."""
     rows_per_s: float
     """Tokens per second that as many sessions as memory holds could get."""
+    rows_unlinked_per_s: float | None
+    """The same if no way between servers had a rate; None: none has one."""
     chains: tuple[Seated, ...]
     """Where the workload's sessions run; seconds are a decode step's with all of them there."""
     servers: tuple[ServerUse, ...]
@@ -69,7 +71,10 @@ class Outlook:
 def look_ahead(problem: Problem, placement: Placement, rates: Rates) -> Outlook:
     """The figures of a placement, which must fit; it need not cover all blocks.
 
-    `rates` is `rates.decode_rates(problem)`, which is worth computing once.
+    `rates` is `rates.capped_rates(problem)`, which is worth computing once.
+
+    Raises:
+        ConfigError: servers have rates between them, and no solver is installed.
     """
     all_at_once = spread(problem, placement)
     steps = [one for own in all_at_once.seated for one in own]
@@ -80,7 +85,7 @@ def look_ahead(problem: Problem, placement: Placement, rates: Rates) -> Outlook:
         response = (math.inf, math.inf)
         if everywhere:
             response = busy_response_s(problem, everywhere)
-    capped = tuple(tuple(min(rate, THROUGHPUT_MAX) for rate in own) for own in rates)
+    rows_per_s, unlinked = _rows_per_s(problem, placement, rates)
     return Outlook(
         unplaced=problem.workload.sessions - count,
         alone_s=_alone_s(problem, placement),
@@ -89,10 +94,23 @@ def look_ahead(problem: Problem, placement: Placement, rates: Rates) -> Outlook:
         service_s=all_at_once.service_s if count else math.inf,
         response_s=response,
         requests_per_s_max=busiest_rate(problem, everywhere),
-        rows_per_s=rows_through(problem, placement, capped),
+        rows_per_s=rows_per_s,
+        rows_unlinked_per_s=unlinked,
         chains=_merged(all_at_once.seated),
         servers=_uses(problem, placement, all_at_once.seated),
         replicas=tuple(replicas(problem, placement)),
+    )
+
+
+def _rows_per_s(problem: Problem, placement: Placement, rates: Rates) -> tuple[float, float | None]:
+    """Over the links, and without them where they have rates."""
+    if problem.links.server_bytes_per_s is None:
+        return rows_through(problem, placement, rates), None
+    linked = solving("shoal.plan.over_links", "a cluster with rates between servers needs")
+    free = replace(problem, links=replace(problem.links, server_bytes_per_s=None))
+    return (
+        linked.rows_over_links(problem, placement, rates),
+        linked.rows_over_links(free, placement, rates),
     )
 
 

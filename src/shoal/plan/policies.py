@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Final, TypeVar, cast
 
 from shoal.base.errors import ConfigError
@@ -57,16 +58,23 @@ def placer(name: str) -> Placer:
         ConfigError: there is none, or its solver is not installed.
     """
     if name in SOLVED_PLACERS:
-        try:
-            module = importlib.import_module(f"shoal.plan.place.{name}")
-        except ModuleNotFoundError as error:
-            if error.name is not None and error.name.startswith("shoal"):
-                raise
-            raise ConfigError(
-                f"the rule {name!r} needs a solver: pip install 'shoal[plan]'"
-            ) from error
+        module = solving(f"shoal.plan.place.{name}", f"the rule {name!r} needs")
         return cast(Placer, getattr(module, SOLVED_PLACERS[name]))
     return _named(PLACERS, name, "placement", [*PLACERS, *SOLVED_PLACERS])
+
+
+def solving(module: str, what: str) -> ModuleType:
+    """A module of ours that needs scipy; `what` (a subject and "needs") is for the error.
+
+    Raises:
+        ConfigError: scipy is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("shoal"):
+            raise
+        raise ConfigError(f"{what} a solver: pip install 'shoal[plan]'") from error
 
 
 def router(name: str) -> RouterMaker:

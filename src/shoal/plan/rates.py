@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from shoal.plan.petals import Hosting, block_throughputs
+from shoal.plan.petals import THROUGHPUT_MAX, Hosting, block_throughputs
 from shoal.plan.placement import Placement
 from shoal.plan.spec import Problem
 
@@ -27,6 +27,11 @@ def decode_rates(problem: Problem) -> Rates:
     )
 
 
+def capped_rates(problem: Problem) -> Rates:
+    """`decode_rates`, none infinite: no more than Petals ever reckons with."""
+    return tuple(tuple(min(rate, THROUGHPUT_MAX) for rate in own) for own in decode_rates(problem))
+
+
 def _decode_rate(problem: Problem, server: int, num_blocks: int) -> float:
     spec = problem.servers[server]
     weights, session = problem.worst_bytes(num_blocks)
@@ -36,8 +41,8 @@ def _decode_rate(problem: Problem, server: int, num_blocks: int) -> float:
     if batch < 1 or num_blocks > problem.blocks_max(server, 1):
         return 0.0
     seconds = spec.decode.at(batch) * num_blocks
-    network = min(spec.network_rows_per_s, spec.link_bytes_per_s / problem.model.row_bytes)
-    return min(batch / seconds if seconds else math.inf, network)
+    network_rows_per_s = problem.network_rows_per_s(server)
+    return min(batch / seconds if seconds else math.inf, network_rows_per_s)
 
 
 def rows_through(problem: Problem, placement: Placement, rates: Rates) -> float:

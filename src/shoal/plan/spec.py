@@ -159,6 +159,9 @@ class Links:
     client_rtt_s: tuple[tuple[float, ...], ...]
     server_rtt_s: tuple[tuple[float, ...], ...] | None = None
     """`[sender][receiver]`; needed for push."""
+    server_bytes_per_s: tuple[tuple[float, ...], ...] | None = None
+    """`[sender][receiver]`: what the way between two servers carries; for push only. None: only
+    their own links limit (`ServerSpec.link_bytes_per_s`)."""
     flow: Flow = "hub"
     handling_s: float = 0.0
     """Added to each hop of a decode step."""
@@ -208,6 +211,18 @@ class Problem:
             raise ConfigError("push needs the round trips between servers (server_rtt_s)")
         if any(len(row) != count or not all(rtt >= 0 for rtt in row) for row in rows):
             raise ConfigError(f"each row of round trips must hold {count} numbers from 0 s on")
+        self._check_rates(count)
+
+    def _check_rates(self, count: int) -> None:
+        rates = self.links.server_bytes_per_s
+        if rates is None:
+            return
+        if self.links.flow != "push":
+            raise ConfigError("rates between servers (server_bytes_per_s) are for push")
+        if len(rates) != count or any(len(row) != count for row in rates):
+            raise ConfigError(f"{count} servers need as many rows of as many rates between them")
+        if not all(rate > 0 for row in rates for rate in row):
+            raise ConfigError("rates between servers must be above 0")
 
     @property
     def num_blocks(self) -> int:
@@ -218,6 +233,11 @@ class Problem:
     def num_clients(self) -> int:
         """Clients, each with its own round trips."""
         return len(self.links.client_rtt_s)
+
+    def network_rows_per_s(self, server: int) -> float:
+        """Decode rows per second in and out of a server by its own link, as measured or given."""
+        spec = self.servers[server]
+        return min(spec.network_rows_per_s, spec.link_bytes_per_s / self.model.row_bytes)
 
     def shares(self, sessions: int) -> list[int]:
         """By client: how many of so many sessions are its own, one after the other."""

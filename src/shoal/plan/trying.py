@@ -18,16 +18,16 @@ from typing import Final, Literal, get_args
 from shoal.base.errors import ConfigError, NoRouteError
 from shoal.base.spans import Span
 from shoal.plan.bounds import request_bound_s, throughput_bound
-from shoal.plan.compose import scorer
+from shoal.plan.compose import Scorer, scorer
 from shoal.plan.cost import Currency
 from shoal.plan.outlook import Outlook, fits, look_ahead
-from shoal.plan.petals import THROUGHPUT_MAX, choose_span
+from shoal.plan.petals import choose_span
 from shoal.plan.place.anneal import MOVES, MOVES_SERVERS, place_anneal
 from shoal.plan.place.cgbp import SWEEP_MAX, cgbp
 from shoal.plan.place.gbpcr import gbpcr
 from shoal.plan.placement import Placement, covering, replicas, uncovered
-from shoal.plan.policies import placer
-from shoal.plan.rates import Rates, decode_rates
+from shoal.plan.policies import placer, solving
+from shoal.plan.rates import capped_rates
 from shoal.plan.spec import Problem
 
 Objective = Literal["latency", "response", "throughput", "pareto"]
@@ -46,6 +46,14 @@ FRONT_SERVERS_MAX: Final = 200
 SOLVED_SERVERS_MAX: Final = 8
 SOLVED_BLOCKS_MAX: Final = 32
 """The exact rule is tried up to this size: beyond it seldom comes to an end."""
+
+LINKED: Final = "anneal on links"
+"""Annealed for what gets through where ways between servers have rates."""
+
+LAST_SHARE: Final = 0.8
+"""Of the time that is left, for the last rule: its moves take about as long as its first score."""
+
+LINKED_FLOW_SHARE: Final = 1 / 5
 
 PRESENT: Final = "present"
 """What is now, among the rules tried."""
@@ -113,7 +121,7 @@ class Trials:
         self.seed = seed
         self.budget = budget
         self.progress = progress
-        self.rates: Rates = decode_rates(problem)
+        self.rates = capped_rates(problem)
         self.tried: dict[Placement, Tried] = {}
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
@@ -122,6 +130,10 @@ class Trials:
     @property
     def currency(self) -> Currency:
         return "request" if self.objective == "response" else "token"
+
+    @property
+    def _has_rates(self) -> bool:
+        return self.problem.links.server_bytes_per_s is not None
 
     def all(self, policy: str, present: Placement | None) -> None:
         """Try the present placement and the rules."""
@@ -142,8 +154,7 @@ class Trials:
     def bound(self) -> float:
         """What nothing can beat."""
         if self.objective == "throughput":
-            capped = [[min(rate, THROUGHPUT_MAX) for rate in own] for own in self.rates]
-            bound = throughput_bound(self.problem, capped)
+            bound = throughput_bound(self.problem, self.rates)
             return bound if self.solved_bound is None else min(bound, self.solved_bound)
         problem = self.problem
         if self.objective == "response" and problem.workload.requests_per_s:
@@ -165,6 +176,8 @@ class Trials:
             yield "cgbp and gbpcr for other numbers of sessions", self._sweep
         if self.objective != "throughput":
             yield "anneal", self._anneal
+        if self.objective in ("throughput", "pareto") and self._has_rates:
+            yield LINKED, self._anneal_on_links
         is_small = count <= SOLVED_SERVERS_MAX and self.problem.num_blocks <= SOLVED_BLOCKS_MAX
         is_hub = self.problem.links.flow == "hub"
         if self.objective in ("latency", "response") and is_small and is_hub and is_solvable:
@@ -213,18 +226,35 @@ class Trials:
         start = cgbp(self.problem, self.problem.workload.sessions)
         if self.tried:
             start = min(self.tried, key=lambda one: (score(one), self.tried[one].policy))
-        moves = min(self.budget.moves_max, MOVES_SERVERS // len(self.problem.servers))
+        most = min(self.budget.moves_max, MOVES_SERVERS // len(self.problem.servers))
+        self._annealed("anneal", score, start, most, self.budget.left_s / 2)
+
+    def _anneal_on_links(self) -> None:
+        """From the placement that gets most rows through so far: rules know no rates of ways."""
+        found = [one for one in self.tried.values() if one.outlook.rows_per_s]
+        if not found:
+            self.failed[LINKED] = "no rule's placement lets a row through the links to start from"
+            return
+        start = min(found, key=lambda one: merit(one.outlook, "throughput"))
+        linked = solving("shoal.plan.over_links", f"{LINKED} needs")
+        score = linked.link_scorer(self.problem, self.rates)
+        left_s = self.budget.left_s * LAST_SHARE
+        self._annealed(LINKED, score, start.placement, self.budget.moves_max, left_s)
+
+    def _annealed(
+        self, name: str, score: Scorer, start: Placement, moves: int, limit_s: float
+    ) -> None:
         if self.budget.clock is not None:
             before_s = self.budget.clock()
             score(start)
             each_s = max(self.budget.clock() - before_s, 1e-6)
-            moves = min(moves, max(0, int(self.budget.left_s / 2 / each_s)))
+            moves = min(moves, max(0, int(limit_s / each_s)))
         try:
             rng = random.Random(self.seed)
             found = place_anneal(self.problem, rng, score=score, moves=moves, start=start)
-            self._add("anneal", found)
+            self._add(name, found)
         except NoRouteError as error:
-            self.failed["anneal"] = error.detail
+            self.failed[name] = error.detail
 
     def _sweep(self) -> None:
         """What the front is made of: few sessions mean short chains, many mean much cache."""
@@ -241,13 +271,17 @@ class Trials:
 
     def _flow(self) -> None:
         flow = importlib.import_module("shoal.plan.place.flow")
-        limit_s = min(flow.LIMIT_S, max(1.0, self.budget.left_s / 2))
+        # Where ways limit its placement is only one to begin with.
+        share = LINKED_FLOW_SHARE if self._has_rates else 1 / 2
+        limit_s = min(flow.LIMIT_S, max(1.0, self.budget.left_s * share))
         try:
             found = flow.plan_flow(self.problem, rates=self.rates, limit_s=limit_s)
         except NoRouteError as error:
             self.failed["flow"] = error.detail
             return
-        if self.objective == "throughput":
+        if self.objective == "throughput" and not self._has_rates:
+            # Over links servers share their time between runs of some of their blocks, which
+            # the solver leaves out: its bound is none then.
             self.solved_bound = found.bound
         self._add("flow", found.placement)
 

@@ -1,0 +1,102 @@
+"""Rows per second of placements when links between servers limit, too.
+
+Where only servers limit, what gets through is the worst block's sum of rates (`shoal.plan.rates`).
+Where ways between pairs of servers pass only so many rows, it is a largest flow: servers share
+their time between runs of blocks, ways have rates. This is the flow that Helix plans with (Mei et
+al., ASPLOS'25, arXiv 2406.01566), for placements that are given; `LinkScorer` lets the annealer
+find one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from shoal.plan.compose import Score, Scorer
+from shoal.plan.place.program import Program
+from shoal.plan.placement import Placement, uncovered
+from shoal.plan.rates import Rates
+from shoal.plan.spec import Problem
+
+ROWS_MIN: Final = 1e-6
+"""Rows per second below which nothing gets through: the solver's rounding."""
+
+
+class _Way(NamedTuple):
+    """From one server to the next; None: the client, at either end."""
+
+    sender: int | None
+    receiver: int | None
+    num_blocks: int
+    """That the receiver then runs: from where the sender ended to its own end."""
+    rows_per_s: float
+
+
+def rows_over_links(problem: Problem, placement: Placement, rates: Rates) -> float:
+    """The most rows per second that get through a placement over `Links.server_bytes_per_s`.
+
+    A server may take over within its span and runs to its end, as in Helix; a run of some of
+    its blocks takes their share of the time of all. What comes in and goes out is no more than
+    its own link carries. Ways to and from clients have that limit alone.
+
+    `rates` as `rates.decode_rates` gives them. All must be finite. Takes tens of milliseconds
+    for dozens of servers, and grows with the square of their number.
+    """
+    ways = _ways(problem, placement)
+    program = Program()
+    for way in ways:
+        program.variable(cost=-1.0 if way.receiver is None else 0.0, high=way.rows_per_s)
+    arriving: dict[int, list[int]] = {}
+    leaving: dict[int, list[int]] = {}
+    for number, way in enumerate(ways):
+        if way.receiver is not None:
+            arriving.setdefault(way.receiver, []).append(number)
+        if way.sender is not None:
+            leaving.setdefault(way.sender, []).append(number)
+    for server, span in placement.hosted():
+        rate, size = rates[server][len(span) - 1], len(span)
+        mine = arriving.get(server, [])
+        program.row({one: ways[one].num_blocks / size for one in mine}, high=rate)
+        network = problem.network_rows_per_s(server)
+        if network < math.inf:
+            program.row(dict.fromkeys(mine, 1.0), high=network)
+        kept = dict.fromkeys(mine, 1.0) | dict.fromkeys(leaving.get(server, []), -1.0)
+        program.row(kept, low=0.0, high=0.0)
+    rows = -program.solve().objective
+    return rows if rows > ROWS_MIN else 0.0
+
+
+def _ways(problem: Problem, placement: Placement) -> list[_Way]:
+    links, size = problem.links.server_bytes_per_s, problem.model.row_bytes
+    ways = []
+    for server, span in placement.hosted():
+        if span.start == 0:
+            ways.append(_Way(None, server, len(span), math.inf))
+        if span.end == problem.num_blocks:
+            ways.append(_Way(server, None, 0, math.inf))
+        for sender, before in placement.hosted():
+            if sender == server or not span.start <= before.end < span.end:
+                continue
+            rows_per_s = math.inf if links is None else links[sender][server] / size
+            ways.append(_Way(sender, server, span.end - before.end, rows_per_s))
+    return ways
+
+
+@dataclass(frozen=True, slots=True)
+class LinkScorer(Scorer):
+    """Seconds per row over the links: the less, the more gets through."""
+
+    rates: Rates
+
+    def __call__(self, placement: Placement) -> Score:
+        holes = sum(map(len, uncovered(self.problem, placement.spans)))
+        if holes:
+            return Score(holes, 0, 0.0)
+        rows_per_s = rows_over_links(self.problem, placement, self.rates)
+        return Score(0, 0, 1 / rows_per_s) if rows_per_s else Score(0, 1, 0.0)
+
+
+def link_scorer(problem: Problem, rates: Rates) -> LinkScorer:
+    """The scorer of a problem; sessions and prices don't count."""
+    return LinkScorer(problem=problem, prices=(), sessions=1, rates=rates)

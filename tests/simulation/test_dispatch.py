@@ -86,6 +86,8 @@ async def test_a_repair_counts_where_it_went(it):
         await it["b"].crash()
         await guest.reader.decode(5)
         assert guest.chain == ["a", "spare-b"]
+        assert dispatcher.num_seats in (2, 4), "composed anew, or soon"
+        await until_settled()
         assert dispatcher.num_seats == 2, "spare-b bounds them all"
         other = await Guest(it, dispatcher).come()
         assert other.chain[1] == "spare-b"
@@ -130,3 +132,57 @@ async def test_where_blocks_are_missing_the_client_says_so(it):
             assert seat.chain == ()
             with pytest.raises(NoRouteError, match=r"\[2,4\)"):
                 await it.client.open_session("float32", chain=seat.chain)
+
+
+class Gate:
+    """A composer that begins when it may, as a thread does that has much to compute."""
+
+    def __init__(self):
+        self.opened = asyncio.Event()
+        self.opened.set()
+        self.times = 0
+
+    async def compose(self, work):
+        self.times += 1
+        await self.opened.wait()
+        await asyncio.sleep(0.5)
+        return work()
+
+
+@scene("a 0:2, b 2:4, late-a 0:2, late-b 2:4", patience_s=500.0)
+async def test_old_chains_serve_while_new_ones_are_composed(it):
+    gate = Gate()
+    async with open_dispatcher(
+        it.client, session_tokens=SESSION_TOKENS, composer=gate.compose
+    ) as dispatcher:
+        gate.opened.clear()
+        await it["late-a"].start()
+        await it["late-b"].start()
+        guests = [await Guest(it, dispatcher).come() for _ in range(2)]
+        assert [one.chain for one in guests] == [["a", "b"]] * 2
+        late = asyncio.ensure_future(Guest(it, dispatcher).come())
+        await asyncio.sleep(5.0)
+        assert (dispatcher.num_seats, gate.times) == (2, 2), "still composing"
+        assert dispatcher.num_waiting == 1
+        gate.opened.set()
+        assert (await late).chain == ["late-a", "late-b"]
+        assert (dispatcher.num_seats, gate.times) == (4, 2)
+        for one in (*guests, await late):
+            await one.go()
+
+
+@scene("a 0:2, b 2:4, late-a 0:2, late-b 2:4", patience_s=500.0)
+async def test_composing_leaves_time_for_other_things(it):
+    gate = Gate()
+    async with open_dispatcher(
+        it.client, session_tokens=SESSION_TOKENS, composer=gate.compose
+    ) as dispatcher:
+        began_s = asyncio.get_running_loop().time()
+        await it["late-a"].start()
+        await it["late-b"].start()
+        # 0.5 s are a fifth of 2.5 s.
+        assert dispatcher.num_seats == 2
+        await asyncio.sleep(began_s + 1.9 - asyncio.get_running_loop().time())
+        assert (dispatcher.num_seats, gate.times) == (2, 1)
+        await asyncio.sleep(1.0)
+        assert (dispatcher.num_seats, gate.times) == (4, 2)

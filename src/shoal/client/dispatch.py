@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from shoal.base.errors import NoRouteError, PeerBusy, ShoalError
@@ -24,18 +25,30 @@ from shoal.net.tasks import TaskSet
 from shoal.plan.dispatching import Composition, Stages, compose_live
 from shoal.plan.live_problem import SESSION_TOKENS
 from shoal.plan.routing import ANY_SERVER, Wanted
-from shoal.plan.view import SwarmView
+from shoal.plan.view import Experience, SwarmView
 
 logger = logging.getLogger(__name__)
 
 RECOMPOSE_S: Final = 30.0
 """Chains are composed anew after this though nobody came or went: round trips are known better."""
 
+COMPOSING_SHARE: Final = 0.2
+"""Of the time may go into composing: in a large swarm some record is always new."""
+
 ASKED_MAX: Final = 32
 """Servers whose round trip is measured at once when chains are composed."""
 
 ASK_S: Final = 2.0
 """Who takes longer to answer is not asked again before the next composition."""
+
+
+Composer = Callable[[Callable[[], Composition]], Awaitable[Composition]]
+"""Carries out what it is given: here, or in a thread, for it takes a second in large swarms."""
+
+
+async def compose_here(work: Callable[[], Composition]) -> Composition:
+    """On the event loop."""
+    return work()
 
 
 class HasChain(Protocol):
@@ -84,8 +97,11 @@ class _Waiter:
 class Dispatcher:
     """Seats on the chains of one client's swarm. Use `open_dispatcher`."""
 
-    def __init__(self, client: Client, wanted: Wanted, session_tokens: int) -> None:
+    def __init__(
+        self, client: Client, wanted: Wanted, session_tokens: int, composer: Composer
+    ) -> None:
         self._client = client
+        self._composer = composer
         self._session_tokens = session_tokens
         self._wanted = wanted
         self._taken: list[_Taken] = []
@@ -93,6 +109,9 @@ class Dispatcher:
         self._composition: Composition | None = None
         self._composed_of: tuple[SwarmView, frozenset[PeerId]] | None = None
         self._composed_s = 0.0
+        self._pause_s = 0.0
+        """From one composing to the next, at least."""
+        self._is_composing = False
         self._waits = asyncio.Event()
         self._tasks = TaskSet("dispatcher")
 
@@ -103,13 +122,14 @@ class Dispatcher:
 
     @property
     def num_seats(self) -> int:
-        """Sessions that all chains hold together; 0: nobody serves all blocks."""
-        composition = self._compose()
+        """Sessions that all chains hold together, as last composed; 0: nobody serves all blocks."""
+        composition = self._current()
         return 0 if composition is None else composition.seats
 
     async def start(self) -> None:
-        """Measure the way to servers, and watch the swarm for those who wait."""
+        """Measure the way to servers, compose chains, and watch the swarm for those who wait."""
         await self._measure()
+        await self._compose()
         self._tasks.spawn(self._watch(), "watch")
 
     async def close(self) -> None:
@@ -172,7 +192,7 @@ class Dispatcher:
 
     def _try(self, sessions: int) -> _Taken | None:
         """A seat, if there is one. Where nobody serves all blocks sessions wait by themselves."""
-        composition = self._compose()
+        composition = self._current()
         chain: Stages | None = ()
         if composition is not None:
             running = [one.runs_on for one in self._taken for _ in range(one.sessions)]
@@ -196,21 +216,48 @@ class Dispatcher:
 
     # --- chains --------------------------------------------------------------------------
 
-    def _compose(self) -> Composition | None:
-        """The chains of the swarm as it is; None: some block is served by nobody."""
+    def _current(self) -> Composition | None:
+        """The chains as last composed; None: some block is served by nobody.
+
+        Where the swarm is another by now, chains are composed anew, and these serve meanwhile:
+        a session whose chain is gone finds its own way.
+        """
+        is_due = not (self._is_composing or self._tasks.is_closed)
+        if is_due and self._is_outdated(*self._seen()):
+            self._is_composing = True
+            self._tasks.spawn(self._compose_anew(), "compose")
+        return self._composition
+
+    def _seen(self) -> tuple[SwarmView, Experience]:
         now_s = asyncio.get_running_loop().time()
-        view = self._client.view()
-        experience = self._client.experience.snapshot(now_s)
-        found = (view, experience.avoid)
-        if found == self._composed_of and now_s - self._composed_s < RECOMPOSE_S:
-            return self._composition
-        self._composed_of, self._composed_s = found, now_s
+        return self._client.view(), self._client.experience.snapshot(now_s)
+
+    def _is_outdated(self, view: SwarmView, experience: Experience) -> bool:
+        if (view, experience.avoid) != self._composed_of:
+            return True
+        return asyncio.get_running_loop().time() - self._composed_s >= RECOMPOSE_S
+
+    async def _compose_anew(self) -> None:
         try:
-            self._composition = compose_live(view, experience, self._wanted, self._session_tokens)
+            passed_s = asyncio.get_running_loop().time() - self._composed_s
+            await asyncio.sleep(max(0.0, self._pause_s - passed_s))
+            await self._compose()
+        finally:
+            self._is_composing = False
+        self._call()
+
+    async def _compose(self) -> None:
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        view, experience = self._seen()
+        work = partial(compose_live, view, experience, self._wanted, self._session_tokens)
+        try:
+            self._composition = await self._composer(work)
         except NoRouteError as error:
             logger.info("no chains reason=%s", error)
             self._composition = None
-        return self._composition
+        self._composed_of, self._composed_s = (view, experience.avoid), loop.time()
+        self._pause_s = (self._composed_s - start_s) * (1 / COMPOSING_SHARE - 1)
 
     async def _watch(self) -> None:
         """While somebody waits: servers that come may seat them."""
@@ -239,13 +286,17 @@ class Dispatcher:
 
 @asynccontextmanager
 async def open_dispatcher(
-    client: Client, wanted: Wanted = ANY_SERVER, session_tokens: int = SESSION_TOKENS
+    client: Client,
+    wanted: Wanted = ANY_SERVER,
+    session_tokens: int = SESSION_TOKENS,
+    composer: Composer = compose_here,
 ) -> AsyncIterator[Dispatcher]:
     """A running dispatcher over all blocks of the client's model.
 
     Sessions are expected to become `session_tokens` long: so much room each is reckoned to take.
+    Who has other things to do on its event loop hands in `asyncio.to_thread` as `composer`.
     """
-    dispatcher = Dispatcher(client, wanted, session_tokens)
+    dispatcher = Dispatcher(client, wanted, session_tokens, composer)
     await dispatcher.start()
     try:
         yield dispatcher

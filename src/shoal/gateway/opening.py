@@ -187,7 +187,8 @@ async def _seats(
     wanted = Wanted(
         encoding=backing.encoding, inner_encoding=backing.inner_encoding or backing.encoding
     )
-    return await stack.enter_async_context(open_dispatcher(backing.client, wanted, tokens))
+    dispatcher = open_dispatcher(backing.client, wanted, tokens, asyncio.to_thread)
+    return await stack.enter_async_context(dispatcher)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

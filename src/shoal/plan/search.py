@@ -84,9 +84,10 @@ class Search:
     def at(self, prices: Prices) -> Search:
         """The same ways for another client. Pushing, that is quick: only ends are priced anew.
 
-        `prices` are of the same problem: blocks cost the same at a server, whoever asks.
+        Blocks, and ways between servers, must cost the same for both; else a new search is made.
         """
-        if self._is_hub or prices.block != self._prices.block:
+        own = self._prices
+        if self._is_hub or (prices.block, prices.between) != (own.block, own.between):
             return Search(self._problem, self._placement, prices, self._exits)
         other = copy.copy(self)
         other._prices = prices

@@ -61,13 +61,20 @@ def place_flow(problem: Problem, rng: random.Random) -> Placement:
     return plan_flow(problem).placement
 
 
-def plan_flow(problem: Problem, *, rates: Rates | None = None, limit_s: float = LIMIT_S) -> Flowing:
+def plan_flow(
+    problem: Problem,
+    *,
+    rates: Rates | None = None,
+    limit_s: float | None = LIMIT_S,
+    nodes_max: int | None = None,
+) -> Flowing:
     """The placement with the most rows per second through all blocks.
 
     First by Petals' rule, every server at the length at which it does the most work: that
     is quick and often nearly all that can be had. Then, unless it is, by the solver, first
     with these lengths and then with all, as long as there are not too many different
-    servers. Where its time runs out, what it has found depends on the machine.
+    servers. Where its time runs out, what it has found depends on the machine; where its nodes
+    do (`nodes_max` each time), it does not.
 
     Servers that the flow does not need join where rows per second are fewest.
 
@@ -83,7 +90,13 @@ def plan_flow(problem: Problem, *, rates: Rates | None = None, limit_s: float = 
     for is_full in (True, False):
         if rows_per_s >= GOOD_ENOUGH * bound:
             break
-        solved, least = _solve(problem, rates, limit_s / 2, is_full=is_full)
+        solved, least = _solve(
+            problem,
+            rates,
+            limit_s=None if limit_s is None else limit_s / 2,
+            nodes_max=nodes_max,
+            is_full=is_full,
+        )
         if not is_full:
             bound = min(bound, least)
         if solved is not None and rows_through(problem, solved, rates) > rows_per_s:
@@ -114,9 +127,14 @@ def _balanced(num_blocks: int, rates: Rates) -> Placement:
 
 
 def _solve(
-    problem: Problem, rates: Rates, limit_s: float, *, is_full: bool
+    problem: Problem,
+    rates: Rates,
+    *,
+    limit_s: float | None,
+    nodes_max: int | None,
+    is_full: bool,
 ) -> tuple[Placement | None, float]:
-    """What the solver finds in its time, and its bound."""
+    """What the solver finds within its limits, and its bound."""
     classes: dict[tuple[float, ...], list[int]] = defaultdict(list)
     for server, own in enumerate(rates):
         classes[own].append(server)
@@ -124,7 +142,7 @@ def _solve(
     if sum(lengths) * problem.num_blocks > SOLVED_MAX:
         return None, math.inf
     program = _Classes(problem.num_blocks, {own: len(who) for own, who in classes.items()}, is_full)
-    solution = program.program.solve(limit_s=limit_s, gap=GAP)
+    solution = program.program.solve(limit_s=limit_s, gap=GAP, nodes_max=nodes_max)
     if not solution.values:
         return None, -solution.bound
     spans: list[Span | None] = [None] * len(problem.servers)

@@ -2,8 +2,11 @@
 
 import pytest
 
-from shoal.cli.status import renderables
+from shoal.base.ids import PeerId, peer_text
+from shoal.cli.status import Seen, as_dicts, renderables
 from shoal.cli.watching import lines
+from shoal.discovery.records import Record
+from shoal.wire.fields import Coordinate
 
 
 def server(start, end, error=""):
@@ -63,3 +66,26 @@ def test_parts_name_what_is_missing():
     assert str(missing) == "missing: blocks [6,12)"
     assert str(renderables([model(server(0, 12))])[-1]) == "all 12 blocks are served"
     assert [str(part) for part in renderables([])] == ["no servers"]
+
+
+def test_round_trips_between_servers_are_estimated_where_coordinates_tell():
+    places = [(0.0, 0.1), (0.03, 0.1), None, (0.01, 0.1), (0.5, 9.0), (0.2, 0.1)]
+    peers = [PeerId(bytes([number]) * 32) for number in range(len(places))]
+    seen = [
+        Seen(
+            record=Record(
+                peer=peer, swarm="s", boot_ms=1, counter=1, ttl_s=60.0, state="online",
+                addresses=[], model="m", num_blocks=4, hidden_size=8, start=0, end=4,
+                coordinate=place and Coordinate([place[0], 0.0, 0.0], 0.001, place[1]),
+            ),
+            error="no answer",
+        )
+        for peer, place in zip(peers, places, strict=True)
+    ]  # fmt: skip
+    (model,) = as_dicts(seen)
+    first, _, unknown, *_, vague, _ = model["servers"]
+    assert [one["peer"] for one in first["nearest"]] == [peer_text(peers[at]) for at in (3, 1, 5)]
+    assert first["nearest"][0]["rtt_s"] == pytest.approx(0.012)
+    assert first["coordinate"] == {"point_s": [0.0] * 3, "height_s": 0.001, "error": 0.1}
+    assert unknown["coordinate"] is None
+    assert unknown["nearest"] == vague["nearest"] == []

@@ -17,9 +17,11 @@ from shoal.base.limits import CALL_TIMEOUT_S
 from shoal.base.spans import Span, missing_blocks
 from shoal.cli.joining import SwarmChoice, Visitor, visit
 from shoal.cli.options import InviteOption, JoinOption, JsonOption, LanOption, SwarmOption
+from shoal.discovery.coordinates import from_wire
 from shoal.discovery.records import Record
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_CONTROL, Channel, open_channel
+from shoal.plan.distance import nearest
 from shoal.wire.directory import GetLoad, Load
 from shoal.wire.messages import Ping
 
@@ -31,6 +33,9 @@ WATCH_S: Final = 2.0
 
 WATCH_S_MIN: Final = 0.2
 """Anything quicker asks the servers more than it shows a person."""
+
+NEAREST_MAX: Final = 3
+"""Servers named as the nearest to each."""
 
 WatchOption = Annotated[bool, typer.Option("--watch", help="Go on looking.")]
 IntervalOption = Annotated[
@@ -59,7 +64,9 @@ def status(
     """Show who serves what, and which blocks are missing.
 
     Cache is counted in positions: how many are free, of how many. The round trip is
-    measured from here. A server that does not answer is shown with the reason.
+    measured from here. A server that does not answer is shown with the reason. --json has,
+    besides, each server's coordinate and the servers nearest to it, with round trips between
+    them that are estimated from coordinates.
 
     With --watch a table follows the swarm until q or Ctrl-C. Without a terminal that is one
     line per model and look instead, or with --json one object per look, with the time in
@@ -173,8 +180,30 @@ def _model_dict(name: str, servers: Sequence[Seen]) -> dict[str, Any]:
         "num_blocks": num_blocks,
         "hidden_size": servers[0].record.hidden_size,
         "missing": [[span.start, span.end] for span in missing_blocks(Span(0, num_blocks), held)],
-        "servers": [_server_dict(seen) for seen in ordered],
+        "servers": _server_dicts(ordered),
     }
+
+
+def _server_dicts(servers: Sequence[Seen]) -> list[dict[str, Any]]:
+    """With the servers that are nearest to each by their coordinates, as far as they have any."""
+    near = nearest([from_wire(seen.record.coordinate) for seen in servers], NEAREST_MAX)
+    return [
+        {
+            **_server_dict(seen),
+            "nearest": [
+                {"peer": peer_text(servers[number].record.peer), "rtt_s": rtt_s}
+                for number, rtt_s in own
+            ],
+        }
+        for seen, own in zip(servers, near, strict=True)
+    ]
+
+
+def _place_dict(record: Record) -> dict[str, Any] | None:
+    place = record.coordinate
+    if place is None:
+        return None
+    return {"point_s": list(place.point), "height_s": place.height, "error": place.error}
 
 
 def _server_dict(seen: Seen) -> dict[str, Any]:
@@ -197,6 +226,7 @@ def _server_dict(seen: Seen) -> dict[str, Any]:
         "iterations": None if load is None else load.iterations,
         "queued_tokens": None if load is None else load.queued_tokens,
         "rtt_s": seen.rtt_s,
+        "coordinate": _place_dict(record),
         "error": seen.error,
     }
 

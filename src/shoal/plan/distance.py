@@ -7,7 +7,9 @@ networks in papers are often three times faster than light: see our notes on BPR
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Final
 
 from shoal.base.errors import ConfigError
@@ -19,6 +21,9 @@ FIBRE_KM_PER_S: Final = 200_000.0
 
 STRETCH: Final = 1.5
 """How much longer a cable is than the great circle; 1.3 to 2 are usual."""
+
+ESTIMATED_MAX: Final = 200
+"""Places of which all pairs are estimated: a tenth of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,23 @@ def likely_rtt_s(
         return measured_s
     estimated_s = estimate_s(one, other)
     return RTT_UNKNOWN_S if estimated_s is None else estimated_s
+
+
+def nearest(
+    places: Sequence[Coordinate | None], most: int
+) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """For each place the `most` nearest others, as (index, estimated round trip in seconds).
+
+    Fewer where coordinates don't tell, none beyond `ESTIMATED_MAX` places: all pairs are tried.
+    """
+    if len(places) > ESTIMATED_MAX:
+        return ((),) * len(places)
+    found = []
+    for mine, one in enumerate(places):
+        trips = ((number, estimate_s(one, other)) for number, other in enumerate(places))
+        known = [(number, s) for number, s in trips if s is not None and number != mine]
+        found.append(tuple(nsmallest(most, known, key=lambda pair: (pair[1], pair[0]))))
+    return tuple(found)
 
 
 def distance_km(one: Position, other: Position) -> float:

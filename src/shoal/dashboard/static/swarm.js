@@ -49,6 +49,14 @@ function cache(server) {
   return made;
 }
 
+function nearest(server) {
+  const [first] = server.nearest;
+  if (!first) return "\u2013";
+  const made = element("span", `${short(first.peer)}, ${milliseconds(first.rtt_s)}`);
+  made.title = server.nearest.map((one) => `${one.peer}: ${milliseconds(one.rtt_s)}`).join("\n");
+  return made;
+}
+
 const COLUMNS = [
   ["server", (server) => element("code", short(server.peer))],
   ["blocks", lane, "map"],
@@ -60,6 +68,7 @@ const COLUMNS = [
   ["waiting rows", (server) => number(server.queued_tokens)],
   ["cache", cache],
   ["round trip", (server) => milliseconds(server.rtt_s)],
+  ["nearest, estimated", nearest],
   ["version", (server) => `${server.version || "?"}, ${server.encodings[0] ?? "?"}${server.is_exact ? ", exact" : ""}`],
 ];
 

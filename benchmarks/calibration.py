@@ -12,15 +12,17 @@ import argparse
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import model_servers
-from calibration_real import block_times, real_case, real_measured
+from calibration_blocks import block_times
+from calibration_real import Handling, handling_of, real_case, real_measured
 from cost_servers import connected, running
-from report import environment, publish
+from report import RESULTS, environment, publish
 from shoal.base.spans import Span
 from shoal.lab.campaign import quiet
 from shoal.lab.sim_analytic import simulate_analytic
@@ -37,7 +39,10 @@ BLOCKS, HIDDEN = 16, 1024
 TOKENS_IN, TOKENS_OUT = 96, 24
 REQUESTS = 12
 ROUNDS = 3
-REAL_ROUNDS = 3
+REAL_ROUNDS = 7
+HOP_SHAPE = "small"
+"""What a hop between servers that compute costs is measured with this, and holds for others."""
+
 SEATS = 64
 FIGURES = ("first_token_s_mean", "step_s_mean", "response_s_mean")
 
@@ -230,9 +235,15 @@ def best_of(case: Case, rounds: int) -> tuple[dict[str, float], list[float]]:
     return best, [one["response_s_mean"] for one in found]
 
 
-def compare(
-    theme: str, runs: Sequence[Run], facts: Mapping[str, Any], details: dict[str, Any]
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """What a table is published with."""
+
+    facts: Mapping[str, Any]
+    folder: Path
+
+
+def compare(theme: str, runs: Sequence[Run], paper: Paper, details: dict[str, Any]) -> None:
     """Predict and measure each run; publish the table."""
     tables: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for run in runs:
@@ -243,22 +254,21 @@ def compare(
         print(f"{run.name}: measured", flush=True)
     single, loaded = tables[False], tables[True]
     rows = [*single, mape_row("single", single), *loaded, mape_row("under load", loaded)]
-    publish(theme, rows, facts, details)
+    publish(theme, rows, paper.facts, details, paper.folder)
 
 
 def main() -> None:
     """Every case: predictions, then the real thing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="4 servers, 1 round, a small model")
+    parser.add_argument("--quick", action="store_true", help="4 servers, 1 round")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--only", choices=("known", "computing"), help="one of the two tables")
     options = parser.parse_args()
     rounds = 1 if options.quick else ROUNDS
-    facts = environment()
-    # The table of servers that compute has hops that cost far less than its blocks.
-    handling_rounds = 1 if options.only == "computing" else rounds
-    handling_s = min(measured_handling_s() for _ in range(handling_rounds))
+    paper = Paper(facts=environment(), folder=options.out)
     if options.only != "computing":
+        handling_s = min(measured_handling_s() for _ in range(rounds))
         # Many requests are an average already, and take minutes.
         runs = [
             Run(
@@ -267,20 +277,41 @@ def main() -> None:
             )
             for case in cases(handling_s, is_quick=options.quick)
         ]  # fmt: skip
-        compare("calibration", runs, facts, {"handling_s": handling_s})
+        compare("calibration", runs, paper, {"handling_s": handling_s})
     if options.only != "known":
-        shape, wanted = ("small", 1) if options.quick else ("110m", REAL_ROUNDS)
-        times = block_times(shape)
-        stories = {count: real_case(shape, count, handling_s, times) for count in (1, 2)}
-        with model_servers.running(shape, 2) as servers:
-            runs = [
-                Run(
-                    name=f"{shape}, {count} at once", is_loaded=count > 1, scenario=story,
-                    measure=partial(real_measured, shape, servers, story, wanted),
-                )
-                for count, story in stories.items()
-            ]  # fmt: skip
-            compare("calibration_computing", runs, facts, {"handling_s": handling_s})
+        computing("110m", 1 if options.quick else REAL_ROUNDS, paper)
+
+
+def computing(shape: str, wanted: int, paper: Paper) -> None:
+    """Two servers that compute: what a hop costs comes from another, smaller model."""
+    handling, seen = hop_cost(wanted)
+    if handling is None:
+        raise SystemExit("no round was undisturbed: measure on an idle machine")
+    in_turn, at_once = (asyncio.run(block_times(shape, at_once=way)) for way in (False, True))
+    stories = {
+        1: real_case(shape, 1, handling, in_turn),
+        2: real_case(shape, 2, handling, at_once),
+    }
+    details = {"handling": {**asdict(handling), "rounds": seen}}
+    details |= {"blocks in turn": asdict(in_turn), "blocks at once": asdict(at_once)}
+    with model_servers.running(shape, 2) as servers:
+        runs = [
+            Run(
+                name=f"{shape}, {count} at once", is_loaded=count > 1, scenario=story,
+                measure=partial(real_measured, shape, servers, story, wanted),
+            )
+            for count, story in stories.items()
+        ]  # fmt: skip
+        compare("calibration_computing", runs, paper, details)
+
+
+def hop_cost(wanted: int) -> tuple[Handling | None, Any]:
+    """Of `HOP_SHAPE`; None: all rounds were disturbed. And all rounds."""
+    times = asyncio.run(block_times(HOP_SHAPE, at_once=False))
+    story = real_case(HOP_SHAPE, 1, Handling(), times)
+    with model_servers.running(HOP_SHAPE, 2) as servers:
+        real, rounds = real_measured(HOP_SHAPE, servers, story, wanted)
+    return (None if real is None else handling_of(real, story)), rounds
 
 
 if __name__ == "__main__":

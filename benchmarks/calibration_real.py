@@ -5,51 +5,50 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from engines import Runner
+from calibration_blocks import BlockTimes, halves
 from model_servers import Server, connected, random_rows, workers_of
-from random_model import SHAPES, random_source
+from random_model import SHAPES
 from rounds import ROUNDS_PER_WANTED, Round, Rounds, read_accounts, usage_between
-from shoal.base.spans import Span
 from shoal.client.client import Client
+from shoal.lab.sim_analytic import simulate_analytic
 from shoal.lab.sim_result import Result, Served
 from shoal.lab.sim_scenario import Request, Scenario
-from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.plan.memory import gqa
 from shoal.plan.placement import Placement
-from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
+from shoal.plan.spec import Links, Problem, ServerSpec, Workload, uniform_model
 
 TOKENS_IN: Final = 96
 TOKENS_OUT: Final = 32
-BATCHES: Final = (1, 2, 4, 8)
-PROMPTS: Final = (16, 96)
-STEPS: Final = 24
 LOOPBACK_RTT_S: Final = 1e-4
 ROUNDS_S: Final = 60.0
 """No round of a case is begun after this."""
 
 
-BlockTimes = tuple[DecodeTimes, float, float]
-"""Decode by batch; prefill fixed and per row: seconds of one block."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handling:
+    """What a hop costs beside its blocks."""
+
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
 
 
-def real_case(shape: str, sessions: int, handling_s: float, times: BlockTimes) -> Scenario:
+def real_case(shape: str, sessions: int, handling: Handling, times: BlockTimes) -> Scenario:
     """So many sessions at once through two servers, with block times measured just now."""
-    blocks = int(SHAPES[shape]["num_hidden_layers"])
-    spans = (Span(0, blocks // 2), Span(blocks // 2, blocks))
-    decode, fixed_s, row_s = times
-    hidden = int(SHAPES[shape]["hidden_size"])
+    spans = halves(shape)
+    blocks, hidden = spans[-1].end, int(SHAPES[shape]["hidden_size"])
     servers = tuple(
         ServerSpec(
             name=f"server {index}",
             memory_bytes=10**12,
-            decode=decode,
-            prefill_s_per_block=fixed_s,
-            prefill_s_per_block_token=row_s,
+            decode=times.decode[index],
+            prefill_s_per_block=times.prefill_fixed_s[index],
+            prefill_s_per_block_token=times.prefill_row_s[index],
         )
-        for index in range(2)
+        for index in range(len(spans))
     )
     rtts = (LOOPBACK_RTT_S,) * 2
     problem = Problem(
@@ -57,7 +56,7 @@ def real_case(shape: str, sessions: int, handling_s: float, times: BlockTimes) -
         servers=servers,
         links=Links(
             client_rtt_s=(rtts,), server_rtt_s=(rtts, rtts), flow="push",
-            handling_s=handling_s, prefill_handling_s=handling_s,
+            handling_s=handling.decode_s, prefill_handling_s=handling.prefill_s,
         ),
         workload=Workload(tokens_in=TOKENS_IN, tokens_out=TOKENS_OUT, sessions=sessions),
     )  # fmt: skip
@@ -70,30 +69,15 @@ def real_case(shape: str, sessions: int, handling_s: float, times: BlockTimes) -
     )
 
 
-def block_times(shape: str) -> BlockTimes:
-    """Measured on half of the blocks, one process, one thread."""
-    blocks = int(SHAPES[shape]["num_hidden_layers"]) // 2
-    config = BackendConfig(model=shape, dtype="bfloat16")
-    source = random_source(SHAPES[shape], blocks)
-    runner = Runner(load_backend(source, Span(0, blocks), config))
-    points, prompts = [], []
-    with asyncio.Runner() as loop:
-        for batch in BATCHES:
-            runner.open(batch)
-            for number in range(batch):
-                runner.step_s(loop, [(number, TOKENS_IN)])
-            work = [(number, 1) for number in range(batch)]
-            taken = [runner.step_s(loop, work) for _ in range(STEPS)]
-            points.append((batch, min(taken) / blocks))
-        for rows in PROMPTS:
-            taken = []
-            for _ in range(STEPS // 2):
-                runner.open(1)
-                taken.append(runner.step_s(loop, [(0, rows)]))
-            prompts.append(min(taken) / blocks)
-    row_s = max(0.0, (prompts[1] - prompts[0]) / (PROMPTS[1] - PROMPTS[0]))
-    fixed_s = max(0.0, prompts[0] - row_s * PROMPTS[0])
-    return DecodeTimes(points=tuple(points)), fixed_s, row_s
+def handling_of(result: Mapping[str, float], scenario: Scenario) -> Handling:
+    """What two servers cost beside their blocks, half for each: `scenario` knows no handling.
+
+    The client's own part, and what one engine's thread and the loop cost each other, are in it.
+    """
+    known = simulate_analytic(scenario).summary()
+    parts = [result[key] - known[key] for key in ("step_s_mean", "first_token_s_mean")]
+    step_s, first_s = (max(0.0, part / 2) for part in parts)
+    return Handling(decode_s=step_s, prefill_s=first_s)
 
 
 def real_measured(

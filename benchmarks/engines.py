@@ -49,6 +49,10 @@ class Runner:
 
     def step_s(self, runner: asyncio.Runner, work: Sequence[tuple[int, int]]) -> float:
         """Seconds of one run of (sequence, rows) calls."""
+        return runner.run(self.pass_s(work))
+
+    async def pass_s(self, work: Sequence[tuple[int, int]]) -> float:
+        """The same, in a loop that runs."""
         facts = self.backend.facts
         calls = []
         for number, rows in work:
@@ -62,15 +66,12 @@ class Runner:
             )  # fmt: skip
             self.lengths[number] += rows
         started = time.perf_counter()
-        outcomes = runner.run(self._run(calls))
+        outcomes = await self.backend.run(calls)
         taken = time.perf_counter() - started
         for outcome in outcomes:
             if not isinstance(outcome, bytes):
                 raise outcome
         return taken
-
-    async def _run(self, calls: Sequence[Call]) -> list[Any]:
-        return await self.backend.run(calls)
 
 
 def measure(backends: dict[str, Runner], steps: int) -> list[dict[str, object]]:

@@ -15,10 +15,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import hypot
+from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
-from report import environment, publish
+from report import RESULTS, environment, publish
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.plan.compose import mean_s
@@ -200,6 +201,7 @@ def main() -> None:
     """Print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
     seeds = range(100, 102 if options.quick else 120)
@@ -222,7 +224,7 @@ def main() -> None:
                 "not covered %": round(100 * mean(one["out"] for one in found), 1),
             })  # fmt: skip
             print(rows[-1], flush=True)
-    publish("live_placement", rows, environment())
+    publish("live_placement", rows, environment() | {"simulated": True}, folder=options.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from shoal.cli.findings import (
     judge_swarm,
     judge_threads,
 )
-from shoal.cli.machine import Machine, _container_memory, _cpu_quota, _memory, disk_free_bytes
+from shoal.cli.machine import Machine, _cpu_quota, _memory, disk_free_bytes
 from shoal.net.identity import Identity
 from tests.models import save_safetensors
 
@@ -135,13 +135,9 @@ def test_the_system_is_read_as_it_writes(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  1000 kB\nMemFree: 10 kB\nMemAvailable:  500 kB\n")
     assert _memory(meminfo) == (1000 * 1024, 500 * 1024)
-    (tmp_path / "memory.max").write_text("2048\n")
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert _container_memory(tmp_path) == 2048
     assert _cpu_quota(tmp_path) == 1.5
-    (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert _container_memory(tmp_path) is None
     assert _cpu_quota(tmp_path) is None
     assert _cpu_quota(tmp_path / "nosuch") is None
     free_bytes, is_writable = disk_free_bytes(tmp_path / "not" / "there" / "yet")

@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.cli.cgroups import container_memory
 from shoal.cli.threads import physical_cores
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -32,9 +33,11 @@ class Machine:
 def look_at_machine() -> Machine:
     """The machine as it is now."""
     total, free = _memory()
-    limit = _container_memory()
-    if limit is not None and total is not None and free is not None:
-        total, free = min(total, limit), min(free, limit)
+    container = container_memory()
+    if container.limit_bytes is not None and total is not None:
+        total = min(total, container.limit_bytes)
+    if container.left_bytes is not None and free is not None:
+        free = min(free, container.left_bytes)
     return Machine(
         cores=physical_cores(),
         cpu_quota=_cpu_quota(),
@@ -59,11 +62,6 @@ def _memory(path: Path = _MEMINFO) -> tuple[int | None, int | None]:
         None if total_kb is None else int(total_kb) * 1024,
         None if free_kb is None else int(free_kb) * 1024,
     )
-
-
-def _container_memory(folder: Path = _CGROUP) -> int | None:
-    text = _read(folder / "memory.max")
-    return int(text) if text.isdigit() else None
 
 
 def _cpu_quota(folder: Path = _CGROUP) -> float | None:

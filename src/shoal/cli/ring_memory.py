@@ -18,8 +18,6 @@ _MALLOC: Final = ((-3, 1 << 20), (-1, 1 << 20), (-8, 2))
 """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD (both also stop it from learning), M_ARENA_MAX."""
 
 _STATUS: Final = Path("/proc/self/status")
-_CGROUPS: Final = Path("/proc/self/cgroup")
-_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,43 +71,10 @@ def trim() -> None:
 def memory_left(limit_bytes: int | None = None) -> int:
     """Bytes that this process may still take; `limit_bytes`: what it may take in all."""
     now = process_memory()
-    left = [look_at_machine().memory_free_bytes, container_left()]
+    left = [look_at_machine().memory_free_bytes]  # its container's limits included
     left.append(None if limit_bytes is None else limit_bytes - now.resident)
     for kind, used in ((resource.RLIMIT_DATA, now.data), (resource.RLIMIT_AS, now.mapped)):
         soft, _ = resource.getrlimit(kind)
         left.append(None if soft == resource.RLIM_INFINITY else soft - used)
     known = [one for one in left if one is not None]
     return max(0, min(known, default=0))
-
-
-def container_left(own: Path = _CGROUPS, root: Path = _CGROUP_ROOT) -> int | None:
-    """What our control group (version 2) and those above it leave; None: no limit, or unknown."""
-    try:
-        lines = own.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    path = next((line.partition("::")[2] for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return None
-    folder, found = root / path.strip("/"), []
-    for group in (folder, *folder.parents):
-        left = _group_left(group)
-        if left is not None:
-            found.append(left)
-        if group == root:
-            break
-    return min(found, default=None)
-
-
-def _group_left(group: Path) -> int | None:
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-    except (OSError, ValueError):
-        return None
-    if not limit.isdigit():
-        return None
-    # Pages of files that were read are given back when memory is short.
-    files = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
-    return int(limit) - used + files

@@ -116,13 +116,14 @@ def run(
 
     Texts are printed as they end; a table on stderr shows the nodes while they work: blocks,
     memory, how busy each was (the rest is the bubble). If a node dies, its blocks are served
-    by another and the texts go on. Ctrl-C ends the run, not the ring.
+    by another and the texts go on. A sample that fails is told at the end, with exit code 1; the
+    others finish. Ctrl-C ends the run, not the ring.
 
     Any other chain of servers will do, too: name it by --join ADDR --model MODEL.
 
     With --json one object comes at the end: samples (text, token_ids, prompt, prompt_tokens,
-    time_to_first_token_s, tokens_per_s, recoveries, numerics), tokens, seconds, tokens_per_s,
-    slots, rows, nodes.
+    time_to_first_token_s, tokens_per_s, recoveries, numerics; prompt and error of one that
+    failed), tokens, seconds, tokens_per_s, slots, rows, nodes.
 
     \b
     Examples:
@@ -158,7 +159,8 @@ def run(
         plot=plot,
         is_json=as_json,
     )
-    asyncio.run(run_ring(settings, opened))
+    if not asyncio.run(run_ring(settings, opened)):
+        raise typer.Exit(1)
 
 
 def _place(ring: Path | None, model: str | None, choice: SwarmChoice) -> tuple[SwarmChoice, str]:

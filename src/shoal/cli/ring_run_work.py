@@ -54,12 +54,12 @@ class RingRunSettings:
     is_json: bool = False
 
 
-async def run_ring(settings: RingRunSettings, model: OpenModel) -> None:
-    """Run all samples; texts go to stdout, the rest to stderr.
+async def run_ring(settings: RingRunSettings, model: OpenModel) -> bool:
+    """Run all samples; texts go to stdout, the rest to stderr. Returns whether all succeeded.
 
     Raises:
         ConfigError: another model than the ring's, or samples that don't fit.
-        NoRouteError, PeerError, SessionError: the ring could not do it.
+        NoRouteError, PeerError, SessionError: the ring could do none of them.
     """
     if settings.plot is not None:
         require_matplotlib()
@@ -83,7 +83,7 @@ async def run_ring(settings: RingRunSettings, model: OpenModel) -> None:
                 with RingTable(is_quiet=settings.is_json) as table:
                     table.say("measuring the ring")
                     ring = await open_ring(client, parts, settings.choice, samples)
-                    await _Run(settings, tokenizer, samples).run(ring, visitor, table)
+                    return await _Run(settings, tokenizer, samples).run(ring, visitor, table)
             except NoRouteError as error:
                 raise with_hint(error, model.given) from error
 
@@ -123,22 +123,28 @@ class _Run:
         self._most_slots = Slots(count=1)
         self._most_decoding = 0
 
-    async def run(self, ring: Ring, visitor: Visitor, table: RingTable) -> None:
-        """All of it; files are written for what there is, also when it is stopped."""
+    async def run(self, ring: Ring, visitor: Visitor, table: RingTable) -> bool:
+        """All of it; files are written for what there is, also when it is stopped.
+
+        Returns whether all samples succeeded; those that failed are told at the end.
+        """
         self._ring = ring
         watch = asyncio.ensure_future(self._watch(ring, visitor, table))
         self._started_s = self._clock()
         try:
-            await ring.run(self._samples, RingReader(token=self._came, answer=self._ended))
+            failed = await ring.run(self._samples, RingReader(token=self._came, answer=self._ended))
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             self._write_files()
         picture = self._picture(ring)
+        for number, error in sorted(failed.items()):
+            self._failed(number, error)
         if self._settings.is_json:
             print(json.dumps(self._whole(picture)), flush=True)
         else:
             print(picture.summary(), file=sys.stderr)
+        return not failed
 
     def _came(self, number: int, token: Token) -> None:
         if self._ring is not None and self._ring.decoding >= self._most_decoding:
@@ -153,6 +159,11 @@ class _Run:
         if not self._settings.is_json:
             print(f"--- sample {number + 1}, {len(answer.token_ids)} tokens", flush=True)
             print(prompt + text, flush=True)
+
+    def _failed(self, number: int, error: ShoalError) -> None:
+        text = error.detail or type(error).__name__
+        print(f"error: sample {number + 1} failed: {text}", file=sys.stderr)
+        self._answers[number] = {"prompt": self._settings.prompts[number], "error": text}
 
     # --- watching ----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoal.base.errors import ConfigError
+from shoal.base.errors import ConfigError, NoRouteError, ShoalError
 from shoal.client.chain_session import ChainSession
 from shoal.client.session import Payload
 from shoal.client.turnstile import Turnstile
@@ -25,6 +25,9 @@ class Sample(Protocol):
 
     async def take(self, row: bytes, session: ChainSession) -> Payload | None:
         """The next row, given the last one's answer; None: the sample is over."""
+
+    def end(self) -> None:
+        """It is over or failed; called once for each `begin`, even one that raised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,22 +51,30 @@ async def run_samples(
     samples: Sequence[Sample],
     turnstile: Turnstile,
     limits: SampleLimits,
-) -> None:
+) -> dict[int, ShoalError]:
     """Run all samples to their ends, in order of admission; the next one enters as one ends.
 
-    Cancelling closes every session. The first sample that fails ends the others.
-
-    Raises:
-        NoRouteError, PeerError, SessionError, BadInput: as `ChainSession.step`.
+    Returns why samples failed, by number: one that fails is no reason to end the others. Only
+    where no chain is found any more, those that have not begun fail with it: each of them would
+    wait as long for nothing. Cancelling closes every session.
     """
     room = asyncio.Semaphore(limits.at_once)
     prompts = asyncio.Semaphore(limits.prompts_at_once)
+    failed: dict[int, ShoalError] = {}
+    cut_off: list[NoRouteError] = []
 
     async def run(number: int) -> None:
         async with room:
+            if cut_off:
+                failed[number] = cut_off[0]
+                return
             try:
                 async with await open_session() as session:
                     await _run_one(samples[number], number, session, turnstile, prompts, limits)
+            except ShoalError as error:
+                failed[number] = error
+                if isinstance(error, NoRouteError):
+                    cut_off.append(error)
             finally:
                 turnstile.leave(number)
 
@@ -75,6 +86,7 @@ async def run_samples(
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
         turnstile.close()
+    return failed
 
 
 async def _run_one(
@@ -85,9 +97,12 @@ async def _run_one(
     prompts: asyncio.Semaphore,
     limits: SampleLimits,
 ) -> None:
-    payload, count = sample.begin(session)
-    async with prompts:
-        row = await session.step(payload, count, chunk_tokens=limits.chunk_rows)
-    while (following := await sample.take(row, session)) is not None:
-        await turnstile.enter(number)
-        row = await session.step(following, 1)
+    try:
+        payload, count = sample.begin(session)
+        async with prompts:
+            row = await session.step(payload, count, chunk_tokens=limits.chunk_rows)
+        while (following := await sample.take(row, session)) is not None:
+            await turnstile.enter(number)
+            row = await session.step(following, 1)
+    finally:
+        sample.end()

@@ -153,6 +153,9 @@ class _Sample:
         self._expected = self._reference.push(number)
         return row_of(number, self._run.hidden_size, ENCODING)
 
+    def end(self) -> None:
+        """Nothing to do."""
+
 
 class _Run:
     def __init__(self, case: RingCase) -> None:
@@ -204,7 +207,7 @@ class _Run:
             await warm_up(client)
             started_s = asyncio.get_running_loop().time()
             turnstile = Turnstile(self._slots)
-            await run_samples(
+            failed = await run_samples(
                 lambda: client.open_session(ENCODING),
                 [_Sample(self, number) for number in range(case.samples)],
                 turnstile,
@@ -214,6 +217,8 @@ class _Run:
                     chunk_rows=case.chunk_rows,
                 ),
             )
+        for error in failed.values():  # nothing fails here: a bug
+            raise error
         return self._result(started_s)
 
     def _slots(self, samples: int) -> Slots:

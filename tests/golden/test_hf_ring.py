@@ -41,7 +41,7 @@ def texts():
     return found
 
 
-def run(folder, samples, choice=CHOSEN, eos_ids=()):
+def run(folder, samples, choice=CHOSEN, eos_ids=(), fails=frozenset()):
     """The answers by number, and the ring."""
     source = tiny_source("llama")
     head = load_head(source, dtype="float32")
@@ -57,7 +57,9 @@ def run(folder, samples, choice=CHOSEN, eos_ids=()):
     async def work(swarm):
         async with swarm.visit(config) as visit:
             ring = await open_ring(visit.client, model, choice, samples)
-            await ring.run(samples, RingReader(answer=lambda n, one: answers.update({n: one})))
+            reader = RingReader(answer=lambda n, one: answers.update({n: one}))
+            failed = await ring.run(samples, reader)
+            assert set(failed) == set(fails)
             return ring, visit.client.num_sessions
 
     with LocalSwarm(source, cache_dir=folder) as swarm:
@@ -91,6 +93,22 @@ def test_a_sample_that_fits_nowhere_is_refused_before_anything_runs(tmp_path):
     sample = RingSample(prompt_ids=(5, 6), max_new_tokens=100_000, sampler=Sampler())
     with pytest.raises(ConfigError, match="smallest cache of the ring holds 8192"):
         run(tmp_path, [sample])
+
+
+def test_a_sample_that_fails_leaves_the_others(tmp_path, texts):
+    """Its token is in no vocabulary; each of the others gets its text."""
+    good = [
+        RingSample(prompt_ids=ids, max_new_tokens=length, sampler=Sampler())
+        for (ids, _), length in zip(texts, LENGTHS, strict=True)
+    ]
+    bad = RingSample(prompt_ids=(5, 10**9), max_new_tokens=4, sampler=Sampler())
+    answers, ring = run(tmp_path, [*good[:2], bad, *good[2:]], fails={2})
+    found = [answers[number].token_ids for number in sorted(answers)]
+    assert found == [text for _, text in texts]
+    assert 2 not in answers
+    assert ring.prompts.mark() is not None
+    with pytest.raises(BadInput, match="vocabulary"):
+        run(tmp_path, [bad, bad])
 
 
 def test_bad_samples_are_refused():

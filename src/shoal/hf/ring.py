@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from shoal.base.errors import BadInput, ConfigError, NoRouteError
+from shoal.base.errors import BadInput, ConfigError, NoRouteError, ShoalError
 from shoal.base.ids import SessionId
 from shoal.client.samples import SampleLimits, run_samples
 from shoal.client.turnstile import Turnstile
@@ -24,7 +24,7 @@ from shoal.hf.generation import (
     TokenSampler,
     summarize,
 )
-from shoal.hf.ring_times import RingPace, curves_of, measure_ring
+from shoal.hf.ring_times import RingPace, Trial, TrialClock, curves_of, measure_ring
 from shoal.model.block_rows import PAGE_TOKENS
 from shoal.plan.slots import Slots, choose_chunk_rows, samples_at_once
 
@@ -97,7 +97,7 @@ class Prompts:
         self._total += 1
 
     def ended(self) -> None:
-        """Its first token came."""
+        """Its first token came, or it failed."""
         self._computed -= 1
 
     def mark(self) -> int | None:
@@ -116,6 +116,7 @@ class _TextSample:
         reader: RingReader,
         prompts: Prompts,
         follow: Callable[[ChainSession], None],
+        heard: Callable[[Token], None],
     ) -> None:
         self._number = number
         self._sample = sample
@@ -123,17 +124,23 @@ class _TextSample:
         self._reader = reader
         self._prompts = prompts
         self._follow = follow
+        self._heard = heard
         self._tokens: list[Token] = []
         self._clock = asyncio.get_running_loop().time
         self._started_s = 0.0
+        self._is_prompt = False
         self._log: TokenLog | None = None
 
     def begin(self, session: ChainSession) -> tuple[Payload, int]:
         """The prompt."""
         self._started_s = self._clock()
+        self._is_prompt = True
         self._prompts.began()
         self._log = TokenLog(self._model.head, session.encoding, session.length)
-        self._log.append(self._sample.prompt_ids)
+        # Rows are embedded as they leave, on a link that others share: what can't be, fails here.
+        ids = self._sample.prompt_ids
+        self._model.head.embed((min(ids), max(ids)), session.encoding)
+        self._log.append(ids)
         return self._log.rows, len(self._sample.prompt_ids)
 
     async def take(self, row: bytes, session: ChainSession) -> Payload | None:
@@ -145,9 +152,9 @@ class _TextSample:
             len(self._tokens) + 1 >= self._sample.max_new_tokens or token_id in self._model.eos_ids
         )
         token = Token(id=token_id, at_s=self._clock(), is_last=is_last)
-        if not self._tokens:
-            self._prompts.ended()
+        self._prompt_ended()
         self._tokens.append(token)
+        self._heard(token)
         self._reader.token(self._number, token)
         if is_last or self._log is None:
             prompt_tokens = len(self._sample.prompt_ids)
@@ -158,6 +165,15 @@ class _TextSample:
             return None
         self._log.append([token_id])
         return self._log.rows
+
+    def end(self) -> None:
+        """It may have failed in its prompt."""
+        self._prompt_ended()
+
+    def _prompt_ended(self) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            self._prompts.ended()
 
 
 class Ring:
@@ -172,6 +188,7 @@ class Ring:
         self._client = client
         self._model = model
         self._choice = choice
+        self._trials = TrialClock()
         self._turnstile = Turnstile(self._slots)
         self._epochs: dict[SessionId, int] = {}
 
@@ -222,26 +239,33 @@ class Ring:
             chunk_rows=self._choice.chunk_rows or rows,
         )
 
-    async def run(self, samples: Sequence[RingSample], reader: RingReader) -> None:
+    async def run(self, samples: Sequence[RingSample], reader: RingReader) -> dict[int, ShoalError]:
         """Continue all samples; `reader` is told of each token and each end.
+
+        Returns why samples failed, by number; the others ran to their ends.
 
         Raises:
             ConfigError: a sample that does not fit.
-            NoRouteError, PeerError, SessionError: the ring could not do it.
+            NoRouteError, PeerError, SessionError: the ring could do none of them.
         """
         self.prompts = Prompts()
         self._epochs.clear()
         works = [
-            _TextSample(number, sample, self._model, reader, self.prompts, self._follow)
+            _TextSample(
+                number, sample, self._model, reader, self.prompts, self._follow, self._heard
+            )
             for number, sample in enumerate(samples)
         ]
         self._turnstile = Turnstile(self._slots)
-        await run_samples(
+        failed = await run_samples(
             lambda: self._client.open_session(self._model.encoding),
             works,
             self._turnstile,
             self.limits(samples),
         )
+        if len(failed) == len(samples):
+            raise failed[0]
+        return failed
 
     def _follow(self, session: ChainSession) -> None:
         """A session's chain may have changed: blocks were dealt out anew."""
@@ -253,11 +277,20 @@ class Ring:
             self.pace.peers, self.pace.spans
         ):  # fmt: skip
             return
+        self._trials.forget()
         self.pace.move(chain, curves_of(self._client, [stage.peer for stage in chain]))
         self._turnstile.choose_again()
 
+    def _heard(self, token: Token) -> None:
+        """See how fast it goes; slots are chosen again when that is known."""
+        mark, samples = self.prompts.mark(), self.decoding
+        trial = None if mark is None else Trial(samples, self.slots.count, mark)
+        if self._trials.came(token.at_s, trial):
+            self.choose_again()
+
     def _slots(self, samples: int) -> Slots:
-        return self.pace.slots(samples, self._choice.slots)
+        measured = self._trials.measured.get(samples, {})
+        return self.pace.slots(samples, self._choice.slots, measured)
 
 
 async def open_ring(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
 from shoal.hf.generation import RowScores, TokenHead
-from shoal.plan.slots import RingTimes, Slots, choose_slots, moved_times, ring_times, slots_of
+from shoal.plan.slot_trials import choose_measured
+from shoal.plan.slots import RingTimes, Slots, moved_times, ring_times, slots_of
 from shoal.plan.spec import DecodeTimes
 
 if TYPE_CHECKING:
@@ -29,6 +32,11 @@ TRIPS_BUDGET_S: Final = 3.0
 """No further trip is begun after this; each size is tried twice at least."""
 
 HEAD_RUNS: Final = 3
+
+SETTLE_TRIPS: Final = 2
+TRIAL_TRIPS: Final = 6
+TRIAL_S: Final = 0.4
+"""A trial begins after so many trips of every sample, and lasts so many and so long at least."""
 
 FACTOR_MIN: Final = 0.25
 FACTOR_MAX: Final = 20.0
@@ -111,11 +119,19 @@ class RingPace:
         """As far as is known now."""
         return self._measured.scaled(self._factors)
 
-    def slots(self, samples: int, fixed: int | None = None) -> Slots:
-        """How so many samples should go round; `fixed`: as a person wants it."""
+    def slots(
+        self,
+        samples: int,
+        fixed: int | None = None,
+        measured: Mapping[int, float] = MappingProxyType({}),
+    ) -> Slots:
+        """How so many samples should go round; `fixed`: as a person wants it.
+
+        `measured`: tokens per second that numbers of slots gave.
+        """
         if fixed is not None:
             return slots_of(self.times, samples, min(fixed, samples))
-        return choose_slots(self.times, samples)
+        return choose_measured(self.times, samples, measured)
 
     def move(
         self,
@@ -136,6 +152,49 @@ class RingPace:
             if rows > 0 and seconds > 0 and expected_s > 0:
                 factor = seconds / expected_s
                 self._factors[index] = min(FACTOR_MAX, max(FACTOR_MIN, factor))
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What goes round, for as long as nothing of it changes."""
+
+    samples: int
+    slots: int
+    prompts: int
+    """Counts prompts: none was computed meanwhile."""
+
+
+class TrialClock:
+    """Times tokens of samples that decode, one trial after the other. No I/O, no clock."""
+
+    def __init__(self) -> None:
+        self.measured: dict[int, dict[int, float]] = {}
+        """Tokens per second, by samples and slots."""
+        self._trial: Trial | None = None
+        self._tokens = 0
+        self._began_s = 0.0
+
+    def forget(self) -> None:
+        """The ring is another one now."""
+        self.measured.clear()
+        self._trial = None
+
+    def came(self, at_s: float, trial: Trial | None) -> bool:
+        """A token came while this was so (None: it can't be told); whether a trial is complete."""
+        if trial is None or trial != self._trial:
+            self._trial, self._tokens = trial, 0
+            return False
+        self._tokens += 1
+        settle = SETTLE_TRIPS * trial.samples
+        if self._tokens <= settle:
+            self._began_s = at_s
+            return False
+        tokens, lasted_s = self._tokens - settle, at_s - self._began_s
+        if tokens < TRIAL_TRIPS * trial.samples or lasted_s < TRIAL_S:
+            return False
+        self.measured.setdefault(trial.samples, {})[trial.slots] = tokens / lasted_s
+        self._tokens, self._began_s = settle, at_s
+        return True
 
 
 async def measure_ring(

@@ -20,7 +20,7 @@ from shoal.cli.ring_file import RingFile, find_ring, written
 from shoal.cli.ring_footing import stand
 from shoal.cli.ring_host import RESERVE_BYTES, HostSettings, check_room
 from shoal.cli.ring_join import JoinSettings, join_until_over
-from shoal.cli.ring_memory import container_left, memory_left, process_memory
+from shoal.cli.ring_memory import memory_left, process_memory
 from shoal.cli.ring_show import as_dict, table_of
 from shoal.cli.ring_sizes import ring_sizes
 from shoal.cli.ring_up import starter_keys
@@ -174,17 +174,6 @@ def test_a_starter_keeps_its_keys(tmp_path):
     assert (tmp_path / "invite").stat().st_mode & 0o077 == 0
 
 
-def test_a_container_says_what_it_leaves(tmp_path):
-    own, root = write(tmp_path, "cgroup", "1:cpu:/x\n0::/a/b\n"), tmp_path / "fs"
-    for folder, limit, used, files in (("a", "1000", 400, 100), ("a/b", "max", 300, 0)):
-        (root / folder).mkdir(parents=True)
-        (root / folder / "memory.max").write_text(f"{limit}\n")
-        (root / folder / "memory.current").write_text(f"{used}\n")
-        (root / folder / "memory.stat").write_text(f"anon 3\ninactive_file {files}\n")
-    assert container_left(own, root) == 700
-    assert container_left(tmp_path / "none", root) is None
-
-
 def test_memory_that_is_left_is_what_the_limit_leaves():
     now = process_memory()
     assert 0 < now.resident <= now.peak
@@ -287,14 +276,17 @@ def test_a_machine_that_is_not_taken_asks_again(monkeypatch, capsys):
             swarm=SwarmChoice(joins=(listener.address,), name="tests", invite=None),
             name="n", listen=None, announce=None,
             host=HostSettings(threads=1, memory_bytes=None), cache_limit_bytes=1,
-            patience_s=5.0, is_once=False,
+            patience_s=5.0, is_once=False, drain_s=30.0,
         )  # fmt: skip
+        stop = asyncio.Event()
         try:
             with pytest.raises(PeerRefused, match="go away"):
-                await join_until_over(settings)
+                await join_until_over(settings, stop)
             answers.append(PeerBusy("no more nodes"))
             with pytest.raises(PeerBusy):
-                await join_until_over(replace(settings, is_once=True))
+                await join_until_over(replace(settings, is_once=True), stop)
+            stop.set()
+            await join_until_over(settings, stop)  # nothing runs here: it leaves at once
         finally:
             await transport.close()
 

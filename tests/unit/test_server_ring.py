@@ -1,7 +1,7 @@
 """The starter's desk and decisions, and nodes that follow them, over streams in memory."""
 
 import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
 import pytest
@@ -40,7 +40,7 @@ class Work:
 
     def __init__(self, block_s=0.01, memory=200 * MIB, *, take_s=1.0, fault=None, bad=None):
         self.span = Span(0, 0)
-        self.told, self.measured = [], 0
+        self.told, self.measured, self.seen_off = [], 0, []
         self.pace_s = 0.0
         self.free_bytes = 0
         self._block_s, self._memory, self._take_s = block_s, memory, take_s
@@ -61,6 +61,10 @@ class Work:
             raise self._fault
         self.span = span
 
+    async def see_off(self, within_s):
+        self.seen_off.append(within_s)
+        await asyncio.sleep(0.5)
+
     def figures(self):
         return NodeFigures(
             memory_bytes=1, memory_peak_bytes=2, free_bytes=self.free_bytes, busy_s=3.0, up_s=4.0,
@@ -76,7 +80,7 @@ class Ring:
         self.said = []
         self.desk = RingDesk(identity(0).peer, MODEL)
         self.keeper = RingKeeper(self.desk, SIZES, wish, self.said.append)
-        self.members = {}
+        self.members, self.joined = {}, {}
         self.tasks = []
 
     async def start(self):
@@ -101,9 +105,18 @@ class Ring:
         return await open_channel(transport, self.listener.address, PURPOSE_RING, PASS)
 
     def join(self, number, work, **options):
-        member = RingMember(work, f"node{number}", **options)
+        member = self.joined[number] = RingMember(work, f"node{number}", **options)
         self.members[number] = self.spawn(member.run(lambda: self.dial(number)))
         return work
+
+    async def stop(self, number, within_s=30.0):
+        """Tell a node to stop, as a signal does; returns how long it stayed."""
+        clock = asyncio.get_running_loop().time
+        began_s = clock()
+        await self.joined[number].leave(within_s)
+        self.members[number].cancel()
+        self.network.crash(identity(number).peer)
+        return clock() - began_s
 
     def crash(self, number):
         self.members[number].cancel()
@@ -173,6 +186,55 @@ async def test_who_comes_late_stands_by_and_replaces_who_dies():
         assert found == {"node1": (0, 6), "node3": (6, 12), "node2": "lost"}
         assert spare.told == [(6, 12, True)]
         assert "blocks [6,12) are served by nobody now" in ring.said
+
+
+@virtual
+async def test_who_is_told_to_stop_goes_when_a_spare_has_its_blocks():
+    works = [Work(), Work()]
+    async with ring_of(*works) as ring:
+        await ring.spans()
+        spare = ring.join(3, Work(take_s=4.0))
+        await ring.spans()
+        stayed_s = await ring.stop(2)
+        assert spare.span == Span(6, 12)
+        assert 4.0 < stayed_s < 6.0
+        assert works[1].seen_off[0] == pytest.approx(26.0, abs=1.0)
+        assert works[1].told == [(6, 12, True)]  # it served them to the end
+        assert await ring.spans() == {"node1": (0, 6), "node3": (6, 12), "node2": "lost"}
+        assert "node2 leaves: others have its blocks" in ring.said
+        assert not any("served by nobody" in text for text in ring.said)
+
+
+@virtual
+async def test_who_is_told_to_stop_goes_when_the_others_have_its_blocks():
+    works = [Work(), Work(), Work()]
+    async with ring_of(*works) as ring:
+        await ring.spans()
+        for work in works:
+            work.free_bytes = 500 * MIB
+        await asyncio.sleep(2.0)
+        assert await ring.stop(2) < 5.0
+        assert await ring.spans() == {"node1": (0, 6), "node3": (6, 12), "node2": "lost"}
+        assert not any("served by nobody" in text for text in ring.said)
+
+
+@virtual
+async def test_whose_blocks_nobody_can_take_goes_in_the_end():
+    works = [Work(memory=70 * MIB), Work(memory=70 * MIB)]
+    async with ring_of(*works) as ring:
+        await ring.spans()
+        assert await ring.stop(2, 20.0) == pytest.approx(20.0)
+        assert works[1].seen_off == []
+        assert any("nobody can take the blocks of node2" in text for text in ring.said)
+
+
+@virtual
+async def test_a_spare_that_is_told_to_stop_goes_at_once():
+    async with ring_of(Work(), num_nodes=1) as ring:
+        await ring.spans()
+        ring.join(2, Work())
+        await ring.spans()
+        assert await ring.stop(2) == 0.0
 
 
 @virtual
@@ -464,3 +526,35 @@ async def test_equal_names_get_numbers():
 def test_reports_travel():
     report = RingReport(3, "online", 2, 5, "", 1, 2, 3, 0.5, 1.0, 7, 8, 0.01)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=RingReport) == report
+
+
+@pytest.mark.parametrize(("head_s", "counts"), [(0.0, (6, 6)), (0.04, (4, 8))])
+def test_the_starter_gets_fewer_blocks_by_what_its_head_took(head_s, counts):
+    async def story():
+        network, desk = MemoryNetwork(), RingDesk(identity(0).peer, MODEL)
+        head = DecodeTimes(points=((1, head_s),))
+        keeper = RingKeeper(desk, SIZES, RingWish(num_nodes=1, starter_blocks=None), print, head)
+
+        async def serve(stream):
+            with suppress(PeerUnreachable):
+                await desk.serve((await accept_channel(stream, PASS))[0])
+
+        listener = await network.transport(identity(0).peer).listen(
+            ListenAddress("memory", "starter", 1), serve
+        )
+
+        def dial(number):
+            transport = network.transport(identity(number).peer)
+            return lambda: open_channel(transport, listener.address, PURPOSE_RING, PASS)
+
+        works = [Work(), Work()]
+        tasks = [asyncio.ensure_future(keeper.run())]
+        for number, work in enumerate(works):
+            tasks.append(asyncio.ensure_future(RingMember(work, "n").run(dial(number))))
+        await asyncio.sleep(5.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return tuple(len(work.span) for work in works)
+
+    assert run_virtual(story) == counts

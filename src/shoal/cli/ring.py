@@ -25,6 +25,8 @@ from shoal.cli.threads import set_threads
 CACHE_TOKENS = 4096
 WEIGHTS_RATE = "100MiB"
 JOIN_PATIENCE_S = 600.0
+DRAIN_S = 30.0
+"""As `shoal serve`: long enough to fetch and load some blocks, and to replay some samples."""
 
 MemoryOption = Annotated[
     str | None,
@@ -260,23 +262,36 @@ def join(
     once: Annotated[
         bool, typer.Option("--once", help="Leave when the ring ends; default: wait for the next.")
     ] = False,
+    drain: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0,
+            help="Seconds for others to take its blocks and samples when it is told to stop; "
+            "0: stop at once, and samples are repaired.",
+        ),
+    ] = DRAIN_S,
 ) -> None:
     """Offer this machine to a ring: a node.
 
     It needs no copy of the model and no file: it measures how fast one block runs here and how
     much memory is free, is told its blocks, fetches their weights from the starter (each tensor
     checked against its hash; what was fetched before stays on the disk), and serves them.
+    Ctrl-C or SIGTERM stops it: if samples run here, others take its blocks first, and samples go
+    on there without a pause; again: at once.
 
     \b
     Examples:
       shoal ring join --starter tcp://PEERID@10.0.0.5:4270 --invite shoal-invite-1-...
       shoal ring join --lan --invite shoal-invite-1-... --memory 700MB
     """
+    stop = asyncio.Event()
     _stopped_by_signals(
         lambda: _join(
             SwarmChoice.parse(starter, swarm, invite, lan), name, listen, announce, threads,
-            memory, cache_limit, patience, once,
-        )
+            memory, cache_limit, patience, once, drain, stop,
+        ),
+        stop,
     )  # fmt: skip
 
 
@@ -290,6 +305,8 @@ def _join(
     cache_limit: str,
     patience_s: float,
     is_once: bool,
+    drain_s: float,
+    stop: asyncio.Event,
 ) -> Coroutine[Any, Any, None]:
     if not choice.joins and not choice.is_lan:
         raise ConfigError("no starter named: give --starter ADDR, as shoal ring up prints it")
@@ -310,7 +327,9 @@ def _join(
             cache_limit_bytes=parse_size(cache_limit, "--cache-limit"),
             patience_s=patience_s,
             is_once=is_once,
-        )
+            drain_s=drain_s,
+        ),
+        stop,
     )
 
 
@@ -329,13 +348,18 @@ def status(ring: RingOption = None, as_json: JsonOption = False) -> None:
     show(find_ring(ring), as_json=as_json)
 
 
-def _stopped_by_signals(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run what `make` makes until it ends, or until Ctrl-C or SIGTERM; a second one is at once."""
+def _stopped_by_signals(
+    make: Callable[[], Coroutine[Any, Any, None]], stop: asyncio.Event | None = None
+) -> None:
+    """Run what `make` makes until it ends, or until Ctrl-C or SIGTERM; a second one is at once.
+
+    The first one sets `stop`, if there is one, and the work ends itself.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with noticing_interrupts(signal.SIGINT, signal.SIGTERM):
             work = make()
-        asyncio.run(_until_stopped(work))
+        asyncio.run(_until_stopped(work, stop))
     except KeyboardInterrupt:
         pass  # before the event loop took the signals over
     finally:
@@ -343,11 +367,18 @@ def _stopped_by_signals(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
     print("stopped", file=sys.stderr)
 
 
-async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+async def _until_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event | None) -> None:
     loop = asyncio.get_running_loop()
     task = loop.create_task(work, name="ring")
+
+    def end() -> None:
+        if stop is None or stop.is_set():
+            task.cancel()
+        else:
+            stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, end)
     try:
         await task
     except asyncio.CancelledError:

@@ -149,6 +149,19 @@ class RingHost:
             raise InternalError("told to take blocks before anything was measured")
         await self._running.blocks.take(span, is_beside=is_beside)
 
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that run here."""
+        return 0 if self._running is None else len(self._running.server.sessions)
+
+    async def see_off(self, within_s: float) -> None:
+        """As a server that drains: nothing new comes in, owners move their sessions elsewhere."""
+        if self._running is None:
+            return
+        await self._running.announcing.draining()
+        if not await self._running.server.drain(within_s):
+            logger.warning("left behind sessions=%d; their owners repair them", self.num_sessions)
+
     def figures(self) -> NodeFigures:
         """How this process does."""
         memory = process_memory()
@@ -201,7 +214,8 @@ class RingHost:
 
         self._running = _Running(
             server=server,
-            blocks=RingBlocks(server, backend, load, announcing, _tidy),
+            blocks=RingBlocks(server, backend, load, announcing, tidy),
+            announcing=announcing,
             since_s=asyncio.get_running_loop().time(),
         )
 
@@ -222,6 +236,7 @@ class _Running:
 
     server: Server
     blocks: RingBlocks
+    announcing: _Announcing
     since_s: float
 
 
@@ -255,6 +270,10 @@ class _Announcing:
         """These blocks are served from now on."""
         await self._announcer.moved(facts)
         self._keep()
+
+    async def draining(self) -> None:
+        """These blocks are served to those who are here, and to nobody else."""
+        await self._announcer.announce("draining")
 
     async def idle(self) -> None:
         """Nothing is served here."""
@@ -293,10 +312,11 @@ async def _probe(opened: OpenModel, config: BackendConfig) -> tuple[BackendFacts
     finally:
         await backend.aclose()
         del backend
-        await _tidy()
+        await tidy()
 
 
-async def _tidy() -> None:
+async def tidy() -> None:
+    """Give the system back what is not used any more."""
     await asyncio.to_thread(gc.collect)  # modules hold each other in circles
     trim()
 

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import platform
 import sys
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,7 @@ from shoal.net.address import Address
 from shoal.net.channel import PURPOSE_RING, Channel, open_channel
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
+from shoal.net.tasks import first_failure
 from shoal.net.tcp import TcpTransport
 from shoal.server.ring_node import RingMember
 from shoal.wire.ring import RingModel
@@ -53,6 +54,8 @@ class JoinSettings:
     """How long to look for a starter at the beginning."""
     is_once: bool
     """Leave when the ring ends, instead of waiting for the next."""
+    drain_s: float
+    """When stopped: how long samples may take to move to others; 0: leave at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +70,55 @@ class RingSwarm(Swarm):
         return [*others, self.starter]
 
 
-async def join_until_over(settings: JoinSettings) -> None:
+async def join_until_over(settings: JoinSettings, stop: asyncio.Event) -> None:
     """Join, and join again when a ring is over, until stopped (or once).
+
+    `stop`: set to leave in good order; cancel it to leave at once.
 
     Raises:
         ShoalError: no starter answers in time, it refuses us, or this machine can't help.
     """
+    leaving = Leaving(stop, settings.drain_s)
+    await first_failure(_join_again(settings, leaving), leaving.run())
+
+
+class Leaving:
+    """What happens when a node is told to stop: nothing where no samples run."""
+
+    def __init__(self, stop: asyncio.Event, drain_s: float) -> None:
+        self._stop = stop
+        self._drain_s = drain_s
+        self._here: tuple[RingMember, RingHost] | None = None
+
+    @contextmanager
+    def member(self, member: RingMember, host: RingHost) -> Iterator[None]:
+        """This one is to leave in good order, while the context lasts."""
+        self._here = member, host
+        try:
+            yield
+        finally:
+            self._here = None
+
+    async def run(self) -> None:
+        """Until nothing holds us any more."""
+        await self._stop.wait()
+        if self._here is None or not self._drain_s:
+            return
+        member, host = self._here
+        if host.num_sessions:
+            text = f"leaving: others take its blocks, within {self._drain_s:.0f} s"
+            print(f"{text}; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+            await member.leave(self._drain_s)
+
+
+async def _join_again(settings: JoinSettings, leaving: Leaving) -> None:
     patience_s: float | None = settings.patience_s
     is_told = False
     while True:
         starter = await _find_starter(settings, patience_s)
         patience_s = None
         try:
-            reason = await _one_ring(settings, starter)
+            reason = await _one_ring(settings, starter, leaving)
         except (PeerUnreachable, PeerTimeout) as error:
             if settings.is_once:
                 raise
@@ -149,7 +188,9 @@ async def _dial(
     raise error
 
 
-async def _one_ring(settings: JoinSettings, addresses: tuple[Address, ...]) -> str:
+async def _one_ring(
+    settings: JoinSettings, addresses: tuple[Address, ...], leaving: Leaving
+) -> str:
     """Take part in one ring until it ends; why it ended."""
     identity = Identity.generate()
     swarm_pass = settings.swarm.pass_for(identity)
@@ -181,7 +222,8 @@ async def _one_ring(settings: JoinSettings, addresses: tuple[Address, ...]) -> s
 
         host = await stack.enter_async_context(RingHost(settings.host, get_model, peers))
         member = RingMember(host, name)
-        return await member.run(lambda: _dial(addresses, transport, swarm_pass))
+        with leaving.member(member, host):
+            return await member.run(lambda: _dial(addresses, transport, swarm_pass))
 
 
 def _nobody() -> Snapshot:

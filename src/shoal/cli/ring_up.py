@@ -16,9 +16,13 @@ from shoal.cli.models import OpenModel, cache_dir
 from shoal.cli.peer_weights import Swarm
 from shoal.cli.ring_file import RingFile, written
 from shoal.cli.ring_footing import listen_near, stand
-from shoal.cli.ring_host import Footing, HostSettings, RingHost
+from shoal.cli.ring_host import Footing, HostSettings, RingHost, tidy
 from shoal.cli.ring_sizes import ring_sizes
+from shoal.hf.head import load_head
+from shoal.hf.head_batch import HeadBatch, find_head_tiles
+from shoal.hf.ring_times import measure_head
 from shoal.model.quantize import quantization
+from shoal.model.rows import encodings_for
 from shoal.net.address import Address
 from shoal.net.channel import PURPOSE_RING, Channel
 from shoal.net.identity import Identity
@@ -26,6 +30,7 @@ from shoal.net.loopback import loopback
 from shoal.net.membership import SwarmKey, SwarmPass, join_by_invite
 from shoal.net.tasks import TaskSet, first_failure
 from shoal.net.tcp import TcpTransport
+from shoal.plan.spec import DecodeTimes
 from shoal.server.ring_desk import RingDesk
 from shoal.server.ring_keeper import RingKeeper, RingWish
 from shoal.server.ring_node import RingMember
@@ -36,6 +41,9 @@ NAME: Final = "ring"
 
 PORT: Final = 4270
 """Where a starter listens unless told otherwise: nodes that wait find the next ring there."""
+
+HEAD_ROWS: Final = 4
+"""The head is measured with 1 to so many rows."""
 
 FAREWELL_S: Final = 3.0
 """How long an ending ring waits for its nodes to go."""
@@ -117,10 +125,12 @@ async def keep_up(settings: UpSettings, model: OpenModel) -> None:
             services={PURPOSE_RING: desk.serve},
             weights_bytes_per_s=settings.weights_bytes_per_s,
         )  # fmt: skip
+        # Before anything else runs here: the starter's blocks are dealt out by it.
+        head = await _head_times(settings, model) if settings.wish.starter_blocks != 0 else None
         tasks = TaskSet("ring")
         stack.push_async_callback(tasks.close)
         _say_how_to_join(footing.addresses[0], invite, settings)
-        works = [_keep(settings, model, desk, footing, invite)]
+        works = [_keep(settings, model, desk, footing, invite, head)]
         if settings.is_lan:
             works.append(_on_lan(footing, model))
         if settings.wish.starter_blocks != 0:
@@ -131,12 +141,28 @@ async def keep_up(settings: UpSettings, model: OpenModel) -> None:
             await desk.end("its starter was stopped", FAREWELL_S)
 
 
+async def _head_times(settings: UpSettings, model: OpenModel) -> DecodeTimes:
+    """What embedding and head take on this machine, as `shoal ring run` computes them."""
+    encoding = encodings_for(settings.dtype)[0]
+    head = await asyncio.to_thread(load_head, model.source, dtype=encoding)
+    batch = HeadBatch(head, await asyncio.to_thread(find_head_tiles, head))
+    times = await measure_head(batch, head, encoding, HEAD_ROWS)
+    del head, batch  # `shoal ring run` loads them again: by then this process has its blocks
+    await tidy()
+    return times
+
+
 async def _keep(
-    settings: UpSettings, model: OpenModel, desk: RingDesk, footing: Footing, invite: str | None
+    settings: UpSettings,
+    model: OpenModel,
+    desk: RingDesk,
+    footing: Footing,
+    invite: str | None,
+    head: DecodeTimes | None,
 ) -> None:
     kind = quantization(settings.quantize)
     sizes = ring_sizes(model.source.config, settings.dtype, kind, settings.cache_tokens)
-    keeper = RingKeeper(desk, sizes, settings.wish, say)
+    keeper = RingKeeper(desk, sizes, settings.wish, say, head)
     file = RingFile(
         address=str(footing.addresses[0]),
         invite=invite,

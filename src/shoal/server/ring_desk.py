@@ -82,6 +82,11 @@ class DeskNode:
         return self.is_settled and self.report.state == "failed"
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it was told to stop and is still here."""
+        return self.report.state == "leaving" and self.lost_s is None
+
+    @property
     def served(self) -> Span | None:
         """The blocks that it serves now."""
         if self.lost_s is not None or self.report.end <= self.report.start:

@@ -60,11 +60,20 @@ class RingWish:
 class RingKeeper:
     """Keeps all blocks of one ring hosted."""
 
-    def __init__(self, desk: RingDesk, model: RingModel, wish: RingWish, say: Say) -> None:
+    def __init__(
+        self,
+        desk: RingDesk,
+        model: RingModel,
+        wish: RingWish,
+        say: Say,
+        head: DecodeTimes | None = None,
+    ) -> None:
+        """`head`: what embedding and head were measured to take here; None: as their size says."""
         self._desk = desk
         self._model = model
         self._wish = wish
         self._say = say
+        self._head = head
         self._waiting: list[Task] = []
         """Of a new split: tasks that begin when those before are done."""
         self._told: Task | None = None
@@ -96,10 +105,11 @@ class RingKeeper:
         self._say_failures()
         self._say_spares()
         self._see_whether_up()
+        self._relieve()
         try:
             tasks = after_loss(self._model, self._views(), batch=self._wish.batch)
         except ConfigError as error:
-            self._say_once(f"blocks are missing: {error.detail}")
+            self._say_once(f"{self._missing()}: {error.detail}")
             return
         if tasks:
             self._start(tasks, "taken over")
@@ -155,6 +165,7 @@ class RingKeeper:
             self._view(one)
             for one in sorted(self._desk.nodes.values(), key=lambda one: one.number)
             if one.measured is not None
+            and not one.is_leaving
             and not (one.is_failed and one.served is None)
             and (one.lost_s is None or now_s - one.lost_s < LOST_GRACE_S)
         ]
@@ -175,7 +186,7 @@ class RingKeeper:
         if node.measured is None:
             raise ConfigError(f"{node.name} has not measured itself yet")
         decode = DecodeTimes(points=tuple(node.measured.decode_s_by_batch))
-        fixed_s = head_s(self._model, decode, self._wish.batch) if node.is_starter else 0.0
+        fixed_s = self._head_s(decode) if node.is_starter else 0.0
         return NodeSpec(
             peer=node.peer,
             name=node.name,
@@ -184,6 +195,11 @@ class RingKeeper:
             fixed_s=fixed_s,
             num_blocks=self._wish.starter_blocks if node.is_starter else None,
         )
+
+    def _head_s(self, decode: DecodeTimes) -> float:
+        if self._head is not None:
+            return self._head.at(self._wish.batch)
+        return head_s(self._model, decode, self._wish.batch)
 
     def _see_whether_up(self) -> None:
         served = [one.served for one in self._desk.here if one.served is not None]
@@ -196,6 +212,26 @@ class RingKeeper:
         elif missing and self.up.is_set():
             self.up.clear()
             self._say("blocks " + ", ".join(map(str, missing)) + " are served by nobody now")
+
+    def _relieve(self) -> None:
+        """Let those go who were told to stop, once others serve what they have."""
+        staying = [
+            one.served
+            for one in self._desk.here
+            if one.served is not None and not one.is_leaving and one.is_settled
+        ]
+        for node in self._desk.here:
+            if not node.is_leaving or node.task.start == node.task.end:
+                continue
+            if node.served is not None and missing_blocks(node.served, staying):
+                self._say_once(f"{node.name} was told to stop: others take its blocks first")
+                continue
+            self._desk.tell(node, None, is_beside=False)
+            self._say(f"{node.name} leaves: others have its blocks")
+
+    def _missing(self) -> str:
+        names = ", ".join(one.name for one in self._desk.here if one.is_leaving)
+        return f"nobody can take the blocks of {names}" if names else "blocks are missing"
 
     def _chain_text(self) -> str:
         serving = [one for one in self._desk.here if one.served is not None]

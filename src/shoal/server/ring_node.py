@@ -70,6 +70,9 @@ class NodeWork(Protocol):
             ShoalError: they can't be had.
         """
 
+    async def see_off(self, within_s: float) -> None:
+        """Have the owners of sessions move them to whoever has our blocks now."""
+
     def figures(self) -> NodeFigures:
         """How it does."""
 
@@ -98,6 +101,27 @@ class RingMember:
         self._failure = ""
         self._wanted: asyncio.Queue[tuple[int, RingTask]] = asyncio.Queue()
         self._news = asyncio.Event()
+        self._is_leaving = False
+        self._relieved = asyncio.Event()
+        """Set when others have our blocks."""
+
+    async def leave(self, within_s: float) -> None:
+        """Serve on until others have our blocks, then see our sessions off, while `run` runs.
+
+        Returns when nobody needs us any more, or after so many seconds: who still does then
+        repairs that as after a loss.
+        """
+        if not len(self._work.span):
+            return
+        self._is_leaving = True
+        self._news.set()
+        try:
+            async with asyncio.timeout(within_s) as limit:
+                await self._relieved.wait()
+                deadline_s = limit.when() or 0.0
+                await self._work.see_off(deadline_s - asyncio.get_running_loop().time())
+        except TimeoutError:
+            logger.warning("leaving before others have our blocks blocks=%s", self._work.span)
 
     async def run(self, dial: DialStarter) -> str:
         """Follow the starter until it ends the ring; returns its reason.
@@ -155,6 +179,9 @@ class RingMember:
         while True:
             message, _ = await channel.receive()
             match message:
+                case RingTask() if self._is_leaving:
+                    if message.start == message.end:
+                        self._relieved.set()  # nothing else is for us any more
                 case RingTask():
                     self._wanted.put_nowait((self._stream, message))
                 case RingOver():
@@ -222,7 +249,9 @@ class RingMember:
 
     def _said(self) -> RingReport:
         span, figures = self._work.span, self._work.figures()
-        if self._measured is None:
+        if self._is_leaving:
+            report = RingReport(self._done, "leaving")
+        elif self._measured is None:
             report = RingReport(self._done, "measuring")
         elif self._failure:
             report = RingReport(self._done, "failed", detail=self._failure[:DETAIL_CHARS_MAX])

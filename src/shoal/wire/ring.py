@@ -14,9 +14,10 @@ import msgspec
 from shoal.base.limits import HOPS_MAX
 from shoal.wire.fields import Block, Content, Count, Detail, Name, Peer, Seconds, WireMessage
 
-NodeState = Literal["measuring", "spare", "loading", "online", "failed", "lost"]
+NodeState = Literal["measuring", "spare", "loading", "online", "failed", "leaving", "lost"]
 """measuring: one block, to see how fast it is. spare: ready, without blocks. failed: it could
-not take its blocks, `detail` says why. lost: it has gone; only the starter says this."""
+not take its blocks, `detail` says why. leaving: it was told to stop, and serves until others have
+its blocks; it goes when it is told to serve none. lost: it has gone; only the starter says this."""
 
 BatchTimes = Annotated[list[tuple[Count, Seconds]], msgspec.Meta(max_length=32)]
 

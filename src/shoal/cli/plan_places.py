@@ -144,11 +144,10 @@ class Places:
             table, key = said[0]
             text = 'servers send to each other with flow = "push" only; leave this out, or that'
             raise table.fail(text, key)
+        # Nobody sends to itself: what is said there only shows who is like whom.
         return tuple(tuple(self._bytes_per_s(one, other) for other in ends) for one in ends)
 
     def _bytes_per_s(self, one: Endpoint, other: Endpoint) -> float:
-        if one is other:
-            return math.inf
         for pair in self._pairs_of(one, other):
             if pair.bytes_per_s is not None:
                 return pair.bytes_per_s

@@ -10,9 +10,11 @@ find one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from shoal.base.spans import Span
 from shoal.plan.compose import Score, Scorer
 from shoal.plan.place.program import Program
 from shoal.plan.placement import Placement, uncovered
@@ -23,8 +25,18 @@ ROWS_MIN: Final = 1e-6
 """Rows per second below which nothing gets through: the solver's rounding."""
 
 
+class _Group(NamedTuple):
+    """Servers that are alike: what passes them may as well be shared out evenly."""
+
+    span: Span
+    rows_per_s: float
+    """Of each, through all its blocks."""
+    network_rows_per_s: float
+    way_class: int
+
+
 class _Way(NamedTuple):
-    """From one server to the next; None: the client, at either end."""
+    """From a group to the next, all pairs of servers together; None: the client, at either end."""
 
     sender: int | None
     receiver: int | None
@@ -40,46 +52,60 @@ def rows_over_links(problem: Problem, placement: Placement, rates: Rates) -> flo
     its blocks takes their share of the time of all. What comes in and goes out is no more than
     its own link carries. Ways to and from clients have that limit alone.
 
-    `rates` as `rates.decode_rates` gives them. All must be finite. Takes tens of milliseconds
-    for dozens of servers, and grows with the square of their number.
+    `rates` as `rates.capped_rates` gives them. Takes milliseconds for dozens of servers, and
+    grows with the square of the number of different ones.
     """
-    ways = _ways(problem, placement)
+    found: dict[_Group, list[int]] = {}
+    for server, span in placement.hosted():
+        group = _Group(
+            span=span,
+            rows_per_s=rates[server][len(span) - 1],
+            network_rows_per_s=problem.network_rows_per_s(server),
+            way_class=problem.way_classes[server],
+        )
+        found.setdefault(group, []).append(server)
+    groups, members = [*found], [*found.values()]
+    ways = _ways(problem, groups, members)
     program = Program()
     for way in ways:
         program.variable(cost=-1.0 if way.receiver is None else 0.0, high=way.rows_per_s)
-    arriving: dict[int, list[int]] = {}
-    leaving: dict[int, list[int]] = {}
+    arriving: list[dict[int, float]] = [{} for _ in groups]
+    leaving: list[dict[int, float]] = [{} for _ in groups]
     for number, way in enumerate(ways):
         if way.receiver is not None:
-            arriving.setdefault(way.receiver, []).append(number)
+            arriving[way.receiver][number] = 1.0
         if way.sender is not None:
-            leaving.setdefault(way.sender, []).append(number)
-    for server, span in placement.hosted():
-        rate, size = rates[server][len(span) - 1], len(span)
-        mine = arriving.get(server, [])
-        program.row({one: ways[one].num_blocks / size for one in mine}, high=rate)
-        network = problem.network_rows_per_s(server)
-        if network < math.inf:
-            program.row(dict.fromkeys(mine, 1.0), high=network)
-        kept = dict.fromkeys(mine, 1.0) | dict.fromkeys(leaving.get(server, []), -1.0)
-        program.row(kept, low=0.0, high=0.0)
+            leaving[way.sender][number] = -1.0
+    for group, servers, mine, after in zip(groups, members, arriving, leaving, strict=True):
+        count, size = len(servers), len(group.span)
+        busy = {one: ways[one].num_blocks / size for one in mine}
+        program.row(busy, high=group.rows_per_s * count)
+        if group.network_rows_per_s < math.inf:
+            program.row(mine, high=group.network_rows_per_s * count)
+        program.row(mine | after, low=0.0, high=0.0)
     rows = -program.solve().objective
     return rows if rows > ROWS_MIN else 0.0
 
 
-def _ways(problem: Problem, placement: Placement) -> list[_Way]:
+def _ways(
+    problem: Problem, groups: Sequence[_Group], members: Sequence[Sequence[int]]
+) -> list[_Way]:
     links, size = problem.links.server_bytes_per_s, problem.model.row_bytes
     ways = []
-    for server, span in placement.hosted():
+    for receiver, group in enumerate(groups):
+        span = group.span
         if span.start == 0:
-            ways.append(_Way(None, server, len(span), math.inf))
+            ways.append(_Way(None, receiver, len(span), math.inf))
         if span.end == problem.num_blocks:
-            ways.append(_Way(server, None, 0, math.inf))
-        for sender, before in placement.hosted():
-            if sender == server or not span.start <= before.end < span.end:
-                continue
-            rows_per_s = math.inf if links is None else links[sender][server] / size
-            ways.append(_Way(sender, server, span.end - before.end, rows_per_s))
+            ways.append(_Way(receiver, None, 0, math.inf))
+        for sender, before in enumerate(groups):
+            if not span.start <= before.span.end < span.end:
+                continue  # nor does anybody go on within its own group
+            rows_per_s = math.inf
+            if links is not None:
+                each = links[members[sender][0]][members[receiver][0]] / size
+                rows_per_s = each * len(members[sender]) * len(members[receiver])
+            ways.append(_Way(sender, receiver, span.end - before.span.end, rows_per_s))
     return ways
 
 

@@ -239,6 +239,16 @@ class Problem:
         spec = self.servers[server]
         return min(spec.network_rows_per_s, spec.link_bytes_per_s / self.model.row_bytes)
 
+    @cached_property
+    def way_classes(self) -> tuple[int, ...]:
+        """By server: which class it is of; ways to and from all of a class carry the same."""
+        rates = self.links.server_bytes_per_s
+        if rates is None:
+            return (0,) * len(self.servers)
+        seen: dict[object, int] = {}
+        ways = zip(rates, zip(*rates, strict=True), strict=True)
+        return tuple(seen.setdefault(one, len(seen)) for one in ways)
+
     def shares(self, sessions: int) -> list[int]:
         """By client: how many of so many sessions are its own, one after the other."""
         clients = self.num_clients

@@ -47,6 +47,21 @@ def test_both_sides_know_who_the_other_is(kind: Kind) -> None:
     run(work())
 
 
+def test_a_listener_knows_where_its_peer_is(kind: Kind) -> None:
+    """After its end, too."""
+
+    async def work() -> None:
+        async with open_pair(kind) as pair:
+            near, far = await pair.connect()
+            assert far.remote == "127.0.0.1"
+            near.close()
+            with pytest.raises(PeerUnreachable):
+                await far.receive()
+            assert far.remote == "127.0.0.1"
+
+    run(work())
+
+
 def test_frames_come_back_from_an_echo(kind: Kind) -> None:
     async def work() -> None:
         async with open_pair(kind) as pair:

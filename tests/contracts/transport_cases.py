@@ -54,6 +54,7 @@ class Pair:
         self.where = ListenAddress(kind, "127.0.0.1", 0)
         if kind == "memory":
             network = MemoryNetwork()
+            network.hosts[self.near_identity.peer] = "127.0.0.1"
             self.near = network.transport(self.near_identity.peer)
             self.far = network.transport(self.far_identity.peer)
         else:

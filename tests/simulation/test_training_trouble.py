@@ -42,7 +42,7 @@ async def test_a_slow_link_trains(it):
     slow = LinkConditions(delay_s=0.05, rate_bytes_per_s=4500.0)
     it.network.set_link(it.client.me, it["a"].peer, slow)
     it.network.set_link(it["a"].peer, it.client.me, slow)
-    client = training(it, micro_tokens=4096)
+    client = training(it, micro_tokens=2048)
     batch = replace(draw_batch(rng, WHOLE, 0), lengths=(2048,) * 6, trained=None)
     batch = replace(batch, rows=bytes(12288 * ROW))
     began_s = now_s()

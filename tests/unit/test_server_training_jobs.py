@@ -19,7 +19,8 @@ from shoal.base.training import (
 from shoal.lab.clock import run_virtual
 from shoal.lab.toy_backend import ToyBackend, ToyConfig
 from shoal.lab.toy_blocks import HIDDEN_SIZE
-from shoal.server.training_jobs import KEPT_PER_CLIENT_MAX, KeptPasses, PassJob
+from shoal.server.training_jobs import PassJob
+from shoal.server.training_kept import KEPT_PER_CLIENT_MAX, KeptPasses
 from shoal.server.training_queue import TrainingQueue
 
 A, B = PeerId(b"a" * 32), PeerId(b"b" * 32)
@@ -58,25 +59,34 @@ class Place:
         self.errors[call] = error
 
     def job(
-        self, client: PeerId, rows: int | Bytes | None = 2, number: int = 1, *, back: bool = False
+        self,
+        client: PeerId,
+        rows: int | Bytes | None = 2,
+        number: int = 1,
+        *,
+        back: bool = False,
+        trained: TrainedTensors | None = None,
+        has_tensors: bool = True,
     ) -> PassJob:
         """`rows` None: those of a kept pass; `back`: the way back, else a pass to be kept."""
         self._calls += 1
         work = None
         if rows is not None:
-            work = _work(rows)
+            work = _work(rows, trained)
         return PassJob(
             client, self._calls, number, work,
             gradients=bytes((2 if work is None else work.num_rows) * ROW) if back else None,
             is_kept=not back, kept=self.kept, answers=self, trainer=self.trainer,
             facts=lambda: self.backend.facts,
             held_bytes_max=1 << 20, clock=asyncio.get_running_loop().time,
+            has_tensors=lambda tensors: has_tensors,
         )  # fmt: skip
 
 
-def _work(rows: int | Bytes) -> PassWork:
+def _work(rows: int | Bytes, trained: TrainedTensors | None = None) -> PassWork:
     values = rows if isinstance(rows, Bytes) else bytes(rows * ROW)
-    return PassWork(span=SPAN, lengths=(len(values) // ROW,), rows=values, encoding="float32")
+    lengths = (len(values) // ROW,)
+    return PassWork(span=SPAN, lengths=lengths, rows=values, encoding="float32", trained=trained)
 
 
 async def finish(job: PassJob) -> None:
@@ -174,5 +184,19 @@ def test_what_is_kept_of_a_client_is_bounded_and_nothing_depends_on_it() -> None
         await finish(small.job(A, None, back=True))
         await finish(small.job(A, None, number=2, back=True))
         assert {call: type(error) for call, error in small.errors.items()} == {4: SessionLost}
+
+    run_virtual(story)
+
+
+def test_a_pass_whose_tensors_were_replaced_meanwhile_is_not_kept() -> None:
+    async def story() -> None:
+        place = Place()
+        spec = TrainedSpec(config=None, encoding="float32", blocks=())
+        tensors = TrainedTensors(spec=spec, values=b"")
+        for has_tensors in (True, False):
+            await finish(place.job(A, trained=tensors, has_tensors=has_tensors))
+            assert place.kept.has(A, 1) == has_tensors
+            place.kept.forget()
+        assert place.kept.held_bytes() == 0
 
     run_virtual(story)

@@ -20,12 +20,18 @@ from shoal.server.quotas import (
 )
 from shoal.server.quotas import (
     SESSIONS_PER_CLIENT,
+    STREAMS_PER_ADDRESS,
     STREAMS_PER_PEER,
     Quotas,
 )
-from shoal.server.training_limits import PASS_BYTES_MAX, TrainingLimits
+from shoal.server.shares import (
+    ADDRESS_SHARE as ADDRESS_SHARE,
+)
+from shoal.server.training_limits import PASS_BYTES_MAX, ROWS_PER_PASS_MAX, TrainingLimits
 
 PANEL: Final = "Strangers"
+
+UNBOUNDED: Final = 1 << 31
 
 AllowOption = Annotated[
     list[str] | None,
@@ -55,6 +61,17 @@ CacheShareOption = Annotated[
         metavar="X",
         rich_help_panel=PANEL,
         help="Part of the KV cache that one client may hold; 1 lets it hold all.",
+    ),
+]
+AddressShareOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        rich_help_panel=PANEL,
+        help="Part of everything that clients share here (cache, sessions, memory for adapters and "
+        "training, places) that those of one address may take together, however many they are; "
+        "an IPv6 network of 64 bits counts as one. This machine and local networks don't count. "
+        "1: no bound.",
     ),
 ]
 ClientStreamsOption = Annotated[
@@ -113,6 +130,16 @@ TrainingMemoryOption = Annotated[
         "0: nobody trains here.",
     ),
 ]
+TrainingRowsOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        rich_help_panel=PANEL,
+        help="Rows that one training pass may have, and with it the longest sequence: the tokens of "
+        "others wait for one block of so many rows.",
+    ),
+]
 IdleTimeoutOption = Annotated[
     float,
     typer.Option(
@@ -125,6 +152,7 @@ IdleTimeoutOption = Annotated[
 
 CLIENT_SESSIONS: Final = SESSIONS_PER_CLIENT
 CLIENT_STREAMS: Final = STREAMS_PER_PEER
+TRAINING_ROWS: Final = ROWS_PER_PASS_MAX
 CLIENT_RATE: Final = "125MB"
 CLIENT_ROWS: Final = ROWS_PER_CLIENT
 SLOWDOWN: Final = SLOWDOWN_MAX
@@ -162,6 +190,7 @@ def parse_bounds(
     deny: Sequence[str] | None,
     client_sessions: int,
     cache_share: float,
+    address_share: float,
     client_streams: int,
     client_rate: str,
     client_rows: int,
@@ -169,6 +198,7 @@ def parse_bounds(
     queue_memory: str,
     log_memory: str,
     training_memory: str,
+    training_rows: int,
     idle_timeout: float,
 ) -> Bounds:
     """The options, checked.
@@ -178,6 +208,8 @@ def parse_bounds(
     """
     if not 0 < cache_share <= 1:
         raise ConfigError(f"--cache-share {cache_share:g}: above 0, at most 1")
+    if not 0 < address_share <= 1:
+        raise ConfigError(f"--address-share {address_share:g}: above 0, at most 1")
     if not slowdown > 1:
         raise ConfigError(f"--slowdown {slowdown:g}: it must be above 1")
     return Bounds(
@@ -190,19 +222,23 @@ def parse_bounds(
             queue_bytes_per_client=_size(queue_memory, "--queue-memory"),
             log_bytes_max=_size(log_memory, "--log-memory"),
             cache_share=cache_share,
+            address_share=address_share,
+            streams_per_address=STREAMS_PER_ADDRESS if address_share < 1 else UNBOUNDED,
         ),
         fair=FairLimits(rows_per_client=client_rows, slowdown_max=slowdown),
-        training=_training(training_memory),
+        training=_training(training_memory, training_rows, address_share),
         idle_session_s=idle_timeout,
     )
 
 
-def _training(memory: str) -> TrainingLimits:
+def _training(memory: str, rows: int, address_share: float) -> TrainingLimits:
     kept_bytes = parse_size(memory, "--training-memory")
     if kept_bytes < 0:
         raise ConfigError(f"--training-memory {memory}: it must be at least 0")
     return TrainingLimits(
         is_open=kept_bytes > 0,
+        rows_per_pass_max=rows,
+        address_share=address_share,
         kept_bytes_per_client=kept_bytes // 2,
         kept_bytes_max=kept_bytes,
         pass_bytes_max=min(PASS_BYTES_MAX, kept_bytes),

@@ -18,6 +18,7 @@ from shoal.cli.adapters import (
     parse_served,
 )
 from shoal.cli.bounds import (
+    ADDRESS_SHARE,
     CACHE_SHARE,
     CLIENT_RATE,
     CLIENT_ROWS,
@@ -28,6 +29,8 @@ from shoal.cli.bounds import (
     QUEUE_MEMORY,
     SLOWDOWN,
     TRAINING_MEMORY,
+    TRAINING_ROWS,
+    AddressShareOption,
     AllowOption,
     CacheShareOption,
     ClientRateOption,
@@ -40,6 +43,7 @@ from shoal.cli.bounds import (
     QueueMemoryOption,
     SlowdownOption,
     TrainingMemoryOption,
+    TrainingRowsOption,
     parse_bounds,
 )
 from shoal.cli.interrupts import noticing_interrupts
@@ -227,6 +231,7 @@ def serve(
     deny: DenyOption = None,
     client_sessions: ClientSessionsOption = CLIENT_SESSIONS,
     cache_share: CacheShareOption = CACHE_SHARE,
+    address_share: AddressShareOption = ADDRESS_SHARE,
     client_streams: ClientStreamsOption = CLIENT_STREAMS,
     client_rate: ClientRateOption = CLIENT_RATE,
     client_rows: ClientRowsOption = CLIENT_ROWS,
@@ -234,6 +239,7 @@ def serve(
     queue_memory: QueueMemoryOption = QUEUE_MEMORY,
     log_memory: LogMemoryOption = LOG_MEMORY,
     training_memory: TrainingMemoryOption = TRAINING_MEMORY,
+    training_rows: TrainingRowsOption = TRAINING_ROWS,
     idle_timeout: IdleTimeoutOption = IDLE_TIMEOUT,
     trace: TraceOption = None,
     trace_limit: TraceLimitOption = TRACE_LIMIT,
@@ -305,6 +311,7 @@ def serve(
                     deny=deny,
                     client_sessions=client_sessions,
                     cache_share=cache_share,
+                    address_share=address_share,
                     client_streams=client_streams,
                     client_rate=client_rate,
                     client_rows=client_rows,
@@ -312,6 +319,7 @@ def serve(
                     queue_memory=queue_memory,
                     log_memory=log_memory,
                     training_memory=training_memory,
+                    training_rows=training_rows,
                     idle_timeout=idle_timeout,
                 ),
                 trace=parse_trace(trace, trace_limit),

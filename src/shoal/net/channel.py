@@ -24,6 +24,7 @@ from shoal.base.ids import PeerId, short
 from shoal.base.limits import DETAIL_CHARS_MAX, DIAL_TIMEOUT_S, PROTOCOL_VERSION
 from shoal.net.address import Address
 from shoal.net.membership import SwarmPass
+from shoal.net.origin import Origin, origin_of
 from shoal.net.transport import Stream, Transport
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import Error, Hello, Message, decode, encode
@@ -87,6 +88,11 @@ class Channel:
     def peer(self) -> PeerId:
         """The proven identity of the other side."""
         return self._stream.peer
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the peer shares with others of its address; None: nothing that tells."""
+        return origin_of(self._stream.remote)
 
     async def send(self, message: Message, *payload: Buffer) -> None:
         """Send one message; waits while the transport's buffers are full.

@@ -47,6 +47,8 @@ class MemoryNetwork:
         self._listeners: dict[_Place, MemoryListener] = {}
         self._silent_places: dict[_Place, PeerId] = {}
         self._half_open: dict[PeerId, list[MemoryStream]] = {}
+        self.hosts: dict[PeerId, str] = {}
+        """Addresses that peers seem to dial from; who is not among them has none."""
         self._ports = itertools.count(_FIRST_FREE_PORT)
 
     def transport(self, peer: PeerId) -> MemoryTransport:
@@ -126,7 +128,12 @@ class MemoryTransport:
 
     def _connect(self, listener: MemoryListener) -> MemoryStream:
         near = MemoryStream(self._peer, listener.address.peer, self._streams)
-        far = MemoryStream(listener.address.peer, self._peer, listener._transport._streams)
+        far = MemoryStream(
+            listener.address.peer,
+            self._peer,
+            listener._transport._streams,
+            self._network.hosts.get(self._peer, ""),
+        )
         connect(self._network._board, near, far)
         listener._accept(far)
         return near

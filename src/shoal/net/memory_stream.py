@@ -35,8 +35,16 @@ class MemoryStream:
     _out: _Pipe
     _in: _Pipe
 
-    def __init__(self, own: PeerId, peer: PeerId, open_streams: dict[MemoryStream, None]) -> None:
+    def __init__(
+        self,
+        own: PeerId,
+        peer: PeerId,
+        open_streams: dict[MemoryStream, None],
+        remote: str = "",
+    ) -> None:
+        """`remote`: where the other side is said to be."""
         self.own = own
+        self._remote = remote
         self._peer = peer
         self._open_streams = open_streams
         self.end: str | None = None
@@ -52,6 +60,11 @@ class MemoryStream:
     def peer(self) -> PeerId:
         """The identity of the other side."""
         return self._peer
+
+    @property
+    def remote(self) -> str:
+        """The other side's host, if it was given one."""
+        return self._remote
 
     async def send(self, header: Buffer, *payload: Buffer) -> None:
         """Send one frame; see Stream.send. If cancelled, the frame was not sent."""

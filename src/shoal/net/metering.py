@@ -63,6 +63,11 @@ class MeteredStream:
         """The proven identity of the other side."""
         return self._stream.peer
 
+    @property
+    def remote(self) -> str:
+        """The other side's host."""
+        return self._stream.remote
+
     async def send(self, header: Buffer, *payload: Buffer) -> None:
         """Send one frame, and count it."""
         await self._stream.send(header, *payload)

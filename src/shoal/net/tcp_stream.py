@@ -76,6 +76,12 @@ class TcpStream(asyncio.Protocol):
             raise InternalError("a stream was used before its peer proved its identity")
         return self._peer
 
+    @property
+    def remote(self) -> str:
+        """The other side's IP address."""
+        where = None if self._transport is None else self._transport.get_extra_info("peername")
+        return str(where[0]) if where else ""
+
     async def send(self, header: Buffer, *payload: Buffer) -> None:
         """Send one frame; see Stream.send."""
         buffers = encode_frame(header, payload)

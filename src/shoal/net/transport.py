@@ -22,6 +22,13 @@ class Stream(Protocol):
     def peer(self) -> PeerId:
         """The proven identity of the other side."""
 
+    @property
+    def remote(self) -> str:
+        """The host that the network names for the other side; empty where there is none.
+
+        Said by the network, not by the peer; one behind a router has the router's address.
+        """
+
     async def send(self, header: Buffer, *payload: Buffer) -> None:
         """Send one frame; waits while the transport's buffers are full.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from typing import Final
 
 from shoal.base.adapters import (
@@ -30,8 +29,10 @@ from shoal.base.ids import PeerId, short
 from shoal.base.limits import PIECE_BYTES_MAX
 from shoal.base.spans import Span
 from shoal.net.channel import Channel, error_message
+from shoal.net.origin import Origin
 from shoal.server.adapters import AdapterStore
 from shoal.server.patience import Patience
+from shoal.server.shares import left_for
 from shoal.server.weights import turn_away
 from shoal.wire.adapters import AdapterPiece, OfferAdapter, TookAdapter, WantAdapter
 from shoal.wire.messages import Message
@@ -56,7 +57,8 @@ class AdapterServer:
     def __init__(self, store: AdapterStore, backend: BlockBackend) -> None:
         self._store = store
         self._backend = backend
-        self._streams: Counter[PeerId] = Counter()
+        self._streams: dict[Channel, Origin | None] = {}
+        """Those that are open, and where they come from."""
 
     async def serve(self, channel: Channel) -> None:
         """Take adapters on one stream until it ends.
@@ -65,15 +67,14 @@ class AdapterServer:
             PeerUnreachable, PeerTimeout: it ended, or nothing comes.
             ProtocolError: nonsense came.
         """
-        peer = channel.peer
         if not self._store.limits.bytes_max:
             await turn_away(channel, PeerRefused("takes no adapters (see --adapter-memory)"))
             return
-        if self._streams.total() >= STREAMS_MAX or self._streams[peer] >= STREAMS_PER_PEER_MAX:
+        if not self._has_place(channel):
             busy = PeerBusy("takes enough adapters now", retry_after_s=BUSY_RETRY_S)
             await turn_away(channel, busy)
             return
-        self._streams[peer] += 1
+        self._streams[channel] = channel.origin
         patience = Patience(IDLE_S)
         try:
             while True:
@@ -82,10 +83,21 @@ class AdapterServer:
             await channel.refuse(error)
             raise
         finally:
-            self._streams[peer] -= 1
-            if not self._streams[peer]:
-                del self._streams[peer]
+            del self._streams[channel]
             channel.close()
+
+    def _has_place(self, channel: Channel) -> bool:
+        """Whether there is one for its peer, for its address, and at all."""
+        left_at_address = left_for(
+            channel.origin, [(origin, 1) for origin in self._streams.values()], total=STREAMS_MAX,
+            share=self._store.limits.address_share, per_client=STREAMS_PER_PEER_MAX,
+        )  # fmt: skip
+        num_of_peer = sum(1 for one in self._streams if one.peer == channel.peer)
+        return (
+            len(self._streams) < STREAMS_MAX
+            and num_of_peer < STREAMS_PER_PEER_MAX
+            and left_at_address > 0
+        )
 
     async def _take_one(self, channel: Channel, patience: Patience) -> None:
         """One offer, from the first message to the answer."""
@@ -98,7 +110,7 @@ class AdapterServer:
             await _send(channel, patience, held)
             return
         try:
-            manifest = await self._store.admit(owner, name, bytes(payload))
+            manifest = await self._store.admit(owner, name, bytes(payload), channel.origin)
         except ShoalError as error:
             logger.info("adapter refused owner=%s reason=%s", short(owner), error)
             await _send(channel, patience, error_message(error, offer.call))

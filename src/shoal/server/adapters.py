@@ -27,6 +27,8 @@ from shoal.base.backend import BlockBackend
 from shoal.base.errors import AdapterMissing, ConfigError, PeerBusy, PeerRefused
 from shoal.base.ids import PeerId, short
 from shoal.base.spans import Span
+from shoal.net.origin import Origin
+from shoal.server.shares import ADDRESS_SHARE, check_share, left_for
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ BYTES_PER_CLIENT: Final = 256 << 20
 ADAPTERS_PER_CLIENT: Final = 64
 """Small ones cost little but their entries."""
 
+ADAPTERS_MAX: Final = 1024
+"""Those of all clients: sixteen clients' worth of entries."""
+
 KEPT_ITEM_BYTES: Final = ITEM_BYTES["float32"]
 """Tensors are kept in float32 however they came."""
 
@@ -46,6 +51,9 @@ RETRY_AFTER_S: Final = 5.0
 """When to come back to a server whose adapters are all in use: the length of an answer."""
 
 Key = tuple[PeerId, AdapterName]
+
+_Room = tuple[int, int]
+"""Bytes, and a number of adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +63,14 @@ class AdapterLimits:
     bytes_max: int = BYTES_MAX
     bytes_per_client: int = BYTES_PER_CLIENT
     adapters_per_client: int = ADAPTERS_PER_CLIENT
+    adapters_max: int = ADAPTERS_MAX
+    address_share: float = ADDRESS_SHARE
+    """Of all of it, for all clients of one address."""
 
     def __post_init__(self) -> None:
         if self.bytes_max < 0 or self.bytes_per_client < 0 or self.adapters_per_client < 1:
             raise ConfigError("memory for adapters must not be negative, nor their number below 1")
+        check_share(self.address_share)
 
 
 @dataclass(slots=True)
@@ -68,6 +80,8 @@ class _Kept:
     id: AdapterId
     num_bytes: int
     used_s: float
+    origin: Origin | None = None
+    """Where its owner came from."""
 
 
 class AdapterStore:
@@ -84,8 +98,8 @@ class AdapterStore:
         self._backend = backend
         self._in_use = in_use
         self._kept: dict[Key, _Kept] = {}
-        self._coming: dict[Key, int] = {}
-        """Bytes promised to adapters that are on their way."""
+        self._coming: dict[Key, tuple[Origin | None, int]] = {}
+        """Bytes promised to adapters that are on their way, and to where."""
         self._own: dict[AdapterName, AdapterPart] = {}
         self._own_ids: dict[AdapterName, _Kept] = {}
         self._retired: list[_Kept] = []
@@ -102,7 +116,7 @@ class AdapterStore:
     @property
     def num_bytes(self) -> int:
         """Memory of what clients brought, with what is on its way."""
-        return sum(kept.num_bytes for kept in self._kept.values()) + sum(self._coming.values())
+        return sum(num_bytes for _, num_bytes in self._held())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -149,8 +163,12 @@ class AdapterStore:
             for kept in (self._own_ids.get(name), self._kept.get((owner, name)))
         )
 
-    async def admit(self, owner: PeerId, name: AdapterName, text: bytes) -> AdapterManifest:
+    async def admit(
+        self, owner: PeerId, name: AdapterName, text: bytes, origin: Origin | None = None
+    ) -> AdapterManifest:
         """Judge what a client offers, and keep room for it until `take` or `give_up`.
+
+        `origin` is where it connects from.
 
         Raises:
             AdapterBad: malformed, or it doesn't fit the model.
@@ -169,9 +187,9 @@ class AdapterStore:
                 f"an adapter of {num_bytes} bytes in blocks {self._span}, and one client may keep "
                 f"{min(limits.bytes_per_client, limits.bytes_max)} (see --adapter-memory)"
             )
-        for victim in self._victims(owner, num_bytes):
+        for victim in self._victims(owner, origin, num_bytes):
             self._retired.append(self._kept.pop(victim))
-        self._coming[key] = num_bytes
+        self._coming[key] = origin, num_bytes
         try:
             await self._sweep()
         except BaseException:
@@ -190,7 +208,8 @@ class AdapterStore:
         async with self._loading:
             if span != self._span:
                 raise AdapterMissing(f"blocks {self._span} are served here now: offer it again")
-            kept = await self._load(part, self._kept_bytes(part.manifest))
+            origin, _ = self._coming.get((owner, name), (None, 0))
+            kept = await self._load(part, self._kept_bytes(part.manifest), origin)
             before = self._kept.pop((owner, name), None)
             self._kept[owner, name] = kept
             self._coming.pop((owner, name), None)
@@ -204,31 +223,59 @@ class AdapterStore:
         """It does not come after all. Idempotent."""
         self._coming.pop((owner, name), None)
 
-    def _victims(self, owner: PeerId, num_bytes: int) -> list[Key]:
+    def _victims(self, owner: PeerId, origin: Origin | None, num_bytes: int) -> list[Key]:
         """Who must go so that it fits.
 
         Raises:
             PeerBusy: all is in use.
         """
-        limits, victims = self.limits, list[Key]()
-        over = self._bytes_of(owner) + num_bytes - limits.bytes_per_client
-        number_over = self._number_of(owner) + 1 - limits.adapters_per_client
-        total_over = self.num_bytes + num_bytes - limits.bytes_max
+        victims, wanted = list[Key](), (num_bytes, 1)
+        mine, near = self._left_for_owner(owner), self._left_for_address(origin)
+        total = self.limits.bytes_max - self.num_bytes, self.limits.adapters_max - self._number
         for key in self._unused():
-            is_mine = key[0] == owner
-            if total_over > 0 or (is_mine and (over > 0 or number_over > 0)):
+            kept = self._kept[key]
+            is_mine, is_near = key[0] == owner, origin is not None and kept.origin == origin
+            is_in_the_way = _lacks(total, wanted)
+            is_in_the_way |= is_mine and _lacks(mine, wanted)
+            is_in_the_way |= is_near and _lacks(near, wanted)
+            if is_in_the_way:
                 victims.append(key)
-                total_over -= self._kept[key].num_bytes
-                over -= self._kept[key].num_bytes * is_mine
-                number_over -= is_mine
-        if over > 0 or number_over > 0:
-            raise PeerBusy(
-                "your adapters here are all in use, and there is no room for more of yours",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        if total_over > 0:
-            raise PeerBusy("all adapters here are in use", retry_after_s=RETRY_AFTER_S)
+                total = _freed(total, kept)
+                mine = _freed(mine, kept) if is_mine else mine
+                near = _freed(near, kept) if is_near else near
+        for left, whose in ((mine, "your"), (near, "your address'"), (total, "all")):
+            if _lacks(left, wanted):
+                raise PeerBusy(
+                    f"{whose} adapters here are in use, and there is no room for more of them",
+                    retry_after_s=RETRY_AFTER_S,
+                )
         return victims
+
+    def _left_for_owner(self, owner: PeerId) -> _Room:
+        limits = self.limits
+        number = sum(1 for key in (*self._kept, *self._coming) if key[0] == owner)
+        return limits.bytes_per_client - self._bytes_of(owner), limits.adapters_per_client - number
+
+    def _left_for_address(self, origin: Origin | None) -> _Room:
+        limits, held = self.limits, self._held()
+        left_bytes = left_for(
+            origin, held, total=limits.bytes_max,
+            share=limits.address_share, per_client=limits.bytes_per_client,
+        )  # fmt: skip
+        left_number = left_for(
+            origin, [(one, 1) for one, _ in held], total=limits.adapters_max,
+            share=limits.address_share, per_client=limits.adapters_per_client,
+        )  # fmt: skip
+        return left_bytes, left_number
+
+    def _held(self) -> list[tuple[Origin | None, int]]:
+        """Bytes of each adapter that is here or on its way, and where it came from."""
+        kept = [(kept.origin, kept.num_bytes) for kept in self._kept.values()]
+        return kept + list(self._coming.values())
+
+    @property
+    def _number(self) -> int:
+        return len(self._kept) + len(self._coming)
 
     def _unused(self) -> list[Key]:
         """Those that no session uses: of other blocks first, then the longest unused."""
@@ -240,10 +287,7 @@ class AdapterStore:
 
     def _bytes_of(self, owner: PeerId) -> int:
         kept = sum(kept.num_bytes for key, kept in self._kept.items() if key[0] == owner)
-        return kept + sum(count for key, count in self._coming.items() if key[0] == owner)
-
-    def _number_of(self, owner: PeerId) -> int:
-        return sum(1 for key in (*self._kept, *self._coming) if key[0] == owner)
+        return kept + sum(count for key, (_, count) in self._coming.items() if key[0] == owner)
 
     async def _load_own(self, name: AdapterName) -> None:
         async with self._loading:
@@ -274,12 +318,13 @@ class AdapterStore:
                 self._retired.append(kept)  # or nobody would free it any more
                 raise
 
-    async def _load(self, part: AdapterPart, num_bytes: int) -> _Kept:
+    async def _load(self, part: AdapterPart, num_bytes: int, origin: Origin | None = None) -> _Kept:
         self._next_id += 1
         kept = _Kept(
             id=AdapterId(self._next_id),
             num_bytes=num_bytes,
             used_s=asyncio.get_running_loop().time(),
+            origin=origin,
         )
         await self._backend.load_adapter(kept.id, part)
         return kept
@@ -295,3 +340,11 @@ class AdapterStore:
     @property
     def _span(self) -> Span:
         return self._backend.facts.span
+
+
+def _lacks(left: _Room, wanted: _Room) -> bool:
+    return left[0] < wanted[0] or left[1] < wanted[1]
+
+
+def _freed(left: _Room, kept: _Kept) -> _Room:
+    return left[0] + kept.num_bytes, left[1] + 1

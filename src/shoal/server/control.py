@@ -82,6 +82,7 @@ class ControlLink:
 
     def __init__(self, channel: Channel, events: ControlEvents) -> None:
         self.peer = channel.peer
+        self.origin = channel.origin
         self._channel = channel
         self._events = events
         self._outbox: deque[Message] = deque()

@@ -291,7 +291,7 @@ class Engine:
             length = min(length, self._sessions.length_max(hop))
             parked = self._sessions.make_room(hop, length, now_s)
             if parked is None and self._sessions.is_capped(hop, length):
-                continue  # it waits for sessions of its own client
+                continue  # it waits for sessions of its own client or address
             if parked is None:
                 waiting.append(hop)
                 continue

@@ -10,11 +10,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from shoal.base.backend import BackendFacts
 from shoal.base.errors import BadInput, PeerBusy, SessionTooLong
 from shoal.base.ids import PeerId, short
 from shoal.base.limits import PAYLOAD_BYTES_MAX, SESSION_TOKENS_MAX
+from shoal.net.origin import Origin
 from shoal.server.quotas import Quotas
 from shoal.server.session import HopSession, SessionKey
 from shoal.server.sessions import SessionTable
@@ -23,6 +25,8 @@ from shoal.wire.messages import Entry
 from shoal.wire.tensors import check_payload, row_bytes
 
 logger = logging.getLogger(__name__)
+
+_K = TypeVar("_K")
 
 STREAM_RETRY_S = 5.0
 """When a peer with too many streams may try again: broken ones are noticed by then."""
@@ -45,6 +49,7 @@ class Intake:
         self._sessions = sessions
         self._window_bytes = window_bytes
         self._streams: Counter[PeerId] = Counter()
+        self._streams_at: Counter[Origin] = Counter()
         self._queued: Counter[PeerId] = Counter()
         """At least the bytes that wait, by owner; counted anew when it looks too much."""
         self._overrun: dict[SessionKey, HopSession] = {}
@@ -53,22 +58,30 @@ class Intake:
         """Set while there are such: who asks `reopened` need not ask an idle server."""
 
     @contextmanager
-    def stream(self, peer: PeerId) -> Iterator[None]:
+    def stream(self, peer: PeerId, origin: Origin | None = None) -> Iterator[None]:
         """While a stream of this peer is open.
 
         Raises:
-            PeerBusy: the peer has enough of them.
+            PeerBusy: the peer, or its address, has enough of them.
         """
         limit = self._quotas.streams_per_peer
         if self._streams[peer] >= limit:
             raise PeerBusy(f"you have {limit} streams open here", retry_after_s=STREAM_RETRY_S)
+        at_limit = self._quotas.streams_per_address
+        if origin is not None and self._streams_at[origin] >= at_limit:
+            raise PeerBusy(
+                f"peers of your address have {at_limit} streams open here",
+                retry_after_s=STREAM_RETRY_S,
+            )
         self._streams[peer] += 1
+        if origin is not None:
+            self._streams_at[origin] += 1
         try:
             yield
         finally:
-            self._streams[peer] -= 1
-            if not self._streams[peer]:
-                del self._streams[peer]
+            _drop_one(self._streams, peer)
+            if origin is not None:
+                _drop_one(self._streams_at, origin)
 
     def check_entry(self, entry: Entry, output_encoding: str) -> None:
         """Refuse rows that can't be run or answered.
@@ -146,6 +159,12 @@ class Intake:
 
     def _waiting_bytes(self, owner: PeerId) -> int:
         return sum(hop.queue_bytes for hop in self._sessions.of_owner(owner))
+
+
+def _drop_one(counter: Counter[_K], key: _K) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 def compact(payload: Buffer) -> Buffer:

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId, SessionId
+from shoal.net.origin import Origin
+from shoal.server.shares import ADDRESS_SHARE, check_share, taken_by
 
 SESSIONS_MAX: Final = 4096
 """Hops at one server: bounds what parked ones cost, which hold no cache."""
@@ -27,6 +29,10 @@ so whoever lies about them could keep all others out; a quarter is left to them.
 STREAMS_PER_PEER: Final = 32
 """Open streams of one peer: a client needs one for control and two for rows, a server as
 many again, and streams that broke are noticed late."""
+
+STREAMS_PER_ADDRESS: Final = 256
+"""Open streams of all peers of one address: eight peers' worth, and a quarter of the files that
+a process may usually have open."""
 
 BYTES_PER_S_PER_CLIENT: Final = 125_000_000
 """Rows of one client that are run per second: gigabit Ethernet. Beyond it they wait."""
@@ -60,6 +66,9 @@ LINE_MAX: Final = 4096
 PLACES_PER_CLIENT: Final = 16
 """Places of one client in the line: a batch of sessions, and no client can fill it."""
 
+PLACES_PER_ADDRESS: Final = 64
+"""Places of all clients of one address: those of four clients."""
+
 DEPARTURES_MAX: Final = 1024
 """Departures that are remembered: 17 a second, for a minute."""
 
@@ -77,13 +86,17 @@ class Quotas:
     queue_bytes_per_client: int = QUEUE_BYTES_PER_CLIENT
     log_bytes_max: int = LOG_BYTES_MAX
     cache_share: float = CACHE_SHARE
+    address_share: float = ADDRESS_SHARE
+    """Of cache and sessions, for all clients of one address."""
+    streams_per_address: int = STREAMS_PER_ADDRESS
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "cache_share" and getattr(self, name) < 1:
+            if not name.endswith("_share") and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not 0 < self.cache_share <= 1:
             raise ConfigError(f"cache_share is {self.cache_share}: above 0, at most 1")
+        check_share(self.address_share)
 
 
 class Line:
@@ -109,15 +122,18 @@ class Line:
                 return index
         return len(self._places)
 
-    def wait(self, session: SessionId, owner: PeerId, now_s: float) -> tuple[int, float]:
+    def wait(
+        self, session: SessionId, owner: PeerId, now_s: float, origin: Origin | None = None
+    ) -> tuple[int, float]:
         """Take or keep a place; returns it (1: next) and in how many seconds to come back.
 
-        An owner with many places already gets no more of them, and comes last.
+        An owner with many places already gets no more of them, and comes last; so does one
+        whose address (`origin`) has many.
         """
         ahead = self.ahead_of(session, now_s)
         eta_s = self._eta_s(ahead + 1, now_s)
-        if session in self._places or self._has_room(owner):
-            self._places[session] = _Place(owner, now_s + eta_s + PLACE_GRACE_S)
+        if session in self._places or self._has_room(owner, origin):
+            self._places[session] = _Place(owner, now_s + eta_s + PLACE_GRACE_S, origin)
         return ahead + 1, eta_s
 
     def room_in_s(self, now_s: float) -> float:
@@ -132,7 +148,9 @@ class Line:
         for session in list(self._places)[:count]:
             place = self._places[session]
             if not place.is_called:
-                self._places[session] = _Place(place.owner, now_s + PLACE_GRACE_S, True)
+                self._places[session] = place._replace(
+                    until_s=now_s + PLACE_GRACE_S, is_called=True
+                )
                 called.append((place.owner, session))
         return called
 
@@ -156,9 +174,11 @@ class Line:
         """A session ended and freed what it held."""
         self._departures.append(now_s)
 
-    def _has_room(self, owner: PeerId) -> bool:
+    def _has_room(self, owner: PeerId, origin: Origin | None) -> bool:
         mine = sum(1 for place in self._places.values() if place.owner == owner)
-        return mine < PLACES_PER_CLIENT and len(self._places) < LINE_MAX
+        near = taken_by(origin, ((place.origin, 1) for place in self._places.values()))
+        is_bounded = mine < PLACES_PER_CLIENT and near < PLACES_PER_ADDRESS
+        return is_bounded and len(self._places) < LINE_MAX
 
     def _eta_s(self, place: int, now_s: float) -> float:
         while self._departures and self._departures[0] < now_s - HISTORY_S:
@@ -178,6 +198,8 @@ class _Place(NamedTuple):
     owner: PeerId
     until_s: float
     """When it lapses."""
+    origin: Origin | None = None
+    """Where its owner connects from."""
     is_called: bool = False
     """Whether its owner was told to come."""
 

@@ -189,7 +189,7 @@ class Server:
             await channel.refuse(PeerRefused(f"no streams for {purpose} here"))
             return
         try:
-            with self._intake.stream(channel.peer):
+            with self._intake.stream(channel.peer, channel.origin):
                 await service(channel)
         except PeerBusy as error:
             logger.info("stream refused peer=%s reason=%s", short(channel.peer), error)
@@ -281,7 +281,8 @@ class Server:
             adapter = self.adapters.find(plan.owner, plan.adapter)
             if old is not None:
                 self._forget(old)
-            hop = self.sessions.open(plan, parent, now_s, adapter)
+            origin = self._controls[plan.owner].origin if plan.owner in self._controls else None
+            hop = self.sessions.open(plan, parent, now_s, adapter, origin)
         self._call_waiting()
         logger.info("session opened session=%s span=%s epoch=%d held=%d",
                     short(plan.session), plan.span, plan.epoch, hop.inbound.have)  # fmt: skip

@@ -25,6 +25,7 @@ from shoal.base.spans import Span
 from shoal.link.inbound import Admission, Inbound, Verdict
 from shoal.link.log import Log, LogEntry, rows_of
 from shoal.link.outbound import Outbound
+from shoal.net.origin import Origin
 from shoal.wire.frames import Buffer
 from shoal.wire.messages import Entry
 
@@ -93,6 +94,8 @@ class HopSession:
         self.sequence = sequence
         self.adapter: AdapterId | None = None
         """The plan's adapter inside the backend."""
+        self.origin: Origin | None = None
+        """Where its owner connects from."""
         self.window_bytes = window_bytes
         self.inbound = Inbound(plan.session, plan.span.start)
         self.inbound.reroute(plan.predecessor, plan.epoch)

@@ -4,8 +4,8 @@ Victim order under pressure: sessions that have long been idle, then the younges
 opening time, and never one that is older than who asks. The opening time is part of the
 signed route and the same everywhere, so two servers never evict each other's sessions
 in turn: whoever waits, waits for an older one, and the oldest of all goes on. It is only
-what the owner says, though, so one owner may hold only a share of the cache; within it
-its own sessions give way to each other in the same order.
+what the owner says, though, so one owner may hold only a share of the cache, and so may all
+owners of one address; within it their sessions give way to each other in the same order.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from shoal.base.backend import BackendFacts, BlockBackend, SequenceId
 from shoal.base.errors import PeerBusy, SessionTooLong
 from shoal.base.ids import PeerId, SessionId
 from shoal.base.spans import Span
+from shoal.net.origin import Origin
 from shoal.server.pages import PageLedger
 from shoal.server.quotas import RETRY_AFTER_S, SESSIONS_MAX, Line, Quotas, owners_over
 from shoal.server.session import HopPlan, HopSession, SessionKey
+from shoal.server.shares import left_for, room_for
 from shoal.wire.messages import Fork
 
 IDLE_VICTIM_S: Final = 30.0
@@ -90,19 +92,24 @@ class SessionTable:
         return any(hop.plan.predecessor == peer for hop in self._hops.values())
 
     def open(
-        self, plan: HopPlan, parent: Fork | None, now_s: float, adapter: AdapterId | None = None
+        self,
+        plan: HopPlan,
+        parent: Fork | None,
+        now_s: float,
+        adapter: AdapterId | None = None,
+        origin: Origin | None = None,
     ) -> HopSession:
         """A new hop, empty or forked; replaces an old one. Only while no engine iteration runs.
 
-        `adapter` is the plan's in the backend.
+        `adapter` is the plan's in the backend; `origin` is where its owner connects from.
 
         Raises:
             PeerBusy: too many sessions, or no cache page is free and nobody here is
                 younger or idle; says when to come back, and keeps a place until then.
         """
-        self._check_count(plan)
+        self._check_count(plan, origin)
         hop = HopSession(plan, self._take_sequence(), window_bytes=self._window_bytes)
-        hop.used_s, hop.adapter = now_s, adapter
+        hop.used_s, hop.adapter, hop.origin = now_s, adapter, origin
         self._enlist(hop)
         if not self._fork_from(parent, hop):
             self._find_place(hop, now_s)
@@ -133,7 +140,12 @@ class SessionTable:
         if is_taken or self.make_room(hop, 1, now_s) is None:
             if hop.plan.is_standby:  # nobody waits for it: no place in line
                 raise PeerBusy("all KV cache is in use", retry_after_s=RETRY_AFTER_S)
-            place, eta_s = self.line.wait(session, hop.plan.owner, now_s)
+            if self._is_address_capped(hop, 1):  # its place would keep free pages from others
+                raise PeerBusy(
+                    "clients of your address hold all KV cache that they may (see --address-share)",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            place, eta_s = self.line.wait(session, hop.plan.owner, now_s, hop.origin)
             raise PeerBusy(
                 f"all KV cache is in use; place {place} in line, expected in {eta_s:.0f} s",
                 retry_after_s=eta_s,
@@ -150,13 +162,25 @@ class SessionTable:
             return 0.0
         return self.line.room_in_s(now_s)
 
-    def _check_count(self, plan: HopPlan) -> None:
+    def _check_count(self, plan: HopPlan, origin: Origin | None) -> None:
         if len(self._hops) >= SESSIONS_MAX:
             raise PeerBusy(f"{SESSIONS_MAX} sessions are open", retry_after_s=RETRY_AFTER_S)
         limit = self.quotas.sessions_per_client
         if len(self.of_owner(plan.owner)) >= limit:
             raise PeerBusy(
                 f"you have {limit} sessions open here",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        left = left_for(
+            origin,
+            ((hop.origin, 1) for hop in self._hops.values()),
+            total=SESSIONS_MAX,
+            share=self.quotas.address_share,
+            per_client=limit,
+        )
+        if left <= 0:
+            raise PeerBusy(
+                "clients of your address have enough sessions open here (see --address-share)",
                 retry_after_s=RETRY_AFTER_S,
             )
 
@@ -217,6 +241,11 @@ class SessionTable:
     def _owner_pages(self, hop: HopSession) -> int:
         return max(1, int(self.ledger.total_for(hop.sequence) * self.quotas.cache_share))
 
+    def _address_pages(self, hop: HopSession) -> int:
+        """What sessions of the same address may hold together."""
+        total, share = self.ledger.total_for(hop.sequence), self.quotas.address_share
+        return room_for(total, share, self._owner_pages(hop))
+
     def _check_length(self, hop: HopSession, length: int) -> None:
         ledger = self.ledger
         total = ledger.total_for(hop.sequence)
@@ -233,37 +262,60 @@ class SessionTable:
             )
 
     def is_capped(self, hop: HopSession, length: int) -> bool:
-        """Whether the owner's older sessions hold what `hop` would need of its share."""
-        older = sum(
+        """Whether older sessions of the owner, or of its address, hold what `hop` would need."""
+        mine = self.ledger.pages(length) + sum(
             self.ledger.held(other.sequence)
-            for other in self.of_owner(hop.plan.owner)
-            if other.seniority < hop.seniority and self.is_beside(other, hop)
+            for other in self._older_beside(hop)
+            if _is_of_owner(other, hop)
         )
-        return older + self.ledger.pages(length) > self._owner_pages(hop)
+        return mine > self._owner_pages(hop) or self._is_address_capped(hop, length)
+
+    def _is_address_capped(self, hop: HopSession, length: int) -> bool:
+        if hop.origin is None:
+            return False
+        near = self.ledger.pages(length) + sum(
+            self.ledger.held(other.sequence)
+            for other in self._older_beside(hop)
+            if _is_of_address(other, hop)
+        )
+        return near > self._address_pages(hop)
+
+    def _older_beside(self, hop: HopSession) -> Iterator[HopSession]:
+        for other in self._hops.values():
+            if other.seniority < hop.seniority and self.is_beside(other, hop):
+                yield other
 
     def _victims(
         self, hop: HopSession, length: int, now_s: float, keep: Collection[SessionKey] = ()
     ) -> list[HopSession] | None:
         """Who must be parked so that `hop` may hold `length`; None: it can't be done."""
         lacking = self.ledger.lacking(hop.sequence, length)
-        over = self._over_share(hop, length)
-        if lacking <= 0 and over <= 0:
+        over, over_near = self._over_shares(hop, length)
+        if max(lacking, over, over_near) <= 0:
             return []
         victims: list[HopSession] = []
         for victim in self._may_give_way(hop, now_s):
-            is_own = victim.plan.owner == hop.plan.owner
-            if victim.key in keep or not (lacking > 0 or (over > 0 and is_own)):
+            is_own, is_near = _is_of_owner(victim, hop), _is_of_address(victim, hop)
+            is_wanted = lacking > 0 or (over > 0 and is_own) or (over_near > 0 and is_near)
+            if victim.key in keep or not is_wanted:
                 continue
             victims.append(victim)
             pages = self.ledger.held(victim.sequence)
             lacking -= pages
             over -= pages * is_own
-        return victims if lacking <= 0 and over <= 0 else None
+            over_near -= pages * is_near
+        return victims if max(lacking, over, over_near) <= 0 else None
 
-    def _over_share(self, hop: HopSession, length: int) -> int:
-        """Pages that the owner's other sessions must give up for it."""
-        mine = self._held_by_owner(hop) - self.ledger.held(hop.sequence)
-        return mine + self.ledger.pages(length) - self._owner_pages(hop)
+    def _over_shares(self, hop: HopSession, length: int) -> tuple[int, int]:
+        """Pages that other sessions of the owner, and of its address, must give up for it."""
+        mine = near = self.ledger.pages(length)
+        for other in self._hops.values():
+            if other is not hop and self.is_beside(other, hop):
+                pages = self.ledger.held(other.sequence)
+                mine += pages * _is_of_owner(other, hop)
+                near += pages * _is_of_address(other, hop)
+        over_near = 0 if hop.origin is None else near - self._address_pages(hop)
+        return mine - self._owner_pages(hop), over_near
 
     def _may_give_way(self, hop: HopSession, now_s: float) -> list[HopSession]:
         """In the order in which they do: standbys, the idle, the younger.
@@ -292,11 +344,6 @@ class SessionTable:
             group.sort(key=lambda other: other.seniority, reverse=True)
         return standbys + idle + younger
 
-    def _held_by_owner(self, hop: HopSession) -> int:
-        """Pages of the cache in which `hop` lives."""
-        beside = (one for one in self.of_owner(hop.plan.owner) if self.is_beside(one, hop))
-        return sum(self.ledger.held(one.sequence) for one in beside)
-
     def _fork_from(self, parent: Fork | None, hop: HopSession) -> bool:
         """Start `hop` as a copy of its parent's cache and log; False when there is none."""
         if parent is None:
@@ -315,8 +362,8 @@ class SessionTable:
         length = source.log.valid_length(parent.rev, held)
         is_retired = self.ledger.is_retired(source.sequence)
         self.ledger.assign(hop.sequence, is_retired=is_retired)
-        lacking = max(self.ledger.lacking(hop.sequence, length), self._over_share(hop, length))
-        if length == 0 or lacking > 0:
+        over = max(self._over_shares(hop, length))
+        if length == 0 or max(self.ledger.lacking(hop.sequence, length), over) > 0:
             self._enlist(hop)
             return False
         actual = self._backend.fork(source.sequence, hop.sequence, length)
@@ -395,6 +442,14 @@ class SessionTable:
     def _take_sequence(self) -> SequenceId:
         self._next_sequence += 1
         return SequenceId(self._next_sequence)
+
+
+def _is_of_owner(one: HopSession, other: HopSession) -> bool:
+    return one.plan.owner == other.plan.owner
+
+
+def _is_of_address(one: HopSession, other: HopSession) -> bool:
+    return one.origin is not None and one.origin == other.origin
 
 
 def _nobody(hop: HopSession) -> None:

@@ -8,6 +8,7 @@ gaps (`training_queue.py`).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Final
 
 from shoal.base.backend import BackendFacts, BlockBackend
@@ -15,9 +16,12 @@ from shoal.base.errors import PeerBusy, PeerRefused, ProtocolError
 from shoal.base.ids import PeerId
 from shoal.base.training import BlockTrainer
 from shoal.net.channel import Channel
+from shoal.net.origin import Origin
 from shoal.server.engine import Engine
 from shoal.server.leaving import ELSEWHERE_S, Farewells
-from shoal.server.training_jobs import KeptPasses, PassJob
+from shoal.server.shares import room_for
+from shoal.server.training_jobs import PassJob
+from shoal.server.training_kept import KeptPasses
 from shoal.server.training_limits import TrainingLimits
 from shoal.server.training_queue import TrainingQueue
 from shoal.server.training_stream import Visitor
@@ -45,7 +49,12 @@ class TrainingServer:
         """Fills the gaps of `engine`."""
         self.limits = limits or TrainingLimits()
         self.queue = TrainingQueue(share_min=self.limits.share_min)
-        self.kept = KeptPasses(self.limits.kept_bytes_per_client, self.limits.kept_bytes_max)
+        self.kept = KeptPasses(
+            self.limits.kept_bytes_per_client,
+            self.limits.kept_bytes_max,
+            origin=self._origin,
+            address_share=self.limits.address_share,
+        )
         self._backend = backend
         self._engine = engine
         self._farewells = farewells
@@ -63,9 +72,9 @@ class TrainingServer:
         return len(self._visitors)
 
     @property
-    def answer_bytes(self) -> int:
-        """Of all clients' open calls."""
-        return sum(visitor.answer_bytes for visitor in self._visitors.values())
+    def visitors(self) -> Collection[Visitor]:
+        """Whoever has a stream here."""
+        return self._visitors.values()
 
     @property
     def steps(self) -> int:
@@ -83,8 +92,8 @@ class TrainingServer:
         older = self._visitors.get(client)
         if older is not None:
             older.close()
-        elif len(self._visitors) >= CLIENTS_MAX and not self._make_place():
-            full = PeerBusy(f"{CLIENTS_MAX} clients train here", retry_after_s=FULL_RETRY_S)
+        elif not self._find_place(channel.origin):
+            full = PeerBusy("enough clients train here", retry_after_s=FULL_RETRY_S)
             await channel.refuse(full)
             return
         visitor = self._visitors[client] = Visitor(self, channel)
@@ -98,10 +107,23 @@ class TrainingServer:
             if self._visitors.get(client) is visitor:
                 del self._visitors[client]
 
-    def _make_place(self) -> bool:
+    def _origin(self, client: PeerId) -> Origin | None:
+        """Where a client connects from."""
+        visitor = self._visitors.get(client)
+        return None if visitor is None else visitor.origin
+
+    def _find_place(self, origin: Origin | None) -> bool:
+        """Whether there is a place for one more client of this address, or one could be made."""
+        near = [client for client in self._visitors if origin and self._origin(client) == origin]
+        places = room_for(CLIENTS_MAX, self.limits.address_share, 1)
+        if len(near) >= places and not self._make_place(near):
+            return False
+        return len(self._visitors) < CLIENTS_MAX or self._make_place(self._visitors)
+
+    def _make_place(self, among: Collection[PeerId]) -> bool:
         """Leave whoever has been idle longest; it may come back with all that it needs."""
         now_s = asyncio.get_running_loop().time()
-        client = max(self._visitors, key=lambda one: self._visitors[one].idle_s(now_s))
+        client = max(among, key=lambda one: self._visitors[one].idle_s(now_s))
         if self._visitors[client].idle_s(now_s) < IDLE_PLACE_S:
             return False
         self._visitors.pop(client).close()

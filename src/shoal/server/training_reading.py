@@ -42,7 +42,8 @@ def check_pass(message: Forward | Backward, facts: BackendFacts, limits: Trainin
     micro, rows = message.micro, sum(message.micro.lengths)
     if rows > limits.rows_per_pass_max:
         raise MessageTooLarge(
-            f"{rows} rows at once; this server takes {limits.rows_per_pass_max}: send fewer"
+            f"{rows} rows at once; this server takes {limits.rows_per_pass_max} "
+            "(see --training-rows): send smaller micro-batches, or shorter sequences"
         )
     if max(micro.lengths) > facts.session_tokens_max:
         raise BadInput(f"the model ends at {facts.session_tokens_max} positions")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -30,10 +31,12 @@ from shoal.base.spans import Span
 from shoal.base.training import BlockTrainer, Draw, PassGradients, PassWork, TrainedTensors
 from shoal.net.channel import Channel, error_message
 from shoal.net.tasks import first_failure
-from shoal.server.training_jobs import KeptPasses, PassJob
+from shoal.server.training_jobs import PassJob
+from shoal.server.training_kept import KeptPasses
 from shoal.server.training_limits import BUSY_RETRY_S, TrainingLimits
 from shoal.server.training_queue import TrainingQueue
 from shoal.server.training_reading import check_pass, check_tensors, spec_of
+from shoal.server.training_room import Pot, unique
 from shoal.wire.messages import Message
 from shoal.wire.tensors import row_bytes
 from shoal.wire.training import (
@@ -89,8 +92,8 @@ class Host(Protocol):
         """Moves whenever the server computes anything."""
 
     @property
-    def answer_bytes(self) -> int:
-        """Of all clients' open calls."""
+    def visitors(self) -> Collection[Visitor]:
+        """Whoever has a stream here."""
 
     def trainer(self) -> BlockTrainer:
         """Who runs passes."""
@@ -117,6 +120,8 @@ class Visitor:
         self._server = server
         self._channel = channel
         self._client = channel.peer
+        self.origin = channel.origin
+        """Where the client connects from."""
         self._uploads: dict[int, Upload] = {}
         self._sizes: dict[int, int] = {}
         """Bytes in memory of each call whose answer was not taken yet."""
@@ -133,6 +138,16 @@ class Visitor:
     def answer_bytes(self) -> int:
         """Of the answers to open calls."""
         return sum(self._answer_sizes.values())
+
+    @property
+    def open_bytes(self) -> int:
+        """Of the open calls themselves."""
+        return sum(self._sizes.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of all trained tensors in memory: those that calls still use, too."""
+        return sum(_size(one) for one in unique((*self._tensors.values(), *self._used_tensors())))
 
     def idle_s(self, now_s: float) -> float:
         """How long no call has been open; messages that ask for nothing don't count."""
@@ -299,8 +314,13 @@ class Visitor:
         else:
             check_pass(message, facts, limits)
         limit = limits.open_bytes_per_client
-        if sum(self._sizes.values()) + message.num_bytes > limit:
+        if self.open_bytes + message.num_bytes > limit:
             raise PeerBusy(f"your calls hold {limit} bytes here", retry_after_s=BUSY_RETRY_S)
+        share, visitors = limits.address_share, self._server.visitors
+        calls = Pot[Visitor]("calls", limit, limits.open_bytes_max, lambda one: one.open_bytes)
+        calls.check(message.num_bytes, self, visitors, share)
+        if isinstance(message, PutTensors) and message.name not in self._tensors:
+            self._check_tensors(message.num_bytes)
         self._check_answer(self._answer_size(message), self.answer_bytes)
 
     def _answer_size(self, message: PutTensors | Forward | Backward) -> int:
@@ -322,28 +342,59 @@ class Visitor:
         Raises:
             PeerBusy: there are others.
         """
-        limits, retry_s = self._server.limits, BUSY_RETRY_S
-        total = self._server.answer_bytes - self.answer_bytes + mine
+        limits = self._server.limits
         if mine and mine + num_bytes > limits.answer_bytes_per_client:
-            raise PeerBusy(f"answers of {mine} bytes wait for you", retry_after_s=retry_s)
-        if total and total + num_bytes > limits.answer_bytes_max:
-            raise PeerBusy(f"answers of {total} bytes are not taken", retry_after_s=retry_s)
+            raise PeerBusy(f"answers of {mine} bytes wait for you", retry_after_s=BUSY_RETRY_S)
+        pot = Pot[Visitor](
+            "answers", limits.answer_bytes_per_client, limits.answer_bytes_max,
+            lambda one: mine if one is self else one.answer_bytes,
+        )  # fmt: skip
+        pot.check(num_bytes, self, self._server.visitors, limits.address_share)
+
+    def _used_tensors(self) -> list[TrainedTensors]:
+        """Those of open calls, though they may have been replaced."""
+        found = (job.tensors for job in self._jobs.values())
+        return unique(one for one in found if one is not None)
+
+    def _check_tensors(self, num_bytes: int) -> None:
+        """Refuse tensors that find no room beside what open calls use, or what others have.
+
+        Raises:
+            PeerBusy: they must end first.
+        """
+        limits = self._server.limits
+        limit, used_bytes = limits.tensor_bytes_per_client, sum(map(_size, self._used_tensors()))
+        if used_bytes + num_bytes > limit:
+            raise PeerBusy(
+                f"your open calls use tensors of {used_bytes} bytes, and {limit} may be here",
+                retry_after_s=BUSY_RETRY_S,
+            )
+        mine = self.tensor_bytes  # the oldest go
+        more_bytes = min(limit, mine + num_bytes) - mine
+        pot = Pot[Visitor]("tensors", limit, limits.tensor_bytes_max, lambda one: one.tensor_bytes)
+        pot.check(max(0, more_bytes), self, self._server.visitors, limits.address_share)
 
     def _put(self, message: PutTensors, data: bytearray) -> None:
-        """Hold tensors; the oldest make room."""
+        """Hold tensors; the oldest that no open call uses make room."""
         spec, before = spec_of(message), self._tensors.pop(message.name, None)
         if before is not None:
             if before.spec == spec and before.values == data:  # kept passes have them
                 self._tensors[message.name] = before
                 return
             self._server.kept.drop_with(self._client, before)
-        limit = self._server.limits.tensor_bytes_per_client
-        held = sum(memoryview(one.values).nbytes for one in self._tensors.values())
-        while self._tensors and (held + len(data) > limit or len(self._tensors) >= TENSOR_SETS_MAX):
-            _, oldest = self._tensors.popitem(last=False)
-            held -= memoryview(oldest.values).nbytes
-            self._server.kept.drop_with(self._client, oldest)
+        self._check_tensors(len(data))
+        limit, used = self._server.limits.tensor_bytes_per_client, self._used_tensors()
+        unused = deque(
+            name for name, one in self._tensors.items() if not any(one is two for two in used)
+        )
+        while unused and (
+            self.tensor_bytes + len(data) > limit or len(self._tensors) >= TENSOR_SETS_MAX
+        ):
+            self._server.kept.drop_with(self._client, self._tensors.pop(unused.popleft()))
         self._tensors[message.name] = TrainedTensors(spec=spec, values=data)
+
+    def _has_tensors(self, tensors: TrainedTensors) -> bool:
+        return any(one is tensors for one in self._tensors.values())
 
     def _job(self, message: Forward | Backward, data: memoryview) -> PassJob:
         micro = message.micro
@@ -375,6 +426,7 @@ class Visitor:
             facts=lambda: self._server.facts,
             held_bytes_max=self._server.limits.pass_bytes_max,
             clock=asyncio.get_running_loop().time,
+            has_tensors=self._has_tensors,
         )
 
     def _work(self, micro: Micro, rows: memoryview) -> PassWork:
@@ -414,3 +466,7 @@ class Visitor:
                 self._server.queue.remove(self._client, job)
                 del self._jobs[call]
                 self._closed(call)
+
+
+def _size(tensors: TrainedTensors) -> int:
+    return memoryview(tensors.values).nbytes

@@ -57,7 +57,7 @@ def test_a_swarm_lacks_what_only_servers_have_that_failed(
 
     async def serve() -> None:
         for server in client.view().servers:
-            client.experience.served(server.peer)
+            client.experience.served(server.peer, asyncio.get_running_loop().time())
 
     assert base.missing() == []
     model.connection.loop.run(fail())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from shoal.base.errors import BadInput, SessionTooLong
-from shoal.client.experience import FAILED_S, PAIR_S
+from shoal.client.experience import FAILED_S, PAIR_S, REGAIN_ROWS
 from shoal.lab.toy_blocks import toy_embedding
 from shoal.server.quotas import RETRY_AFTER_S
 from tests.simulation.scene import Scene, now_s, run_virtual, scene, until
@@ -125,7 +125,7 @@ async def freezes(it):
 
 @pytest.mark.parametrize("way", [dies, raises, poisons, hangs, freezes])
 def test_a_broken_server_is_avoided_for_a_while(way):
-    """It alone; then it is tried again, and is as good as any if it works."""
+    """It alone; then it is tried again, and in time it is as good as any if it works."""
 
     @scene(CHAIN)
     async def story(it):
@@ -143,6 +143,10 @@ def test_a_broken_server_is_avoided_for_a_while(way):
         await asyncio.sleep(FAILED_S + 1)
         assert held_against(it)[0] == set()
         assert await chain_now(it) == ["a", "b", "c"]
+        assert held_against(it) == (set(), True, set())  # used, but not yet trusted as before
+        other = await it.read()
+        await other.decode(REGAIN_ROWS)
+        assert other.chain == ["a", "b", "c"]
         assert held_against(it) == NOBODY
 
     story()
@@ -157,9 +161,19 @@ async def test_a_server_that_keeps_failing_is_avoided_for_longer_each_time(it):
         assert held_against(it)[0] == {"b"}, times
         await asyncio.sleep(10)
         assert held_against(it)[0] == set(), times
-    it["b"].fault = None
-    assert await chain_now(it) == ["a", "b", "c"]
-    assert held_against(it) == NOBODY
+
+
+@scene(CHAIN)
+async def test_a_few_rows_between_two_failures_make_up_for_nothing(it):
+    for times in range(3):
+        it["b"].fault = None
+        assert await chain_now(it) == ["a", "b", "c"]
+        it["b"].fault = lambda call: "raise"
+        assert await chain_now(it) == ["a", "spare-b", "c"]
+        await asyncio.sleep(FAILED_S * 2**times - 5)
+        assert held_against(it)[0] == {"b"}, times
+        await asyncio.sleep(10)
+        assert held_against(it)[0] == set(), times
 
 
 # --- a broken link -----------------------------------------------------------------------

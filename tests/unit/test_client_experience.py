@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.base.ids import PeerId
-from shoal.client.experience import FAILED_S, FAILED_S_MAX, INCIDENT_S, PAIR_S, ExperienceBook
+from shoal.client.experience import (
+    FAILED_S,
+    FAILED_S_MAX,
+    INCIDENT_S,
+    PAIR_S,
+    REGAIN_ROWS,
+    REGAIN_S,
+    ExperienceBook,
+)
 from shoal.discovery.coordinates import Locator
 from shoal.plan.coordinates import NOWHERE, Coordinate, distance_s
 
@@ -36,16 +44,54 @@ def test_what_many_sessions_report_of_one_incident_counts_once():
     assert avoided(book, 100.0 + FAILED_S) == frozenset()
 
 
-def test_who_works_again_is_forgiven():
+def test_who_works_again_is_used_again_but_not_trusted_as_before():
     book = ExperienceBook()
-    for _ in range(3):
-        book.failed(A, 0.0)
-    assert book.has_failures
-    book.served(A)
-    assert not book.has_failures
-    assert avoided(book, 1.0) == frozenset()
     book.failed(A, 0.0)
-    assert avoided(book, FAILED_S) == frozenset()
+    book.served(A, 1.0)
+    assert avoided(book, 1.0) == frozenset()
+    book.failed(A, 10.0)
+    assert avoided(book, 10.0 + 2 * FAILED_S - 0.1) == {A}
+    book.served(A, 11.0)
+    assert avoided(book, 11.0) == {A}
+    book.served(A, 12.0, REGAIN_ROWS)
+    assert avoided(book, 12.0) == frozenset()
+    assert book.has_failures
+    book.served(A, 13.0, REGAIN_ROWS)
+    assert not book.has_failures
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.floats(INCIDENT_S, 100.0)), min_size=1, max_size=12)
+)
+def test_a_flapping_server_is_avoided_longer_each_time(flaps):
+    """A few rows between two failures change nothing of that."""
+    book, now_s, periods_s = ExperienceBook(), 0.0, []
+    for num_rows, gap_s in flaps:
+        book.failed(A, now_s)
+        periods_s.append(book._avoid_until_s[A] - now_s)
+        for _ in range(num_rows):
+            book.served(A, now_s + 1.0)
+        now_s += gap_s
+    expected_s = [min(FAILED_S_MAX, FAILED_S * 2**index) for index in range(len(flaps))]
+    assert periods_s == pytest.approx(expected_s)
+
+
+@given(
+    st.integers(1, 8), st.lists(st.integers(1, 3 * REGAIN_ROWS), max_size=30), st.integers(0, 10)
+)
+def test_trust_comes_back_by_one_failure_for_so_many_rows_or_so_long(times, rows, waits):
+    book = ExperienceBook()
+    for index in range(times):
+        book.failed(A, index * INCIDENT_S)
+    now_s = times * INCIDENT_S
+    for num_rows in rows:
+        book.served(A, now_s, num_rows)
+    left = max(0, times - sum(rows) // REGAIN_ROWS)
+    assert book.has_failures == (left > 0)
+    now_s += waits * REGAIN_S
+    book.failed(A, now_s)
+    period_s = min(FAILED_S_MAX, FAILED_S * 2 ** max(0, left - waits))
+    assert book._avoid_until_s[A] - now_s == pytest.approx(period_s)
 
 
 def test_a_busy_server_that_still_serves_others_stays_busy():
@@ -53,7 +99,7 @@ def test_a_busy_server_that_still_serves_others_stays_busy():
     book = ExperienceBook()
     book.busy(A, 0.0, 5.0)
     assert not book.has_failures
-    book.served(A)
+    book.served(A, 1.0)
     assert avoided(book, 4.9) == {A}
     assert avoided(book, 5.0) == frozenset()
 

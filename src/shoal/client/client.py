@@ -359,7 +359,7 @@ class Client:
             state.advanced(now_s)
             if self.experience.has_failures:
                 for server in state.servers:
-                    self.experience.served(server)
+                    self.experience.served(server, now_s)
         return answer
 
     def on_broken(self, peer: PeerId, message: Broken) -> None:

@@ -16,6 +16,13 @@ FAILED_S: Final = 30.0
 FAILED_S_MAX: Final = 600.0
 """Never longer than this: machines get repaired."""
 
+REGAIN_ROWS: Final = 128
+"""So many rows, a longer answer, and one failure is forgotten. A single row proves nothing: a
+server that dies every few tokens gives some in between."""
+
+REGAIN_S: Final = 600.0
+"""So long without another failure, and one is forgotten too: as long as one is ever avoided."""
+
 INCIDENT_S: Final = 5.0
 """Failures of a peer that follow each other so soon are one."""
 
@@ -47,6 +54,11 @@ class ExperienceBook:
         self._avoid_until_s: dict[PeerId, float] = {}
         self._failures: dict[PeerId, int] = {}
         self._failed_s: dict[PeerId, float] = {}
+        """When each that is not trusted failed last, or when a failure was last forgotten."""
+        self._rows: dict[PeerId, int] = {}
+        """Rows that came over them since."""
+        self._incident_s: dict[PeerId, float] = {}
+        """When each failed last."""
         self._pairs_until_s: dict[tuple[PeerId, PeerId], float] = {}
         self._rtt_s: dict[PeerId, float] = {}
         self._slowness: dict[PeerId, tuple[float, float]] = {}
@@ -58,9 +70,11 @@ class ExperienceBook:
 
         What all its sessions report of one incident counts once.
         """
-        if now_s - self._failed_s.get(peer, -math.inf) < INCIDENT_S:
+        if now_s - self._incident_s.get(peer, -math.inf) < INCIDENT_S:
             return
-        self._failed_s[peer] = now_s
+        self._forget_old(peer, now_s)
+        self._incident_s[peer] = self._failed_s[peer] = now_s
+        self._rows[peer] = 0
         count = self._failures[peer] = self._failures.get(peer, 0) + 1
         period_s = min(FAILED_S_MAX, FAILED_S * 2.0 ** (count - 1))
         self._avoid_until_s[peer] = now_s + period_s
@@ -70,10 +84,33 @@ class ExperienceBook:
         until_s = max(self._avoid_until_s.get(peer, 0.0), now_s + retry_after_s)
         self._avoid_until_s[peer] = until_s
 
-    def served(self, peer: PeerId) -> None:
-        """The peer did its work: what it did before is forgiven."""
-        if self._failures.pop(peer, None):
+    def served(self, peer: PeerId, now_s: float, num_rows: int = 1) -> None:
+        """The peer did its work: trust comes back with rows, and with time.
+
+        After one failure it is avoided no longer, but the failure counts on for a while; after
+        several the first must be forgotten before.
+        """
+        if peer not in self._failures:
+            return
+        self._forget_old(peer, now_s)
+        self._rows[peer] = self._rows.get(peer, 0) + num_rows
+        while self._rows[peer] >= REGAIN_ROWS and peer in self._failures:
+            self._rows[peer] -= REGAIN_ROWS
+            self._forget_one(peer, now_s)
+        if self._failures.get(peer, 0) <= 1:
             self._avoid_until_s.pop(peer, None)
+
+    def _forget_old(self, peer: PeerId, now_s: float) -> None:
+        """Failures that are long over don't count any more."""
+        while peer in self._failures and now_s - self._failed_s[peer] >= REGAIN_S:
+            self._forget_one(peer, self._failed_s[peer] + REGAIN_S)
+
+    def _forget_one(self, peer: PeerId, now_s: float) -> None:
+        self._failures[peer] -= 1
+        self._failed_s[peer] = now_s
+        if not self._failures[peer]:
+            del self._failures[peer], self._failed_s[peer]
+            self._rows[peer] = 0
 
     def pair_failed(self, sender: PeerId, receiver: PeerId, now_s: float) -> None:
         """Both answer us, but not each other."""

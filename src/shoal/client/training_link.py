@@ -195,6 +195,8 @@ class TrainingLink:
                 failure = error if isinstance(error, ShoalError) else PeerUnreachable("gave up")
                 known.set_exception(failure)
                 raise
+            # The stream may have broken before the call went out: then it came with the next one.
+            self._known.setdefault(name, known)
             known.set_result(None)
         else:
             await asyncio.shield(known)
@@ -269,7 +271,6 @@ class TrainingLink:
             if self._channel is None:
                 self._channel = channel = await self._dial(self.peer, PURPOSE_TRAINING)
                 self.generation += 1
-                self._known.clear()
                 self._tasks.spawn(self._receive(channel), "receive")
                 self._tasks.spawn(self._watch(channel), "watch")
             return self._channel

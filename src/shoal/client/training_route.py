@@ -44,6 +44,15 @@ REFUSED_S: Final = 600.0
 """How long a server that does not train is avoided."""
 
 
+TOO_LARGE_FIX: Final = (
+    "cut batches finer (micro_tokens of TrainConfig), or sequences shorter (shoal finetune "
+    "--max-length)"
+)
+"""What helps whoever gets MessageTooLarge: servers know no options of ours."""
+
+PASS_ROWS: Final = 32
+"""What a pass counts for, in rows of an answer, when trust comes back: several, as it is one."""
+
 REFUSALS_MAX: Final = 3
 """Refusals of one server after which it is clear that nobody else has its blocks."""
 
@@ -145,7 +154,7 @@ class Trouble:
                 That no other server would do better is believed of two, or where there is no other.
         """
         if isinstance(error, TERMINAL) and self._is_believed(lane, stage, error):
-            raise error
+            raise _with_fix(error)
         peer, now_s = stage.peer, asyncio.get_running_loop().time()
         logger.info("training failed peer=%s span=%s reason=%s: %s",
                     short(peer), stage.span, type(error).__name__, error)  # fmt: skip
@@ -190,7 +199,8 @@ class Trouble:
     def passed(self, stage: Stage) -> None:
         """A server did its part."""
         if self._host.experience.has_failures:
-            self._host.experience.served(stage.peer)
+            now_s = asyncio.get_running_loop().time()
+            self._host.experience.served(stage.peer, now_s, PASS_ROWS)
         if self._strikes:
             self._strikes.clear()
             self._retry_s.clear()
@@ -202,3 +212,10 @@ class Trouble:
             self._since_s = now_s
         if now_s - self._since_s > self._host.config.patience_s:
             raise error
+
+
+def _with_fix(error: ShoalError) -> ShoalError:
+    """The same, with what the user can do about it."""
+    if not isinstance(error, MessageTooLarge) or TOO_LARGE_FIX in error.detail:
+        return error
+    return MessageTooLarge(f"{error.detail}; {TOO_LARGE_FIX}")

@@ -261,3 +261,27 @@ def test_an_address_has_so_many_places_in_line():
     assert place == PLACES_PER_ADDRESS + 1
     line.wait(SessionId(b"t" * 16), peer(1001), NOW_S)
     assert len(line) == PLACES_PER_ADDRESS + 2
+
+
+def test_rows_that_wait_are_counted_by_address_too():
+    table = make_table(quotas=Quotas(cache_share=1.0))
+    quotas = Quotas(queue_bytes_per_client=100, queues_per_address=2)
+    intake = Intake(quotas, table.facts, table, 1)
+    hops = [
+        table.open(make_plan(number, owner=bytes([number])), None, NOW_S, None, origin)
+        for number, origin in enumerate([HERE] * 4 + [ELSEWHERE, None], 1)
+    ]
+    for hop in hops:
+        is_taken = intake.takes(hop, 90)
+        assert is_taken == (hop not in hops[2:4])
+        hop.queue_bytes = 90 * is_taken
+    assert intake.overran.is_set()
+    assert intake.reopened() == []
+    hops[0].queue_bytes = 0
+    assert intake.reopened() == hops[2:4]
+    assert intake.takes(hops[2], 90)
+    for hop in hops[:4]:
+        hop.queue_bytes = 0
+        table.close(hop)
+        intake.forget(hop.plan.owner)
+    assert set(intake._queued_at) == {ELSEWHERE}

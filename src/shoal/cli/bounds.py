@@ -19,6 +19,7 @@ from shoal.server.quotas import (
     CACHE_SHARE as CACHE_SHARE,
 )
 from shoal.server.quotas import (
+    QUEUES_PER_ADDRESS,
     SESSIONS_PER_CLIENT,
     STREAMS_PER_ADDRESS,
     STREAMS_PER_PEER,
@@ -136,7 +137,7 @@ TrainingRowsOption = Annotated[
         metavar="N",
         min=1,
         rich_help_panel=PANEL,
-        help="Rows that one training pass may have, and with it the longest sequence: the tokens of "
+        help="Rows that one training pass may have, and with it the longest sequence: tokens of "
         "others wait for one block of so many rows.",
     ),
 ]
@@ -224,6 +225,7 @@ def parse_bounds(
             cache_share=cache_share,
             address_share=address_share,
             streams_per_address=STREAMS_PER_ADDRESS if address_share < 1 else UNBOUNDED,
+            queues_per_address=QUEUES_PER_ADDRESS if address_share < 1 else UNBOUNDED,
         ),
         fair=FairLimits(rows_per_client=client_rows, slowdown_max=slowdown),
         training=_training(training_memory, training_rows, address_share),

@@ -52,6 +52,8 @@ class Intake:
         self._streams_at: Counter[Origin] = Counter()
         self._queued: Counter[PeerId] = Counter()
         """At least the bytes that wait, by owner; counted anew when it looks too much."""
+        self._queued_at: Counter[Origin] = Counter()
+        """The same by address."""
         self._overrun: dict[SessionKey, HopSession] = {}
         """Hops whose rows were dropped."""
         self.overran = asyncio.Event()
@@ -117,8 +119,27 @@ class Intake:
             self._queued[owner] = self._waiting_bytes(owner)
             if self._queued[owner] and self._queued[owner] + num_bytes > limit:
                 return self._drop(hop)
+        if not self._address_takes(hop.origin, num_bytes):
+            return self._drop(hop)
         self._queued[owner] += num_bytes
         return True
+
+    def _address_takes(self, origin: Origin | None, num_bytes: int) -> bool:
+        """Whether clients of an address may have so much more waiting; one alone always may."""
+        if origin is None:
+            return True
+        limit, queued = self._address_limit, self._queued_at
+        if queued[origin] + num_bytes > limit:
+            queued[origin] = sum(hop.queue_bytes for hop in self._sessions if hop.origin == origin)
+        if queued[origin] and queued[origin] + num_bytes > limit:
+            return False
+        queued[origin] += num_bytes
+        return True
+
+    @property
+    def _address_limit(self) -> int:
+        quotas = self._quotas
+        return quotas.queues_per_address * quotas.queue_bytes_per_client
 
     def reopened(self) -> list[HopSession]:
         """Hops whose rows were dropped and that may take rows again now.
@@ -129,14 +150,19 @@ class Intake:
             self.overran.clear()
             return []
         waiting: Counter[PeerId] = Counter()
+        waiting_at: Counter[Origin] = Counter()
         for hop in self._sessions:
             waiting[hop.plan.owner] += hop.queue_bytes
-        self._queued = waiting
+            if hop.origin is not None:
+                waiting_at[hop.origin] += hop.queue_bytes
+        self._queued, self._queued_at = waiting, waiting_at
         free: list[HopSession] = []
         for hop in list(self._overrun.values()):
             if self._sessions.find(hop.key) is not hop:
                 del self._overrun[hop.key]
-            elif self._may_reopen(hop, waiting[hop.plan.owner]):
+            elif self._may_reopen(hop, waiting[hop.plan.owner]) and (
+                hop.origin is None or waiting_at[hop.origin] <= self._address_limit // 2
+            ):
                 del self._overrun[hop.key]
                 hop.is_overrun = False
                 free.append(hop)
@@ -149,6 +175,9 @@ class Intake:
     def forget(self, owner: PeerId) -> None:
         """The owner has no sessions left."""
         self._queued.pop(owner, None)
+        origins = {hop.origin for hop in self._sessions}
+        for origin in self._queued_at.keys() - origins:
+            del self._queued_at[origin]
 
     def _drop(self, hop: HopSession) -> bool:
         logger.info("too many rows wait session=%s", short(hop.plan.session))

@@ -41,6 +41,9 @@ QUEUE_BYTES_PER_CLIENT: Final = 256 << 20
 """Rows of one client that wait here: 256 MiB, four frames of the largest size. Beyond it
 rows are dropped and asked for again later."""
 
+QUEUES_PER_ADDRESS: Final = 4
+"""Clients of one address may have so many clients' rows waiting here, together."""
+
 LOG_BYTES_MAX: Final = 4 << 30
 """Logs of all sessions in host memory: 4 GiB, 260,000 tokens of an 8,192-wide bf16 model.
 Beyond it the clients with most lose the acknowledged part; repair then starts earlier."""
@@ -89,6 +92,7 @@ class Quotas:
     address_share: float = ADDRESS_SHARE
     """Of cache and sessions, for all clients of one address."""
     streams_per_address: int = STREAMS_PER_ADDRESS
+    queues_per_address: int = QUEUES_PER_ADDRESS
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

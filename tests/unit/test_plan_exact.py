@@ -104,9 +104,9 @@ def test_no_time_is_said_to_be_no_time():
         plan_milp(tight(8, 16, 6, 1.3, 0), limit_s=0.0)
 
 
-def test_limited_by_nodes_the_same_plan_comes_out_again():
+def test_limited_by_branches_the_same_plan_comes_out_again():
     problem = tight(8, 12, 6, 2.0, 0)
-    few, again = (plan_milp(problem, limit_s=None, nodes_max=2) for _ in range(2))
+    few, again = (plan_milp(problem, limit_s=None, branches_max=2) for _ in range(2))
     assert few == again
     assert few.gap > 1e-3, "not proven with so few"
     assert few.bound < plan_milp(problem).seconds <= few.seconds

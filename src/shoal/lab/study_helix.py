@@ -27,8 +27,8 @@ MACHINES: Final = (("A100", 4, 12, 6400.0), ("L4", 8, 7, 1400.0), ("T4", 12, 4, 
 PUBLISHED: Final = {"helix": 231.0, "petals": 195.0, "swarm": 109.0}
 """Decode tokens per second by placement in the single cluster, all with Helix' scheduler."""
 
-NODES_MAX: Final = 2_000
-"""Nodes that the solver may search, each of two times: some 10 s, and the same on any machine."""
+BRANCHES_MAX: Final = 2_000
+"""Of the search tree, each of two times: some 10 s, and the same on any machine."""
 
 BOUND: Final = 580.0
 """Rows per second that no placement of these machines exceeds, from an earlier study of ours."""
@@ -72,7 +72,10 @@ def helix(task: Task) -> Report:
     rates = rates_of(problem)
     bound = throughput_bound(problem, rates)
     planned = plan_flow(
-        problem, rates=rates, limit_s=None, nodes_max=NODES_MAX // (20 if task.is_quick else 1)
+        problem,
+        rates=rates,
+        limit_s=None,
+        branches_max=BRANCHES_MAX // (20 if task.is_quick else 1),
     )
     ours = planned.rows_per_s
     joined, settled = [], []

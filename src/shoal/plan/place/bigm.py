@@ -35,7 +35,7 @@ class _Edge:
 
 
 def plan_bigm(
-    problem: Problem, *, limit_s: float | None = LIMIT_S, nodes_max: int | None = None
+    problem: Problem, *, limit_s: float | None = LIMIT_S, branches_max: int | None = None
 ) -> Planned:
     """The placement with the least mean price per token, sessions running to span ends.
 
@@ -47,7 +47,7 @@ def plan_bigm(
     """
     program = _BigM(problem)
     return planned(
-        problem, program.program.solve(limit_s=limit_s, nodes_max=nodes_max), program.spans
+        problem, program.program.solve(limit_s=limit_s, branches_max=branches_max), program.spans
     )
 
 

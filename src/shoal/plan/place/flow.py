@@ -66,15 +66,15 @@ def plan_flow(
     *,
     rates: Rates | None = None,
     limit_s: float | None = LIMIT_S,
-    nodes_max: int | None = None,
+    branches_max: int | None = None,
 ) -> Flowing:
     """The placement with the most rows per second through all blocks.
 
     First by Petals' rule, every server at the length at which it does the most work: that
     is quick and often nearly all that can be had. Then, unless it is, by the solver, first
     with these lengths and then with all, as long as there are not too many different
-    servers. Where its time runs out, what it has found depends on the machine; where its nodes
-    do (`nodes_max` each time), it does not.
+    servers. Where its time runs out, what it has found depends on the machine; where its branches
+    do (`branches_max` each time), it does not.
 
     Servers that the flow does not need join where rows per second are fewest.
 
@@ -94,7 +94,7 @@ def plan_flow(
             problem,
             rates,
             limit_s=None if limit_s is None else limit_s / 2,
-            nodes_max=nodes_max,
+            branches_max=branches_max,
             is_full=is_full,
         )
         if not is_full:
@@ -131,7 +131,7 @@ def _solve(
     rates: Rates,
     *,
     limit_s: float | None,
-    nodes_max: int | None,
+    branches_max: int | None,
     is_full: bool,
 ) -> tuple[Placement | None, float]:
     """What the solver finds within its limits, and its bound."""
@@ -142,7 +142,7 @@ def _solve(
     if sum(lengths) * problem.num_blocks > SOLVED_MAX:
         return None, math.inf
     program = _Classes(problem.num_blocks, {own: len(who) for own, who in classes.items()}, is_full)
-    solution = program.program.solve(limit_s=limit_s, gap=GAP, nodes_max=nodes_max)
+    solution = program.program.solve(limit_s=limit_s, gap=GAP, branches_max=branches_max)
     if not solution.values:
         return None, -solution.bound
     spans: list[Span | None] = [None] * len(problem.servers)

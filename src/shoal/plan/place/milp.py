@@ -60,7 +60,7 @@ def plan_milp(
     *,
     currency: Currency = "token",
     limit_s: float | None = LIMIT_S,
-    nodes_max: int | None = None,
+    branches_max: int | None = None,
 ) -> Planned:
     """The placement with the least mean price over all the workload's sessions.
 
@@ -71,7 +71,7 @@ def plan_milp(
     """
     program = _Windows(problem, currency)
     return planned(
-        problem, program.program.solve(limit_s=limit_s, nodes_max=nodes_max), program.spans
+        problem, program.program.solve(limit_s=limit_s, branches_max=branches_max), program.spans
     )
 
 

@@ -71,12 +71,12 @@ class Program:
         self._row_highs.append(high)
 
     def solve(
-        self, *, limit_s: float | None = None, gap: float = 1e-6, nodes_max: int | None = None
+        self, *, limit_s: float | None = None, gap: float = 1e-6, branches_max: int | None = None
     ) -> Solution:
         """The best solution, or the best within `limit_s` seconds of the machine's clock.
 
-        Or within `nodes_max` nodes of the search: where that ends it, the same comes out on a
-        busy machine as on an idle one.
+        Or within `branches_max` branches of the search tree: where that ends it, the same comes
+        out on a busy machine as on an idle one.
         """
         if not self._costs:
             holds = all(
@@ -87,8 +87,8 @@ class Program:
         options: dict[str, float] = {"mip_rel_gap": gap}
         if limit_s is not None:
             options["time_limit"] = limit_s
-        if nodes_max is not None:
-            options["node_limit"] = nodes_max
+        if branches_max is not None:
+            options["node_limit"] = branches_max
         matrix = csr_array(
             (self._data, self._columns, self._starts),
             shape=(len(self._row_lows), len(self._costs)),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from math import hypot
 from pathlib import Path
@@ -197,17 +198,28 @@ def run(rule: str, count: int, seed: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def all_lives(
+    count: int, seeds: Sequence[int], processes: int | None
+) -> dict[str, list[dict[str, float]]]:
+    """Every world's life by rule, as many at once as there are processes."""
+    with ProcessPoolExecutor(processes) as pool:
+        jobs = {rule: [pool.submit(run, rule, count, seed) for seed in seeds] for rule in RULES}
+        return {rule: [job.result() for job in own] for rule, own in jobs.items()}
+
+
 def main() -> None:
     """Print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="20 servers, 2 seeds")
+    parser.add_argument("--servers", type=int, nargs="+", default=(20, 30, 50), help="at the start")
+    parser.add_argument("--processes", type=int, help="default: one per core")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     seeds = range(100, 102 if options.quick else 120)
     rows: list[dict[str, Any]] = []
-    for count in (20,) if options.quick else (20, 30, 50):
-        lives = {rule: [run(rule, count, seed) for seed in seeds] for rule in RULES}
+    for count in (20,) if options.quick else options.servers:
+        lives = all_lives(count, seeds, options.processes)
         for rule, found in lives.items():
             gains = sorted(
                 base["step_ms"] / one["step_ms"]

@@ -3,7 +3,8 @@
 Samples go round a ring of two nodes, each on a core of its own; embedding, head and sampling run
 in this process, on the first node's core, as on a starter that has blocks. Beside it one process
 on one core with the same engine: a sample after the other (MDI-LLM's way on one node), and all
-samples in one batch. Tokens/s of all samples together while all decode.
+samples in one batch. Tokens/s of all samples together while all decode. Blocks are dealt out by
+what one process measured, the head counted as work of the first node; slots are chosen by trials.
 """
 
 from __future__ import annotations
@@ -15,37 +16,45 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import torch
 
-from model_servers import Server, connected
-from random_model import SHAPES, saved_folder, saved_source
+from core_share import boards
+from random_model import saved_folder, saved_source
 from report import RESULTS, environment, publish
 from ring_alone import PROMPT
+from ring_parts import Case, client_of, model_of, split_of, started
+from ring_size import SPLITS, memory_of
 from rounds import Rounds, Way, take_rounds
-from shoal.base.spans import Span
 from shoal.client.client import Client
 from shoal.hf.generation import Token
-from shoal.hf.head import Head, load_head
-from shoal.hf.head_batch import HeadBatch, find_head_tiles
+from shoal.hf.head import load_head
 from shoal.hf.ring import Ring, RingChoice, RingModel, RingReader, RingSample, open_ring
 from shoal.hf.sampling import Sampler
+from shoal.model.quantize import Quantization, quantization
 from workers import Worker, working
 
-SPLITS: Final = {"304m": (5, 7), "1.1b": (10, 12), "small": (3, 5)}
-"""Blocks of the two nodes: those that MDI-LLM's table gives for these models, and about what the
-head, which weighs a block and a half, asks for."""
+ONE_BY_ONE: Final = "1 node, one by one"
+ONE_BATCH: Final = "1 node, one batch"
+RING: Final = "2 nodes, ring"
 
 SAMPLES: Final = (1, 2, 4, 12)
+QUICK_SAMPLES: Final = (1, 2)
+LARGE_KINDS: Final[tuple[Quantization, ...]] = ("none", "int4")
+"""Of the 1.1B shape, unless asked for: as stored, where a pass reads weights and does little else,
+and where it computes. Both cores share one memory."""
+
 SETTLE: Final = 2
 ROUND_S: Final = 1.5
 """About how long the clock runs in a round."""
 
 QUICK_ROUND_S: Final = 0.3
+
+TRIALS: Final = 2.5
+"""A ring finds its number of slots in as many rounds' tokens, before any round."""
 
 LOOKS: Final = 0.6
 """Nodes are looked at twice while all decode: so much of a round apart."""
@@ -117,7 +126,8 @@ class RingWay:
         except TimeoutError:
             is_within = True
         after = [await node.ask("look") for node in self.nodes]
-        await running
+        if failed := await running:
+            raise next(iter(failed.values()))
         if is_within:
             self.bubbles.append([
                 1 - (late["busy_s"] - early["busy_s"]) / (late["at_s"] - early["at_s"])
@@ -132,159 +142,140 @@ class RingWay:
         return ", ".join(f"{median(one):.0%}" for one in zip(*self.bubbles, strict=True))
 
 
-def tokens_for(shape: str, way: str, samples: int, round_s: float) -> int:
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of the table."""
+
+    way: str
+    samples: int
+    slots: int | None = None
+    """Of a ring; None: chosen."""
+
+    @property
+    def key(self) -> str:
+        """Names its rounds."""
+        return f"{self.name}/{self.samples}"
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return self.way if self.slots is None else f"{self.way}, {self.slots} slots"
+
+
+def lines_of(samples: Sequence[int]) -> list[Line]:
+    """Rows for these numbers of samples; with two, the pipeline alone as well."""
+    lines = []
+    for count in samples:
+        lines += [Line(way, count) for way in (ONE_BY_ONE, ONE_BATCH, RING)]
+        if count == 2:
+            lines.append(Line(RING, count, 2))
+    return lines
+
+
+def tokens_for(case: Case, line: Line, round_s: float) -> int:
     """Tokens of each sample that last so long where a core reads 20 GB/s."""
-    token_s = {"304m": 0.03, "1.1b": 0.1, "small": 0.01}[shape]
-    if way == "one by one":
-        return max(3, int(round_s / token_s / samples))
+    token_s = {"304m": 0.03, "1.1b": 0.09, "small": 0.01}[case.shape] / case.core_share
+    if line.way == ONE_BY_ONE:
+        return max(3, int(round_s / token_s / line.samples))
     return max(8, int(round_s / token_s))
 
 
-def started(shape: str, spans: Sequence[Span], stack: ExitStack, cores: int) -> list[Worker]:
-    """A node for each span, on cores in turn."""
-    return [
-        stack.enter_context(
-            working("ring_node.py", shape, f"{span.start}:{span.end}", str(index % cores),
-                    threads=1)
-        )
-        for index, span in enumerate(spans)
-    ]  # fmt: skip
-
-
-def spans_of(splits: Sequence[int]) -> list[Span]:
-    """One after the other, from block 0."""
-    borders = [sum(splits[:index]) for index in range(len(splits) + 1)]
-    return [Span(start, end) for start, end in pairwise(borders)]
-
-
-async def client_of(
-    shape: str, nodes: Sequence[Worker], spans: Sequence[Span], stack: AsyncExitStack
-) -> Client:
-    """A client of these nodes."""
-    servers = [
-        Server(record=await node.ask("record"), pid=node.pid, span=span)
-        for node, span in zip(nodes, spans, strict=True)
-    ]
-    return await stack.enter_async_context(connected(shape, servers))
-
-
-def model_of(head: Head) -> RingModel:
-    """The head of the samples; no token ends one."""
-    return RingModel(head=head, batch=HeadBatch(head, find_head_tiles(head)), encoding="bfloat16")
-
-
 async def measured(
-    shape: str, samples: Sequence[int], wanted: int, round_s: float
+    case: Case, samples: Sequence[int], wanted: int, round_s: float
 ) -> tuple[list[dict[str, object]], dict[str, Any]]:
     """Rows of the table, and all rounds."""
-    spans, model = (
-        spans_of(SPLITS[shape]),
-        model_of(load_head(saved_source(shape), dtype="bfloat16")),
-    )
-    with ExitStack() as processes:
-        nodes = started(shape, spans, processes, 2)
-        alone = processes.enter_context(working("ring_alone.py", shape, "0", threads=1))
+    lines = lines_of(samples)
+    model = model_of(load_head(saved_source(case.shape), dtype="bfloat16"))
+    with boards(case.core_share) as join, ExitStack() as processes:
+        alone = processes.enter_context(
+            working("ring_alone.py", case.shape, case.quantize, "0", threads=1)
+        )
+        spans = split_of(case, 2, await alone.ask("times"))
+        nodes = started(case, spans, processes, 2)
+        for pid, board in ((alone.pid, "alone"), (os.getpid(), "node0"), (nodes[0].pid, "node0"),
+                           (nodes[1].pid, "node1")):  # fmt: skip
+            join(pid, board)
+        workers = {f"node {i}": node.pid for i, node in enumerate(nodes)}
+        workers["starter"] = os.getpid()
         async with AsyncExitStack() as stack:
-            client = await client_of(shape, nodes, spans, stack)
-            ways: dict[str, Way] = {}
+            client = await client_of(case.shape, nodes, spans, stack)
             rings: dict[str, RingWay] = {}
-            workers = {f"node {i}": node.pid for i, node in enumerate(nodes)}
-            workers["starter"] = os.getpid()
-            for count in samples:
-                for way in ("one by one", "one batch"):
-                    request = {"way": way, "samples": count,
-                               "rounds": tokens_for(shape, way, count, round_s)}  # fmt: skip
-                    ways[f"1 node, {way}/{count}"] = Way(
-                        workers={"alone": alone.pid},
-                        measure=lambda request=request: alone.ask(request),  # type: ignore[misc]
-                    )
-                sample = RingSample(prompt_ids=PROMPT, max_new_tokens=64, sampler=Sampler())
-                ring = await open_ring(client, model, RingChoice(), [sample] * count)
-                tokens = SETTLE + tokens_for(shape, "ring", count, round_s)
-                one = RingWay(
-                    ring=ring, nodes=nodes, samples=count, tokens_each=tokens, round_s=round_s
+            ways: dict[str, Way] = {}
+            for line in lines:
+                if line.way == RING:
+                    one = await ring_way(client, model, nodes, case, line, round_s)
+                    rings[line.key] = one
+                    ways[line.key] = Way(workers=workers, measure=one.measure)
+                    continue
+                request = {"way": line.way.partition(", ")[2], "samples": line.samples,
+                           "rounds": tokens_for(case, line, round_s)}  # fmt: skip
+                ways[line.key] = Way(
+                    workers={"alone": alone.pid},
+                    measure=lambda request=request: alone.ask(request),  # type: ignore[misc]
                 )
-                rings[f"2 nodes, ring/{count}"] = one
-                ways[f"2 nodes, ring/{count}"] = Way(workers=workers, measure=one.measure)
             rounds = await take_rounds(ways, wanted)
-    return table_of(shape, samples, rounds, rings), {
-        f"{shape}, {name}": taken.details() for name, taken in rounds.items()
+    split = "+".join(str(len(span)) for span in spans)
+    return [row_of(case, line, rounds, rings.get(line.key), split) for line in lines], {
+        f"{case.name}, {name}": taken.details() for name, taken in rounds.items()
     }
 
 
-def table_of(
-    shape: str, samples: Sequence[int], rounds: dict[str, Rounds], rings: dict[str, RingWay]
-) -> list[dict[str, object]]:
-    """One row for each way and number of samples."""
-    rows: list[dict[str, object]] = []
-    for count in samples:
-        for way in ("1 node, one by one", "1 node, one batch", "2 nodes, ring"):
-            taken = rounds[f"{way}/{count}"]
-            ring = rings.get(f"{way}/{count}")
-            rows.append({
-                "source": "measured", "shape": shape, "way": way, "samples": count,
-                "tokens_per_s": taken.median,
-                "by_one_by_one": taken.over(rounds[f"1 node, one by one/{count}"]),
-                "by_one_batch": taken.over(rounds[f"1 node, one batch/{count}"]),
-                "slots": ring.slots if ring else "-",
-                "bubble": ring.bubble() if ring else "-",
-                **taken.cells(),
-            })  # fmt: skip
-    return rows
+async def ring_way(
+    client: Client,
+    model: RingModel,
+    nodes: Sequence[Worker],
+    case: Case,
+    line: Line,
+    round_s: float,
+) -> RingWay:
+    """A ring that has found its number of slots."""
+    tokens = SETTLE + tokens_for(case, line, round_s)
+    sample = RingSample(prompt_ids=PROMPT, max_new_tokens=int(tokens * TRIALS), sampler=Sampler())
+    ring = await open_ring(client, model, RingChoice(slots=line.slots), [sample] * line.samples)
+    if line.slots is None and line.samples > 1:
+        await ring.run([sample] * line.samples, RingReader())
+    return RingWay(
+        ring=ring, nodes=nodes, samples=line.samples, tokens_each=tokens, round_s=round_s
+    )
+
+
+def row_of(
+    case: Case, line: Line, rounds: dict[str, Rounds], ring: RingWay | None, split: str
+) -> dict[str, object]:
+    """Of the table."""
+    taken = rounds[line.key]
+    return {
+        "source": "measured", "model": case.name, "way": line.name, "samples": line.samples,
+        "tokens_per_s": taken.median,
+        "by_one_by_one": taken.over(rounds[Line(ONE_BY_ONE, line.samples).key]),
+        "by_one_batch": taken.over(rounds[Line(ONE_BATCH, line.samples).key]),
+        "split": split if ring else "-",
+        "slots": ring.slots if ring else "-",
+        "bubble": ring.bubble() if ring else "-",
+        **taken.cells(),
+    }  # fmt: skip
 
 
 def published() -> list[dict[str, object]]:
     """What MDI-LLM printed, in the same columns."""
     return [
-        {"source": "published", "shape": "304m", "way": f"MDI-LLM, {nodes}", "samples": 3,
+        {"source": "published", "model": "304m", "way": f"MDI-LLM, {nodes}", "samples": 3,
          "tokens_per_s": speed, "by_one_by_one": speed / PUBLISHED[0][1], "by_one_batch": "-",
-         "slots": 3, "bubble": "-", "rounds": "-", "dropped": "-"}
+         "split": "-", "slots": 3, "bubble": "-", "rounds": "-", "dropped": "-"}
         for nodes, speed in PUBLISHED
     ]  # fmt: skip
 
 
-# --- memory ------------------------------------------------------------------------------
-
-
-def computed_mb(shape: str, blocks: int, samples: int, tokens: int) -> tuple[float, float]:
-    """Weights, and keys and values in pages of 32 positions, of a node; bfloat16."""
-    sizes = SHAPES[shape]
-    width, wide = sizes["hidden_size"], sizes["intermediate_size"]
-    kv = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-    weights = 2 * width * width + 2 * width * kv + 3 * width * wide + 2 * width
-    pages = -(-tokens // 32) * 32
-    return 2 * blocks * weights / 1e6, 2 * blocks * samples * pages * 2 * kv / 1e6
-
-
-async def memory_of(shape: str, splits: Sequence[int]) -> list[dict[str, object]]:
-    """What each node of a ring takes, by samples; measured beside computed."""
-    spans, rows = spans_of(splits), []
-    model = model_of(load_head(saved_source(shape), dtype="bfloat16"))
-    tokens = 248
-    with ExitStack() as processes:
-        nodes = started(shape, spans, processes, 2)
-        async with AsyncExitStack() as stack:
-            client = await client_of(shape, nodes, spans, stack)
-            for samples in (len(splits), 4 * len(splits)):
-                sample = RingSample(
-                    prompt_ids=PROMPT * 29, max_new_tokens=tokens - 29 * len(PROMPT),
-                    sampler=Sampler(),
-                )  # fmt: skip
-                ring = await open_ring(client, model, RingChoice(), [sample] * samples)
-                await ring.run([sample] * samples, RingReader())
-                for index, node in enumerate(nodes):
-                    look = await node.ask("look")
-                    weights, cache = computed_mb(shape, splits[index], samples, tokens)
-                    rows.append({
-                        "shape": shape, "nodes": len(splits), "samples": samples, "node": index,
-                        "blocks": splits[index], "weights_mb": weights, "cache_mb": cache,
-                        "process_mb": look["empty_bytes"] / 1e6,
-                        "computed_mb": weights + cache + look["empty_bytes"] / 1e6,
-                        "peak_mb": look["peak_bytes"] / 1e6,
-                        "over_mb": (look["peak_bytes"] - look["empty_bytes"]) / 1e6
-                        - weights - cache,
-                    })  # fmt: skip
-    return rows
+def cases_of(options: argparse.Namespace) -> list[tuple[Case, Sequence[int]]]:
+    """What to measure, with how many samples."""
+    if options.quick:
+        return [(Case("small"), options.samples or QUICK_SAMPLES)]
+    if options.shape or options.quantize or options.core_share < 1.0:
+        kind = quantization(options.quantize or "none")
+        case = Case(options.shape or "304m", kind, options.core_share)
+        return [(case, options.samples or SAMPLES)]
+    large = [(Case("1.1b", kind), options.samples or (2,)) for kind in LARGE_KINDS]
+    return [(Case("304m"), options.samples or SAMPLES), *large]
 
 
 def main() -> None:
@@ -292,33 +283,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the small shape only, 1 round")
     parser.add_argument("--shape", choices=sorted(SPLITS), help="only this one")
-    parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="how many")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), help="of blocks' weights")
+    parser.add_argument("--core-share", type=float, default=1.0, help="each node's (root)")
+    parser.add_argument("--samples", type=int, nargs="+", help="how many")
     parser.add_argument("--rounds", type=int, default=2, help="of each way that count")
     parser.add_argument("--only", choices=("speed", "memory"), help="leave the other out")
+    parser.add_argument("--name", default="ring", help="of the result's files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
-    parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = environment()
     os.sched_setaffinity(0, {0})  # the starter's core; workers choose their own
-    shapes = [options.shape] if options.shape else ["small"] if options.quick else ["304m", "1.1b"]
-    for shape in shapes:
-        saved_folder(shape)
+    cases = cases_of(options)
+    for case, _ in cases:
+        saved_folder(case.shape)
     began = time.perf_counter()
     rows: list[dict[str, object]] = []
     details: dict[str, Any] = {}
     if options.only != "memory":
-        for shape in shapes:
-            wanted, round_s = (1, QUICK_ROUND_S) if options.quick else (options.rounds, ROUND_S)
-            found, rounds = asyncio.run(measured(shape, options.samples, wanted, round_s))
+        wanted, round_s = (1, QUICK_ROUND_S) if options.quick else (options.rounds, ROUND_S)
+        for case, samples in cases:
+            found, rounds = asyncio.run(measured(case, samples, wanted, round_s))
             rows += found
             details |= rounds
-        publish("ring", [*rows, *published()], facts, details, options.out)
+        publish(options.name, [*rows, *published()], facts, details, options.out)
     if options.only != "speed":
-        splits = {"small": ((3, 5),)}.get(shapes[0], ((12,), (5, 7), (2, 5, 5)))
-        memory = [row for one in splits for row in asyncio.run(memory_of(shapes[0], one))]
+        shape = cases[0][0].shape
+        memory = [row for one in SPLITS[shape] for row in asyncio.run(memory_of(shape, one))]
         print()
-        publish("ring_memory", memory, facts, None, options.out)
+        publish(f"{options.name}_memory", memory, facts, None, options.out)
     print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

@@ -1,8 +1,9 @@
-"""All blocks and the head in one process on one core: `python ring_alone.py SHAPE CORE`.
+"""All blocks and the head in one process on one core: `python ring_alone.py SHAPE QUANTIZE CORE`.
 
 A worker (see workers.py): {"way", "samples", "rounds"} is answered with tokens per second. Way
 `one by one` takes a sample after the other, as MDI-LLM's single node does; `one batch` takes all
 in one pass. No network, no session protocol: the same engine and head as a node's and a client's.
+"times" is answered with what a block and the head take: two nodes are split by it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from random_model import saved_source
 from shoal.base.backend import BlockBackend, Call, SequenceId
 from shoal.base.spans import Span
-from shoal.cli.ring_memory import process_memory
 from shoal.hf.head import Head, load_head
 from shoal.hf.head_batch import HeadBatch, find_head_tiles
+from shoal.hf.ring_times import measure_head
 from shoal.model.families import num_blocks
+from shoal.model.measure import measure_block_times
+from shoal.model.quantize import Quantization, quantization
 from shoal.model.torch_backend import BackendConfig, load_backend
 from workers import answer, requests
 
@@ -93,23 +96,28 @@ class Alone:
         return int(torch.argmax(await self._batch.logits(row, "bfloat16")))
 
 
-async def main(shape: str) -> None:
+async def main(shape: str, quantize: Quantization) -> None:
     """Until stdin ends."""
-    empty_bytes = process_memory().resident
     source = saved_source(shape)
-    config = BackendConfig(model=shape, dtype="bfloat16", cache_tokens=CACHE_TOKENS)
+    config = BackendConfig(
+        model=shape, dtype="bfloat16", quantize=quantize, cache_tokens=CACHE_TOKENS
+    )
     backend = load_backend(source, Span(0, num_blocks(source.config)), config)
-    alone = Alone(backend, load_head(source, dtype="bfloat16"))
+    head = load_head(source, dtype="bfloat16")
+    alone = Alone(backend, head)
     async for request in requests():
-        if request == "memory":
-            now = process_memory()
-            answer({"empty_bytes": empty_bytes, "peak_bytes": now.peak})
+        if request == "times":
+            times = await measure_block_times(backend)
+            taken = await measure_head(
+                HeadBatch(head, find_head_tiles(head)), head, "bfloat16", rows_max=1
+            )
+            answer({"decode_s_by_batch": times.decode_s_by_batch, "head_s": taken.at(1)})
         else:
             answer(await alone.speed(request["way"], request["samples"], request["rounds"]))
     await backend.aclose()
 
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {int(sys.argv[2])})
+    os.sched_setaffinity(0, {int(sys.argv[3])})
     torch.set_num_threads(1)
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(sys.argv[1], quantization(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""One node of a ring on a core of its own: `python ring_node.py SHAPE START:END CORE`.
+"""One node of a ring on a core of its own: `python ring_node.py SHAPE QUANTIZE START:END CORE`.
 
 A worker (see workers.py). The first request is answered with its record; any other one with what
 it has done and what memory it takes.
@@ -20,6 +20,7 @@ from shoal.base.spans import Span, parse_span
 from shoal.cli.ring_memory import process_memory
 from shoal.discovery.static import StaticDirectory
 from shoal.model.measure import measure_block_times
+from shoal.model.quantize import Quantization, quantization
 from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen
 from shoal.net.identity import Identity
@@ -33,11 +34,13 @@ from workers import answer, requests
 CACHE_TOKENS = 1 << 14
 
 
-async def serve(shape: str, span: Span) -> None:
+async def serve(shape: str, quantize: Quantization, span: Span) -> None:
     """Until stdin ends."""
     sys.setswitchinterval(0.0005)
     empty_bytes = process_memory().resident
-    config = BackendConfig(model=shape, dtype="bfloat16", cache_tokens=CACHE_TOKENS)
+    config = BackendConfig(
+        model=shape, dtype="bfloat16", quantize=quantize, cache_tokens=CACHE_TOKENS
+    )
     backend = load_backend(saved_source(shape), span, config)
     loaded_bytes = process_memory().resident
     times = await measure_block_times(backend)
@@ -69,6 +72,6 @@ async def serve(shape: str, span: Span) -> None:
 
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {int(sys.argv[3])})
+    os.sched_setaffinity(0, {int(sys.argv[4])})
     torch.set_num_threads(1)
-    asyncio.run(serve(sys.argv[1], parse_span(sys.argv[2])))
+    asyncio.run(serve(sys.argv[1], quantization(sys.argv[2]), parse_span(sys.argv[3])))

@@ -237,6 +237,9 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         stack.push_async_callback(_drain, server, heads, announcer, settings.drain_s)
         if heads is not None:
             stack.callback(heads.leave)
+        # Round trips were measured while blocks loaded: who comes has a place from its first record.
+        place = here.directory.gossiper.coordinate
+        announcer.restate(replace(announcer.announcement, coordinate=place))
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={here.addresses[0]} blocks={facts.span}", flush=True)

@@ -1,15 +1,17 @@
 """Thin clients: a head server's death is a pause, and never another text."""
 
 import asyncio
+import random
 from contextlib import aclosing
 
 import pytest
 
-from shoal.base.errors import BadInput, NoRouteError, SessionClosed
+from shoal.base.errors import BadInput, NoRouteError, PeerError, SessionClosed
 from shoal.base.head import Choosing
 from shoal.client import head_stream
 from shoal.client.head_service import HeadLimits
 from shoal.client.thin_session import Wish
+from shoal.lab.toy_adapters import toy_adapter
 from shoal.net.address import parse_address
 from shoal.net.channel import PURPOSE_HEAD, open_channel
 from shoal.wire.head import AskTokens, CallShape, Options, StopTokens
@@ -392,3 +394,65 @@ async def test_a_session_at_rest_too_long_is_sent_again(it):
     assert await ask(other, 5, prompt=(3,)) == second
     assert session.recoveries == ()
     other.close()
+
+
+ADAPTED = toy_adapter(random.Random(7), 4)
+
+
+def knows_adapter(it, head):
+    """The head server's client brings the adapter wherever it is missing."""
+    it.servers[head].heads.open_session.__self__.adapters.add(ADAPTED)
+    return ADAPTED.manifest.name
+
+
+@thin()
+async def test_an_adapter_is_that_of_all_heads(it):
+    for head in HEADS:
+        name = knows_adapter(it, head)
+    client = await it.swarm.open_thin_client()
+    plain = await text(it)
+    async with await client.open_session(name) as session:
+        session.append(PROMPT)
+        await session.read()
+        child = await session.fork()
+        await child.read()
+        whole = await ask(session, 30, prompt=())
+        assert await ask(child, 30, prompt=()) == whole
+        child.close()
+    assert whole != plain
+
+    async def lose(count):
+        if count == 5:
+            await head_of(it, other).crash()
+
+    async with await client.open_session(name) as other:
+        assert await ask(other, 30, at=lose) == whole
+        assert len(other.recoveries) == 1
+
+
+@thin("a 0:4, h 0:4", {"h": "toy"})
+async def test_a_session_keeps_its_adapter(it):
+    name = knows_adapter(it, "h")
+    channel = await stranger(it)
+    codes = []
+    for call, adapter in ((1, b""), (2, name)):
+        start = 0 if call == 1 else 2
+        await channel.send(question(call, 1, start, adapter=adapter), IDS)
+        while True:
+            answer, _ = await channel.receive()
+            if getattr(answer, "call", None) == call:
+                break
+        codes.append(getattr(answer, "code", "given"))
+    assert codes == ["given", "bad_input"]
+
+
+@thin("a 0:4, h 0:4", {"h": "toy"})
+async def test_a_head_that_leaves_an_adapter_out_is_left(it):
+    """As an older one would, which does not know the word."""
+    service = it.servers["h"].heads
+    whole = service.open_session
+    service.open_session = lambda encoding, **more: whole(encoding)
+    client = await it.swarm.open_thin_client(patience_s=8.0)
+    async with await client.open_session(ADAPTED.manifest.name) as session:
+        with pytest.raises((BadInput, PeerError)):
+            await ask(session, 3)

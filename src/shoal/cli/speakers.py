@@ -106,12 +106,13 @@ class ChainSpeaker:
 class ThinSpeaker:
     """Asks servers with a head. A `Speaker`."""
 
-    def __init__(self, client: ThinClient) -> None:
+    def __init__(self, client: ThinClient, adapter: bytes = b"") -> None:
         self._client = client
+        self._adapter = adapter
 
     async def open_session(self) -> SpokenSession:
         """A session at a head server."""
-        return await self._client.open_session()
+        return await self._client.open_session(self._adapter)
 
     def tokens(
         self,

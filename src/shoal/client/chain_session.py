@@ -57,6 +57,11 @@ class ChainSession:
         return self._state.encoding
 
     @property
+    def adapter(self) -> bytes:
+        """Name of the adapter that its rows go through; empty: none."""
+        return self._state.adapter
+
+    @property
     def length(self) -> int:
         """Positions appended so far."""
         return self._state.length

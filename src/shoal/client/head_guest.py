@@ -199,10 +199,14 @@ class Guest:
             logger.exception("head failed guest=%s", short(self.peer))
             await self._fail(one, ask, InternalError("the head failed; its log says more"))
         finally:
+            if one.chain is not None:
+                self._service.waves.leave(one.chain.id)
             one.call, one.num_expected = None, len(one.ids)
 
     async def _fail(self, one: HeldSequence, ask: AskTokens, error: ShoalError) -> None:
         logger.info("answer failed guest=%s reason=%s", short(self.peer), error)
+        if one.chain is not None:
+            self._service.waves.leave(one.chain.id)
         one.close()
         if self.sessions.get(ask.session) is one:
             del self.sessions[ask.session]
@@ -227,6 +231,7 @@ class Guest:
         turn = head.begin(
             from_options(ask.options), one.ids[: ask.answer_start], one.ids[ask.answer_start :]
         )
+        waves = self._service.waves
         for left in range(ask.count - 1, -1, -1):
             chosen = await turn.choose(one.row, chain.encoding, chain.length, allowed)
             is_last = left == 0 or chosen.id in ask.end_ids
@@ -239,7 +244,10 @@ class Guest:
             log.append([chosen.id])
             one.ids.append(chosen.id)
             one.row = None
+            if not waves.may_leave(chain):
+                await waves.turn(chain)
             one.row = await chain.step(log.rows, 1)
+            waves.came(chain.id)
             one.used_s = self._clock()
 
     async def _ready(self, one: HeldSequence, ask: AskTokens) -> ChainSession:
@@ -252,11 +260,15 @@ class Guest:
         elif one.chain is None:
             inner = self._service.compressed if ask.is_compressed else None
             encoding = ask.encoding or self._service.head.facts.encoding
-            one.chain = await self._service.open_session(encoding, inner_encoding=inner)
+            one.chain = await self._service.open_session(
+                encoding, inner_encoding=inner, adapter=ask.adapter
+            )
         elif ask.start < len(one.ids):
             one.chain.truncate(ask.start)
             del one.ids[ask.start :]
             one.row = None
+        if one.chain.adapter != ask.adapter:
+            raise BadInput("a session keeps the adapter that it began with: begin another one")
         return one.chain
 
     async def _read(

@@ -24,6 +24,7 @@ from shoal.base.head import HeadBackend
 from shoal.base.ids import PeerId, short
 from shoal.client.chain_session import ChainSession
 from shoal.client.head_guest import BUSY_RETRY_S, Guest
+from shoal.client.waves import Waves
 from shoal.net.channel import Channel
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ class OpenSession(Protocol):
     """How sessions along the chain begin: see `shoal.client.client.Client.open_session`."""
 
     def __call__(
-        self, encoding: str, *, inner_encoding: str | None = None
+        self, encoding: str, *, inner_encoding: str | None = None, adapter: bytes = b""
     ) -> Awaitable[ChainSession]:
-        """A session over all blocks."""
+        """A session over all blocks, through the adapter of this name."""
 
 
 class HeadService:
@@ -80,6 +81,7 @@ class HeadService:
         self.open_session = open_session
         self.limits = limits or HeadLimits()
         self.compressed = compressed
+        self.waves = Waves()
         self._streams: Counter[PeerId] = Counter()
         self._guests: set[Guest] = set()
         self.is_leaving = False

@@ -193,6 +193,7 @@ def told_chain(
             ToldMove(one.position, list(one.left), list(one.entered), one.reason, one.prepared_s)
             for one in moves[-TOLD_MAX:]
         ],
+        session.adapter,
     )  # fmt: skip
 
 

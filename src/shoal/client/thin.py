@@ -108,13 +108,15 @@ class ThinClient:
         self.rng.shuffle(found)
         return found
 
-    async def open_session(self) -> ThinSession:
+    async def open_session(self, adapter: bytes = b"") -> ThinSession:
         """A session without tokens; nothing is sent yet.
+
+        `adapter` names a LoRA adapter that servers of all blocks have.
 
         Raises:
             NoRouteError: no server has a head.
         """
-        session = ThinSession(self, self.rng.randbytes(16))
+        session = ThinSession(self, self.rng.randbytes(16), adapter)
         if not self.offers():
             await self._wait_for_offers(session.id)
         self._sessions[session.id] = session

@@ -13,6 +13,7 @@ from shoal.base.errors import (
     ConfigError,
     ModelError,
     NoRouteError,
+    PeerMisbehaved,
     SessionClosed,
     SessionLost,
     SessionTooLong,
@@ -91,8 +92,10 @@ class ThinSession:
     A failure of head servers, as of any others, is repaired below `tokens`; it just takes longer.
     """
 
-    def __init__(self, client: ThinClient, identifier: bytes) -> None:
+    def __init__(self, client: ThinClient, identifier: bytes, adapter: bytes = b"") -> None:
         self.id = SessionId(identifier)
+        self.adapter = adapter
+        """Name of the adapter that its rows go through; empty: none."""
         self.chain: tuple[Stage, ...] = ()
         """Who runs which blocks now, as the head server says."""
         self.numerics = NUMERICS[0]
@@ -172,7 +175,7 @@ class ThinSession:
         """A second session with our first `length` positions (default: all)."""
         self._check_open()
         length = len(self._ids) if length is None else length
-        child = ThinSession(self._client, self._client.rng.randbytes(16))
+        child = ThinSession(self._client, self._client.rng.randbytes(16), self.adapter)
         child._ids, child._stretches = list(self._ids), list(self._stretches)
         child._has_row = self._has_row
         child.truncate(length)
@@ -298,6 +301,7 @@ class ThinSession:
                 encoding=config.encoding,
                 is_compressed=config.is_compressed,
                 parent=place.parent,
+                adapter=self.adapter,
             )
 
         return make, payload
@@ -416,6 +420,8 @@ class ThinSession:
     def _told(self, told: ToldChain) -> None:
         """What the head server says of its chain."""
         stages = read_stages(told)
+        if told.adapter != self.adapter:
+            raise PeerMisbehaved("leaves the adapter out that it was asked for: is it older?")
         servers = {server.peer: server for server in self._client.view().servers}
         classes: dict[int, str] = {}
         is_exact = True

@@ -13,7 +13,16 @@ import msgspec
 
 from shoal.base.head import BEST_MAX
 from shoal.base.limits import HOPS_MAX, SESSION_TOKENS_MAX
-from shoal.wire.fields import Block, Count, Name, Peer, Position, Seconds, WireMessage
+from shoal.wire.fields import (
+    Block,
+    Count,
+    Name,
+    OptionalContent,
+    Peer,
+    Position,
+    Seconds,
+    WireMessage,
+)
 
 TOKEN_BYTES = 4
 """Bytes of a token in a payload: u32, little-endian."""
@@ -107,6 +116,8 @@ class AskTokens(WireMessage, tag=70, frozen=True):
     """Of the rows along the chain, when the session begins; empty: the head's own."""
     is_compressed: bool = False
     parent: Count | None = None
+    adapter: OptionalContent = b""
+    """Name of the LoRA adapter of the session, which the chain's servers must have."""
 
 
 class GivenToken(WireMessage, frozen=True):
@@ -154,6 +165,8 @@ class ToldChain(WireMessage, frozen=True):
     numerics: Annotated[str, msgspec.Meta(max_length=16)]
     repairs: Annotated[list[ToldRepair], msgspec.Meta(max_length=TOLD_MAX)]
     moves: Annotated[list[ToldMove], msgspec.Meta(max_length=TOLD_MAX)]
+    adapter: OptionalContent = b""
+    """That of the session. Who asked for one and is not told it, gets it left out."""
 
 
 class Given(WireMessage, tag=71, frozen=True):

@@ -136,7 +136,7 @@ async def _run(settings: GatewaySettings) -> None:
                 on_progress=partial(show, "probing the head"),
             )
             app = await stack.enter_async_context(open_gateway(backing, config, wall_clock, extras))
-        url = await stack.enter_async_context(serving(app, settings.listening))
+        url = await stack.enter_async_context(serving(app, settings.listening, extras.closing))
         if settings.listening.certificate is None and not is_loopback(host):
             logger.warning(
                 "texts and keys travel in the clear: add --tls-certificate and --tls-key"

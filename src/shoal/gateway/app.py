@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from shoal.gateway import meter as metering
 from shoal.gateway.answering import token_text
 from shoal.gateway.bodies import ChatBody, CompletionBody, Sampling, read_body
 from shoal.gateway.chat import ChatForm, ChatStream, ChatWhole
+from shoal.gateway.closing import Closing
 from shoal.gateway.completions import CompletionForm, CompletionStream, CompletionWhole, Part
 from shoal.gateway.encoding import Encoder
 from shoal.gateway.engine import Done, Engine, Job, Sink, check_vocabulary
@@ -79,6 +80,8 @@ class Parts:
     """Blocks that nobody serves now, as (start, end)."""
     adapters: Callable[[], Mapping[str, bytes]] = dict
     """Names of the LoRA adapters that servers have now, by label: models `NAME:LABEL`."""
+    closing: Closing = field(default_factory=Closing)
+    """Ends what is at work when the gateway stops."""
 
 
 class Api:
@@ -247,6 +250,11 @@ class Api:
         self, caller: Caller, jobs: Sequence[tuple[Job, Sink]], stream: EventStream | None = None
     ) -> list[Done]:
         """All jobs at the same time, once there are places for them."""
+        return await self._parts.closing.within(self._answer_all(caller, jobs, stream))
+
+    async def _answer_all(
+        self, caller: Caller, jobs: Sequence[tuple[Job, Sink]], stream: EventStream | None
+    ) -> list[Done]:
         engine, clock = self._parts.engine, asyncio.get_running_loop().time
         places = sum(job.settings.num_choices for job, _ in jobs)
         asked_s = clock()

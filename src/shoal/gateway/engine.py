@@ -281,13 +281,15 @@ class Engine:
                 self._meter.token_s.observe(now_s - at_s)
                 at_s = now_s
             piece = writing.write()
+            if writing.ending is None:
+                # Before the piece is told: servers compute while it is written and sent.
+                await session.go_on(writing.tokens[-1])
             if piece is not None:
                 fresh = session.recoveries[told:]
                 told += len(fresh)
                 await sink.piece(replace(piece, recoveries=fresh) if fresh else piece)
             if writing.ending is not None:
                 return
-            await self._in_time(session.go_on(writing.tokens[-1]), 1)
 
     def _done(
         self,

@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from shoal.base.errors import ConfigError
+from shoal.gateway.closing import Closing
 from shoal.gateway.connection import TimedConnection
 
 CONNECTIONS_MAX: Final = 1024
@@ -26,8 +27,11 @@ HEADERS_BYTES_MAX: Final = 64 << 10
 KEEP_ALIVE_S: Final = 75
 """An idle connection lives so long."""
 
-FAREWELL_S: Final = 5
-"""Answers that are being written when the gateway stops get so long."""
+FAREWELL_S: Final = 1.0
+"""Answers that are being written when the gateway stops get so long; then readers are told."""
+
+CUT_OFF_S: Final = 1.4
+"""Who has not read that by then is cut off."""
 
 UNSENT_BYTES: Final = 128 << 10
 """What the system takes of an answer before its reader does. Left alone it would be megabytes
@@ -70,8 +74,10 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, listening: Listening) -> AsyncIterator[str]:
-    """Serve inside the context; gives the URL.
+async def serving(
+    app: ASGIApp, listening: Listening, closing: Closing | None = None
+) -> AsyncIterator[str]:
+    """Serve inside the context; gives the URL. At its end `closing` ends the answers at work.
 
     Raises:
         ConfigError: the address is taken or not ours, or the certificate is no good.
@@ -92,7 +98,7 @@ async def serving(app: ASGIApp, listening: Listening) -> AsyncIterator[str]:
             limit_concurrency=CONNECTIONS_MAX,
             h11_max_incomplete_event_size=HEADERS_BYTES_MAX,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=FAREWELL_S,
+            timeout_graceful_shutdown=CUT_OFF_S,  # type: ignore[arg-type]  # it may be a float
             ssl_certfile=listening.certificate,
             ssl_keyfile=listening.key,
         )
@@ -107,7 +113,12 @@ async def serving(app: ASGIApp, listening: Listening) -> AsyncIterator[str]:
         yield f"{scheme}://{host}:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
+        ending = None
+        if closing is not None:
+            ending = asyncio.get_running_loop().call_later(FAREWELL_S, closing.end)
         await task
+        if ending is not None:
+            ending.cancel()
 
 
 def _bind(listening: Listening) -> socket.socket:

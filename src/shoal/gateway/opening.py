@@ -18,10 +18,12 @@ from shoal.client.client import Client
 from shoal.client.dispatch import open_dispatcher
 from shoal.client.session import Recovery
 from shoal.client.thin import ThinClient
+from shoal.client.waves import Waves
 from shoal.discovery.directory import Snapshot
 from shoal.discovery.records import Record
 from shoal.gateway.answering import Words
 from shoal.gateway.app import Api, ModelFacts, Parts
+from shoal.gateway.closing import Closing
 from shoal.gateway.dispatch import Dispatch, EachForItself, Seats
 from shoal.gateway.encoding import Encoder
 from shoal.gateway.engine import Engine, Served
@@ -103,6 +105,8 @@ class Extras:
     """Told of each repair under an answer."""
     on_progress: Progress | None = None
     """Told of the head's probe, which takes seconds with large vocabularies."""
+    closing: Closing = field(default_factory=Closing)
+    """Ends what is at work when the gateway stops."""
 
 
 @asynccontextmanager
@@ -162,6 +166,7 @@ async def open_gateway(
         body_bytes_max=max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * context),
         missing_blocks=lambda: _missing(_records(backing.snapshot(), model), num_blocks),
         adapters=lambda: _adapters(mind, _records(backing.snapshot(), model), num_blocks),
+        closing=extras.closing,
     )
     _watch(meter, backing.client, mind.batch, line, kept)
     sweeping = asyncio.create_task(_sweep(kept), name="gateway sweep")
@@ -209,23 +214,30 @@ async def _mind(backing: Backing, exactness: Exactness, progress: Progress | Non
         async def open_thin(chain: Stages) -> TokenSequence:
             return ThinSequence(await thin.open_session())
 
-        return _Mind(open_sequence=open_thin, vocab_size=thin.config.vocab_size)
+        async def open_thin_adapted(adapter: bytes) -> TokenSequence:
+            return ThinSequence(await thin.open_session(adapter))
+
+        return _Mind(
+            open_sequence=open_thin,
+            vocab_size=thin.config.vocab_size,
+            open_adapted=open_thin_adapted,
+        )
     if head is None:
         raise ConfigError("a gateway needs a head, or a thin client")
     batch = await asyncio.to_thread(_head_batch, head, exactness, progress)
-    whole, mine = client, head
+    whole, mine, waves = client, head, Waves()
 
     async def open_chain(chain: Stages) -> TokenSequence:
         session = await whole.open_session(
             backing.encoding, inner_encoding=backing.inner_encoding, chain=chain
         )
-        return ChainSequence(session, mine, batch)
+        return ChainSequence(session, mine, batch, waves)
 
     async def open_adapted(adapter: bytes) -> TokenSequence:
         session = await whole.open_session(
             backing.encoding, inner_encoding=backing.inner_encoding, adapter=adapter
         )
-        return ChainSequence(session, mine, batch)
+        return ChainSequence(session, mine, batch, waves)
 
     return _Mind(
         open_sequence=open_chain,

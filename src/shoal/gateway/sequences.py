@@ -6,12 +6,14 @@ chain and a call of the head; at a head server it comes by itself, unless a gram
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from shoal.base.head import Chosen
 from shoal.client.chain_session import ChainSession
 from shoal.client.thin_session import ThinSession, Wish
+from shoal.client.waves import Waves
 from shoal.gateway.answering import Writing
 from shoal.hf.generation import Happened, RowScores, TokenHead, TokenLog
 
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from shoal.base.ids import SessionId
     from shoal.client.session import Move, Recovery
     from shoal.plan.view import Stage
+
+
+DEPARTURE_TURNS: Final = 4
+"""Turns of the loop in which rows that may leave now are on their way: task, turnstile, its answer,
+the link's writer. What is written to readers comes after that."""
 
 
 class TokenSequence(Happened, Protocol):
@@ -59,7 +66,7 @@ class TokenSequence(Happened, Protocol):
         """
 
     async def go_on(self, token_id: int) -> None:
-        """Run the token that was chosen.
+        """Have the token that was chosen run; the next choice waits for it.
 
         Raises:
             ShoalError: the swarm could not do it.
@@ -108,13 +115,18 @@ class _OfSession(Generic[S]):
 class ChainSequence(_OfSession[ChainSession]):
     """The head is here. See `TokenSequence`."""
 
-    def __init__(self, session: ChainSession, head: TokenHead, batch: RowScores) -> None:
+    def __init__(
+        self, session: ChainSession, head: TokenHead, batch: RowScores, waves: Waves
+    ) -> None:
         super().__init__(session)
         self._head = head
         self._batch = batch
+        self._waves = waves
+        self._trip: asyncio.Task[bytes] | None = None
+        """Sends the last token when it is its turn, and brings its row."""
         self._log = TokenLog(head, session.encoding, session.length)
         self._scores: torch.Tensor | None = None
-        """(V,) of the position behind the last one."""
+        """(V,) of the position behind the last one; None: its row is under way, or was cut off."""
 
     def truncate(self, length: int) -> None:
         """Forget positions >= `length`."""
@@ -124,33 +136,70 @@ class ChainSequence(_OfSession[ChainSession]):
 
     async def fork(self, length: int | None = None) -> ChainSequence:
         """A second sequence."""
-        child = ChainSequence(await self._session.fork(length), self._head, self._batch)
+        session = await self._session.fork(length)
+        child = ChainSequence(session, self._head, self._batch, self._waves)
         child._scores = self._scores if length is None else None
         return child
 
     def close(self) -> None:
         """Free it."""
+        self._rest()
         self._session.close()
+
+    def _rest(self) -> None:
+        trip, self._trip = self._trip, None
+        if trip is not None and not trip.cancel() and not trip.cancelled():
+            trip.exception()  # nobody waits for it any more; the session tells of it as well
+        self._waves.leave(self.id)
 
     async def read(self, ids: Sequence[int]) -> None:
         """Run tokens, and the head on the last one's row."""
-        self._scores = None
-        self._log.append(ids)
-        row = await self._session.step(self._log.rows, len(ids))
-        self._scores = await self._batch.logits(row, self._session.encoding)
+        self._send(ids)
+        await self._take_scores()
 
     async def choose(self, writing: Writing) -> None:
         """The next token, chosen here."""
-        if self._scores is None:
-            raise RuntimeError("nothing was read")
-        writing.choose(self._scores, self._session.length)
+        scores = self._scores
+        if scores is None:
+            scores = await self._take_scores()
+        writing.choose(scores, self._session.length)
 
     async def go_on(self, token_id: int) -> None:
-        """Run the token."""
-        await self.read([token_id])
+        """Send the token, at once or in its turn; those that leave together share a frame."""
+        if self._waves.may_leave(self._session):
+            self._send([token_id])
+            await asyncio.sleep(0)  # lets the writer of the link go first
+            return
+        self._scores = None
+        self._trip = asyncio.ensure_future(self._go_round(token_id))
+        for _ in range(DEPARTURE_TURNS):
+            await asyncio.sleep(0)
+
+    async def _go_round(self, token_id: int) -> bytes:
+        await self._waves.turn(self._session)
+        self._send([token_id])
+        return await self._row()
+
+    def _send(self, ids: Sequence[int]) -> None:
+        self._scores = None
+        self._log.append(ids)
+        self._session.append(self._log.rows, len(ids))
+
+    async def _take_scores(self) -> torch.Tensor:
+        trip, self._trip = self._trip, None
+        row = await (self._row() if trip is None else trip)
+        scores = self._scores = await self._batch.logits(row, self._session.encoding)
+        return scores
+
+    async def _row(self) -> bytes:
+        end = self._session.length
+        row = await self._session.rows(end - 1, end)
+        self._waves.came(self.id)
+        return row
 
     async def end(self) -> None:
-        """Nothing is under way between tokens."""
+        """Nobody waits for its rows any more."""
+        self._rest()
 
 
 class ThinSequence(_OfSession[ThinSession]):

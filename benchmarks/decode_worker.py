@@ -11,6 +11,8 @@ import os
 import random
 import sys
 import time
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -101,7 +103,9 @@ async def _one_answer(
     ):
         tokens.append(token)
         detokenizer.push(token.id)
+    gaps = [after.at_s - before.at_s for before, after in pairwise(tokens)]
     return {
+        "token_p50_ms": 1000 * median(gaps) if gaps else None,
         "tokens_per_s": measure(tokens, started_s).tokens_per_s,
         "tokens": [token.id for token in tokens],
     }

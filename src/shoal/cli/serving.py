@@ -218,7 +218,11 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         announcer.restate(await _measured(announcer.announcement, backend))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         bounds = replace(
-            settings.bounds.server_config(services), adapters=adapter_limits(settings.adapter_bytes)
+            settings.bounds.server_config(services),
+            adapters=replace(
+                adapter_limits(settings.adapter_bytes),
+                address_share=settings.bounds.quotas.address_share,
+            ),
         )
         make = server_maker(settings.trace, identity.peer, backend.facts, bounds)
         server = await stack.enter_async_context(

@@ -258,8 +258,7 @@ def _variants(case: Placed, seed: int) -> dict[str, float]:
 ONCE_NOTES: Final = (
     "Placed once: one draw gains nothing and another more than twice, so a mean of six draws, as "
     "the earlier one, is worth no more than its standard error says; it had the same six seeds at "
-    "all sizes, which are no three witnesses. What is beyond the earlier means is there before "
-    "annealing begins (`joins`), and the last table (full runs) shows that it does not hang on how "
-    "annealing is done, on checks by Petals' servers, or on where sessions leave spans: it must "
-    "lie in the draws, which the earlier implementation did not keep.",
+    "all sizes, which are no three witnesses. The last table (full runs) shows that the mean does "
+    "not hang on how annealing is done, on checks by Petals' servers, or on where sessions leave "
+    "spans. The draws of the earlier implementation are not kept.",
 )

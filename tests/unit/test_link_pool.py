@@ -7,7 +7,7 @@ import pytest
 from shoal.base.errors import PeerTimeout, PeerUnreachable
 from shoal.base.ids import PeerId
 from shoal.lab.clock import run_virtual
-from shoal.link.hearing import SILENT_S
+from shoal.link.hearing import ADOPTED_SILENT_S, SILENT_S
 from shoal.link.pool import DEAD_S, REDIAL_S, SenderPool
 from tests.unit.test_link_sender import PEER, Events, Wire, outbound_with
 
@@ -64,6 +64,23 @@ def test_a_silent_stream_on_a_good_path_is_only_replaced():
         await asyncio.sleep(SILENT_S + 0.1)
         assert len(good.entries) == 1
         assert events.broken == []
+        await pool.close()
+
+    run_virtual(story)
+
+
+def test_a_receiver_that_dialled_may_be_busy_for_longer():
+    """It misses its rows itself; what it left is closed in the end."""
+
+    async def story():
+        pool, wire = SenderPool(Dials(), PoolEvents()), Wire(is_silent=True)
+        pool.attach(outbound_with(1, (1, b"x")), dial=False)
+        serving = asyncio.ensure_future(pool.adopt(wire))
+        await asyncio.sleep(ADOPTED_SILENT_S - 0.1)
+        assert not serving.done()
+        with pytest.raises(PeerTimeout):
+            await serving
+        assert asyncio.get_running_loop().time() == pytest.approx(ADOPTED_SILENT_S)
         await pool.close()
 
     run_virtual(story)

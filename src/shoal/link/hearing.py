@@ -23,6 +23,10 @@ SILENT_S: Final = ALIVE_MISSED_MAX * ALIVE_PERIOD_S
 """As long as a server may leave its client's pings without an answer. In it two questions
 are asked, so a lost one does no harm."""
 
+ADOPTED_SILENT_S: Final = 10.0
+"""The same where the receiver dialled: it misses its rows itself and dials anew, so this is only
+for what it has left. A busy client, or one that was stopped for a while, keeps its stream."""
+
 SLOW_BYTES_PER_S: Final = 64 << 10
 """Half a megabit: a path that carries at least this is waited for, as questions and answers
 come after all that was sent before."""
@@ -48,7 +52,9 @@ class Judgement(Enum):
 class Hearing:
     """What was sent and heard on one stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent_s: float = SILENT_S) -> None:
+        """`silent_s`: after how long without a word the stream is given up."""
+        self._silent_s = silent_s
         self._since_s: float | None = None
         """Since when we wait for a word."""
         self._questions: deque[tuple[float, int]] = deque(maxlen=QUESTIONS_MAX)
@@ -111,4 +117,4 @@ class Hearing:
         """Never without having asked."""
         if self._asked_s <= since_s:
             return math.inf
-        return since_s + SILENT_S + self._allowance_s
+        return since_s + self._silent_s + self._allowance_s

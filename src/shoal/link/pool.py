@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from shoal.base.errors import PeerError, PeerTimeout, ProtocolError, ShoalError
 from shoal.base.ids import PeerId, short
+from shoal.link.hearing import ADOPTED_SILENT_S
 from shoal.link.outbound import Outbound
 from shoal.link.sender import RowSender, SenderEvents
 from shoal.net.channel import Channel
@@ -88,7 +89,7 @@ class SenderPool:
         """Serve a stream that the receiver dialled, until it breaks."""
         sender = self._sender(channel.peer)
         async with self._in_use(sender):
-            await sender.run(channel)
+            await sender.run(channel, silent_s=ADOPTED_SILENT_S)
 
     def close_unused(self, peer: PeerId) -> None:
         """End the stream to a peer that is gone, unless a link uses it."""

@@ -18,7 +18,7 @@ from shoal.base.limits import (
     HEADER_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
 )
-from shoal.link.hearing import QUESTION, Hearing, Judgement
+from shoal.link.hearing import QUESTION, SILENT_S, Hearing, Judgement
 from shoal.link.outbound import Outbound, Sendable
 from shoal.net.channel import Channel
 from shoal.net.tasks import first_failure
@@ -90,8 +90,12 @@ class RowSender:
         if self._channel is not None:
             self._channel.close()
 
-    async def run(self, channel: Channel, *, idle_s: float = math.inf) -> None:
+    async def run(
+        self, channel: Channel, *, idle_s: float = math.inf, silent_s: float = SILENT_S
+    ) -> None:
         """Serve one stream until it breaks, or carried no session for `idle_s`.
+
+        A peer that owes a word is waited for `silent_s` (see `hearing.py`).
 
         Raises:
             PeerError, ProtocolError: why it ended.
@@ -104,7 +108,7 @@ class RowSender:
                 self._opens[(outbound.session, outbound.border)] = None
             self._ready.clear()
             self._wake.set()
-            self._hearing, self._is_asking = Hearing(), False
+            self._hearing, self._is_asking = Hearing(silent_s), False
             self.is_connected = True
             try:
                 await first_failure(self._write(channel), self._read(channel), self._watch(idle_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.plan.lanes import choose_lanes, cut_batch, micro_tokens
+from shoal.plan.lanes import choose_lanes, choose_witness, cut_batch, micro_tokens
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
 
 
@@ -69,6 +70,31 @@ def test_cuts_hold_every_sequence_once_in_order(lengths: list[int], most: int) -
     )
     for start, end in cuts:
         assert end - start == 1 or sum(lengths[start:end]) <= most
+
+
+def test_a_witness_has_the_same_blocks_and_was_not_asked() -> None:
+    view = view_of((0, 4), (0, 2), (0, 4), (0, 4), draining=(3,))
+    first = Stage(peer=view.servers[0].peer, span=Span(1, 3))
+    rng = random.Random(1)
+    found = choose_witness(view, first, frozenset({first.peer}), rng)
+    assert found == Stage(peer=view.servers[2].peer, span=Span(1, 3))
+    both = frozenset({first.peer, view.servers[2].peer})
+    assert choose_witness(view, first, both, rng) is None
+
+
+def test_witnesses_of_the_same_numerics_come_first() -> None:
+    view = view_of((0, 4), (0, 4), (0, 4), (0, 4))
+    servers = [replace(one, numerics="xyzx"[at]) for at, one in enumerate(view.servers)]
+    first = Stage(peer=servers[0].peer, span=Span(0, 4))
+    for seed in range(5):
+        found = choose_witness(
+            replace(view, servers=tuple(servers)),
+            first,
+            frozenset({first.peer}),
+            random.Random(seed),
+        )
+        assert found is not None
+        assert found.peer == servers[3].peer
 
 
 def test_micro_batches_are_neither_tiny_nor_huge() -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from shoal.base.adapters import DropoutKey
 from shoal.base.errors import (
@@ -29,14 +29,13 @@ from shoal.base.errors import (
 from shoal.base.ids import PeerId, short
 from shoal.base.spans import Span
 from shoal.base.training import TrainedTensors, Values
-from shoal.client.config import ClientConfig
-from shoal.client.experience import ExperienceBook
+from shoal.client.training_check import Disputed, SpotChecks
+from shoal.client.training_host import HonestHost, TrainingHost
 from shoal.client.training_link import TrainingLink
 from shoal.client.training_route import Lane, Trouble
-from shoal.net.channel import Channel
 from shoal.plan.lanes import choose_lanes, cut_batch, micro_tokens
 from shoal.plan.routing import Wanted
-from shoal.plan.view import Stage, SwarmView
+from shoal.plan.view import Stage
 from shoal.wire.tensors import check_payload, is_finite, row_bytes
 from shoal.wire.training import Drawn, Micro
 
@@ -58,23 +57,6 @@ HELD_BYTES_MAX: Final = 128 << 20
 """Gradients that wait for those of earlier micro-batches: beyond it, no later ones are begun."""
 
 
-class TrainingHost(Protocol):
-    """What training needs of a client."""
-
-    experience: ExperienceBook
-    rng: random.Random
-    config: ClientConfig
-
-    def view(self) -> SwarmView:
-        """The servers that are known now."""
-
-    async def dial(self, peer: PeerId, purpose: str) -> Channel:
-        """A stream to a server. Raises ShoalError."""
-
-    async def wait_for_news(self, timeout_s: float) -> None:
-        """Until the directory changed or the time is over."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """How batches are cut and spread."""
@@ -84,12 +66,16 @@ class TrainConfig:
     alone."""
     lanes_max: int = LANES_MAX
     """Chains that are used side by side, at most."""
+    verify_rate: float = 0.0
+    """Share of what servers compute that another one computes as well: `training_check.py`."""
 
     def __post_init__(self) -> None:
         if self.micro_tokens is not None and self.micro_tokens < 1:
             raise ConfigError(f"micro_tokens is {self.micro_tokens}: it must be at least 1")
         if self.lanes_max < 1:
             raise ConfigError(f"lanes_max is {self.lanes_max}: it must be at least 1")
+        if not 0 <= self.verify_rate <= 1:
+            raise ConfigError(f"verify_rate is {self.verify_rate}: it must be from 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +180,8 @@ class TrainingClient:
         """How often a server's part was run again elsewhere."""
         self.sent_bytes = 0
         """Rows and gradients that were sent; tensors are not counted."""
-        self._host = host
+        self._host = HonestHost(host)
+        self.checks = SpotChecks(self._host, self.config.verify_rate)
         self._links: dict[PeerId, TrainingLink] = {}
 
     async def close(self) -> None:
@@ -325,14 +312,18 @@ class TrainingClient:
             stage = lane.at(border)
             leg = _Leg(stage=stage, rows=rows)
             try:
-                rows = await self._run(batch, part, leg, is_kept=is_kept)
+                left = await self._run(batch, part, leg, is_kept=is_kept)
+                again = partial(self._run_again, batch, part, leg.rows)
+                await self.checks.check(batch.encoding, stage, (left, b""), again)
+            except Disputed:
+                raise
             except ShoalError as error:
                 self.repairs += 1
                 await trouble.meet(lane, stage, error)
                 continue
             trouble.passed(stage)
             legs.append(leg)
-            border = stage.span.end
+            rows, border = left, stage.span.end
         return legs, bytes(rows)
 
     async def _back(self, batch: Batch, part: _Part, gradients: Values) -> tuple[bytes, Found]:
@@ -342,7 +333,11 @@ class TrainingClient:
         while left:
             leg = left.pop()
             try:
-                gradients, tensors = await self._undo(batch, part, leg, gradients)
+                entered, tensors = await self._undo(batch, part, leg, gradients)
+                again = partial(self._undo_again, batch, part, leg.rows, gradients)
+                await self.checks.check(batch.encoding, leg.stage, (entered, tensors), again)
+            except Disputed:
+                raise
             except ShoalError as error:
                 self.repairs += 1
                 lane = Lane(self._host, (leg.stage,), Wanted(encoding=batch.encoding))
@@ -357,6 +352,7 @@ class TrainingClient:
                     left += legs
                 continue
             trouble.passed(leg.stage)
+            gradients = entered
             found += self._by_block(batch, leg.stage.span, tensors)
         return bytes(gradients), found
 
@@ -413,6 +409,16 @@ class TrainingClient:
         self._check(leg.stage.peer, batch.encoding, found[0])
         self._check(leg.stage.peer, "float32", found[1])
         return found
+
+    async def _run_again(
+        self, batch: Batch, part: _Part, rows: Values, stage: Stage
+    ) -> tuple[bytes, bytes]:
+        return await self._run(batch, part, _Leg(stage=stage, rows=rows), is_kept=False), b""
+
+    async def _undo_again(
+        self, batch: Batch, part: _Part, rows: Values, gradients: Values, stage: Stage
+    ) -> tuple[bytes, bytes]:
+        return await self._undo(batch, part, _Leg(stage=stage, rows=rows), gradients)
 
     async def _with_tensors(
         self,

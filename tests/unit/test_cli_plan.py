@@ -59,7 +59,8 @@ def test_slow_ways_between_sites_are_planned_around(capsys):
     found = json.loads(capsys.readouterr().out)
     flow = max(one["rows_per_s"] for one in found["rules"] if one["policy"].startswith("flow"))
     assert found["value"] >= flow
-    assert found["figures"]["rows_unlinked_per_s"] >= found["figures"]["rows_per_s"]
+    linked, free = (found["figures"][name] for name in ("rows_per_s", "rows_unlinked_per_s"))
+    assert linked <= free * (1 + 1e-6)
     assert any("ways" in line for line in found["advice"])
 
 

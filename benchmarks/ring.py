@@ -48,7 +48,7 @@ LARGE_KINDS: Final[tuple[Quantization, ...]] = ("none", "int4")
 and where it computes. Both cores share one memory."""
 
 SETTLE: Final = 2
-ROUND_S: Final = 1.5
+ROUND_S: Final = 1.2
 """About how long the clock runs in a round."""
 
 QUICK_ROUND_S: Final = 0.3

@@ -105,11 +105,11 @@ def test_no_time_is_said_to_be_no_time():
 
 
 def test_limited_by_branches_the_same_plan_comes_out_again():
-    problem = tight(8, 12, 6, 2.0, 0)
+    problem = tight(6, 8, 4, 1.5, 0)
     few, again = (plan_milp(problem, limit_s=None, branches_max=2) for _ in range(2))
     assert few == again
     assert few.gap > 1e-3, "not proven with so few"
-    assert few.bound < plan_milp(problem).seconds <= few.seconds
+    assert few.bound < plan_milp(problem).seconds <= few.seconds * (1 + 1e-9)
 
 
 # --- throughput ---------------------------------------------------------------

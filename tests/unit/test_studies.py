@@ -153,7 +153,7 @@ def test_every_acceptance_figure_has_a_verdict():
     made = Made(date="2026-11-21", commit="abc1234")
     verdicts = judged({"exactness": Kept(checks=(good, bad), seeds=5, is_quick=True, made=made)})
     words = {one.figure.number: one.word for one in verdicts}
-    assert (words[5], words[6], words[7]) == ("DIFFERS", "holds", "not run")
+    assert (words[5], words[6], words[7], words[13]) == ("DIFFERS", "holds", "not run", "not here")
     text = acceptance_markdown(verdicts)
     assert "| exactness | abc1234, 2026-11-21, 5 seeds, quick | 0 of 1 | DIFFERS |" in text
     assert text.endswith("* 5 DIFFERS: programs: b: 0 to 1; found 2")

@@ -101,6 +101,8 @@ class Verdict:
     @property
     def word(self) -> str:
         """For people."""
+        if not self.figure.study:
+            return "not here"
         if not self.of:
             return "not run"
         return "DIFFERS" if self.differing else "holds"

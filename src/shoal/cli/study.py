@@ -112,7 +112,7 @@ def study(
     Examples:
       shoal study list
       shoal study bprr-scattered --quick
-      shoal study all --out studies                            (takes half an hour)
+      shoal study all --out studies                            (takes most of an hour)
       shoal study exactness --out studies                      (one again)
       shoal study acceptance --out studies                     (the verdict)
       shoal study realism --rtts planetlab_rtt_ms.csv --requests azure_llm_conv_2023.csv

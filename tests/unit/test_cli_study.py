@@ -55,7 +55,7 @@ def test_the_verdict_on_kept_results(tmp_path, capsys):
     figures = json.loads((out / "acceptance.json").read_text(encoding="utf-8"))["figures"]
     assert [one["number"] for one in figures if one["run"]] == [3, 4]
     assert figures[2]["run"]["seeds"] == 2
-    assert (figures[2]["of"], figures[4]["verdict"]) == (5, "not run")
+    assert (figures[2]["of"], figures[4]["verdict"]) == (6, "not run")
     assert len(figures[2]["differing"]) == figures[2]["of"] - figures[2]["held"]
 
 

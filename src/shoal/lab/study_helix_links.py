@@ -62,7 +62,7 @@ def geographic(
     """The flow of each placement, with links that limit and without."""
     linked = with_links(problem, CLUSTERS)
     settings = {"single cluster": problem, "three clusters": linked}
-    moves, draws = (MOVES // 5, 1) if task.is_quick else (MOVES, DRAWS)
+    moves, draws = (MOVES // 10, 1) if task.is_quick else (MOVES, DRAWS)
     ours = max(
         (
             annealed(linked, rates, linkless, seed, moves)

@@ -27,10 +27,10 @@ HEADERS_BYTES_MAX: Final = 64 << 10
 KEEP_ALIVE_S: Final = 75
 """An idle connection lives so long."""
 
-FAREWELL_S: Final = 1.0
+FAREWELL_S: Final = 0.5
 """Answers that are being written when the gateway stops get so long; then readers are told."""
 
-CUT_OFF_S: Final = 1.4
+CUT_OFF_S: Final = 0.9
 """Who has not read that by then is cut off."""
 
 UNSENT_BYTES: Final = 128 << 10

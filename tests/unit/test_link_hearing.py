@@ -54,6 +54,26 @@ def test_what_was_acknowledged_is_not_waited_for():
     assert hearing.look(SILENT_S, is_owed=True, unacked_bytes=0) is Judgement.GIVE_UP
 
 
+def test_a_new_row_is_asked_after_as_soon_as_the_first():
+    """Though nothing but answers came for a while."""
+    hearing, now_s = Hearing(), 0.0
+    hearing.sent(0, now_s)
+    gaps_s = []
+    for _ in range(8):
+        since_s = now_s
+        while (what := hearing.look(now_s, is_owed=True, unacked_bytes=0)) is Judgement.WAIT:
+            now_s += max(1e-6, hearing.wait_s(now_s))
+        assert what is Judgement.ASK
+        gaps_s.append(now_s - since_s)
+        hearing.heard(now_s, is_answer=True)
+    assert gaps_s == pytest.approx([0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 16.0, 16.0])
+    now_s += 0.3
+    hearing.sent(0, now_s)
+    told = watch(hearing, now_s + 10.0, start_s=now_s)
+    assert told[-1][1] is Judgement.GIVE_UP
+    assert told[-1][0] == now_s + SILENT_S
+
+
 def test_who_was_stopped_itself_listens_first():
     hearing = Hearing()
     hearing.sent(0, 0.0)

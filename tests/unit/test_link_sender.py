@@ -224,12 +224,12 @@ def test_what_comes_unasked_is_no_sign_that_we_are_heard():
 
 
 def test_a_receiver_that_computes_long_is_waited_for():
-    """It answers questions; with nothing under way there are none."""
+    """It answers questions, ever fewer; with nothing under way there are none."""
 
     async def story():
         wire = Wire()
         await run_for(wire, [outbound_with(1, (1, b"x"))], seconds=60.0)
-        assert wire.questions == pytest.approx(60.0 / ALIVE_PERIOD_S, abs=2)
+        assert 5 <= wire.questions <= 9
         idle = Wire()
         await run_for(idle, [outbound_with(1)], seconds=60.0)
         assert idle.questions == 0

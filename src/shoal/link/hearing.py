@@ -37,6 +37,10 @@ ROUND_TRIP_S_MAX: Final = 1.0
 QUESTIONS_MAX: Final = 1024
 """Eight minutes of them: more is on no path."""
 
+PATIENCE_DOUBLINGS: Final = 5
+"""A peer that answers, and does nothing else, is asked more and more seldom, at last every 16 s,
+until something is sent again: sessions may lie idle with rows that were never worked off."""
+
 STOOD_STILL_S: Final = 1.0
 """Who looks so late was stopped itself: what came meanwhile is heard first."""
 
@@ -59,8 +63,10 @@ class Hearing:
         """Since when we wait for a word."""
         self._questions: deque[tuple[float, int]] = deque(maxlen=QUESTIONS_MAX)
         """Those without an answer, the oldest first: when, and how many bytes were sent before."""
-        self._asked_s = 0.0
-        """When we asked last."""
+        self._asked_s: tuple[float, float] | None = None
+        """When we asked first, and last, since we heard anything."""
+        self._num_idle = 0
+        """Answers in a row in which nothing else was sent or heard."""
         self._looked_s: float | None = None
         self._sent_bytes = 0
         self._carried_bytes = 0
@@ -71,15 +77,16 @@ class Hearing:
     def sent(self, num_bytes: int, now_s: float) -> None:
         """Something goes out that will be answered."""
         self._sent_bytes += num_bytes
-        if self._since_s is None:
-            self._since_s = now_s
+        if self._since_s is None or self._num_idle:
+            self._since_s, self._num_idle = now_s, 0
 
     def heard(self, now_s: float, *, is_answer: bool) -> None:
         """Something came that only answers what we sent; `is_answer`: to a question.
 
         Answers come in the order of questions, after all that was sent before.
         """
-        self._since_s = now_s
+        self._since_s, self._asked_s = now_s, None
+        self._num_idle = self._num_idle + 1 if is_answer else 0
         if is_answer and self._questions:
             asked_s, self._carried_bytes = self._questions.popleft()
             self._round_trip_s = min(ROUND_TRIP_S_MAX, now_s - asked_s)
@@ -88,33 +95,36 @@ class Hearing:
         """What to do; `is_owed`: something was sent that is not acknowledged."""
         before_s, self._looked_s = self._looked_s, now_s
         if not is_owed:
-            self._since_s, self._carried_bytes = None, self._sent_bytes
+            self._since_s = self._asked_s = None
+            self._carried_bytes = self._sent_bytes
             self._questions.clear()
             return Judgement.WAIT
         if self._since_s is None or (before_s is not None and now_s - before_s > STOOD_STILL_S):
-            self._since_s = now_s
+            self._since_s, self._asked_s = now_s, None
         on_the_way = min(unacked_bytes, self._sent_bytes - self._carried_bytes)
         self._allowance_s = 2 * self._round_trip_s + on_the_way / SLOW_BYTES_PER_S
-        if now_s >= self._gives_up_s(self._since_s):
+        if now_s >= self._gives_up_s():
             return Judgement.GIVE_UP
         if now_s < self._asks_s(self._since_s):
             return Judgement.WAIT
         self._questions.append((now_s, self._sent_bytes))
-        self._asked_s = now_s
+        self._asked_s = now_s if self._asked_s is None else self._asked_s[0], now_s
         return Judgement.ASK
 
     def wait_s(self, now_s: float) -> float:
         """When to look again, at the latest."""
         if self._since_s is None:
             return ALIVE_PERIOD_S
-        next_s = min(self._asks_s(self._since_s), self._gives_up_s(self._since_s))
+        next_s = min(self._asks_s(self._since_s), self._gives_up_s())
         return min(ALIVE_PERIOD_S, max(0.0, next_s - now_s))
 
     def _asks_s(self, since_s: float) -> float:
-        return max(since_s, self._asked_s) + ALIVE_PERIOD_S
+        if self._asked_s is not None:
+            return self._asked_s[1] + ALIVE_PERIOD_S
+        return since_s + ALIVE_PERIOD_S * 2.0 ** min(self._num_idle, PATIENCE_DOUBLINGS)
 
-    def _gives_up_s(self, since_s: float) -> float:
+    def _gives_up_s(self) -> float:
         """Never without having asked."""
-        if self._asked_s <= since_s:
+        if self._asked_s is None:
             return math.inf
-        return since_s + self._silent_s + self._allowance_s
+        return self._asked_s[0] + self._silent_s - ALIVE_PERIOD_S + self._allowance_s

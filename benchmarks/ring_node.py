@@ -17,7 +17,7 @@ import torch
 from model_servers import PASS, WALL_MS
 from random_model import saved_source
 from shoal.base.spans import Span, parse_span
-from shoal.cli.ring_memory import process_memory
+from shoal.cli.ring_memory import give_back_early, process_memory, trim
 from shoal.discovery.static import StaticDirectory
 from shoal.model.measure import measure_block_times
 from shoal.model.quantize import Quantization, quantization
@@ -42,6 +42,7 @@ async def serve(shape: str, quantize: Quantization, span: Span) -> None:
         model=shape, dtype="bfloat16", quantize=quantize, cache_tokens=CACHE_TOKENS
     )
     backend = load_backend(saved_source(shape), span, config)
+    trim()
     loaded_bytes = process_memory().resident
     times = await measure_block_times(backend)
     identity, directory = Identity.generate(), StaticDirectory(PASS.name)
@@ -74,4 +75,5 @@ async def serve(shape: str, quantize: Quantization, span: Span) -> None:
 if __name__ == "__main__":
     os.sched_setaffinity(0, {int(sys.argv[4])})
     torch.set_num_threads(1)
+    give_back_early()  # as nodes do
     asyncio.run(serve(sys.argv[1], quantization(sys.argv[2]), parse_span(sys.argv[3])))

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import model_servers
-from calibration_blocks import block_times
-from calibration_real import Handling, handling_of, real_case, real_measured
+from calibration_blocks import measuring
+from calibration_real import Handling, Turns, handling_of, real_case, take_turns
 from cost_servers import connected, running
 from report import RESULTS, environment, publish
 from shoal.base.spans import Span
@@ -39,8 +39,8 @@ BLOCKS, HIDDEN = 16, 1024
 TOKENS_IN, TOKENS_OUT = 96, 24
 REQUESTS = 12
 ROUNDS = 3
-REAL_ROUNDS = 7
-HOP_SHAPE = "small"
+REAL_ROUNDS = 5
+HOP_SHAPE = "hop"
 """What a hop between servers that compute costs is measured with this, and holds for others."""
 
 SEATS = 64
@@ -283,35 +283,31 @@ def main() -> None:
 
 
 def computing(shape: str, wanted: int, paper: Paper) -> None:
-    """Two servers that compute: what a hop costs comes from another, smaller model."""
-    handling, seen = hop_cost(wanted)
-    if handling is None:
+    """Two servers that compute: what a hop costs comes from another model."""
+    hop = in_turns(HOP_SHAPE, (1,), wanted)[1]
+    if hop.times is None or hop.summary is None:
         raise SystemExit("no round was undisturbed: measure on an idle machine")
-    in_turn, at_once = (asyncio.run(block_times(shape, at_once=way)) for way in (False, True))
-    stories = {
-        1: real_case(shape, 1, handling, in_turn),
-        2: real_case(shape, 2, handling, at_once),
-    }
-    details = {"handling": {**asdict(handling), "rounds": seen}}
-    details |= {"blocks in turn": asdict(in_turn), "blocks at once": asdict(at_once)}
-    with model_servers.running(shape, 2) as servers:
-        runs = [
+    handling = handling_of(hop.summary, real_case(HOP_SHAPE, 1, Handling(), hop.times))
+    details: dict[str, Any] = {"handling": {**asdict(handling), "rounds": hop.details()}}
+    runs = []
+    for count, turns in in_turns(shape, (1, 2), wanted).items():
+        if turns.times is None:
+            raise SystemExit("no sample of blocks was undisturbed: measure on an idle machine")
+        details[f"blocks, {count} at once"] = asdict(turns.times)
+        runs.append(
             Run(
-                name=f"{shape}, {count} at once", is_loaded=count > 1, scenario=story,
-                measure=partial(real_measured, shape, servers, story, wanted),
+                name=f"{shape}, {count} at once", is_loaded=count > 1,
+                scenario=real_case(shape, count, handling, turns.times),
+                measure=turns.told,
             )
-            for count, story in stories.items()
-        ]  # fmt: skip
-        compare("calibration_computing", runs, paper, details)
+        )  # fmt: skip
+    compare("calibration_computing", runs, paper, details)
 
 
-def hop_cost(wanted: int) -> tuple[Handling | None, Any]:
-    """Of `HOP_SHAPE`; None: all rounds were disturbed. And all rounds."""
-    times = asyncio.run(block_times(HOP_SHAPE, at_once=False))
-    story = real_case(HOP_SHAPE, 1, Handling(), times)
-    with model_servers.running(HOP_SHAPE, 2) as servers:
-        real, rounds = real_measured(HOP_SHAPE, servers, story, wanted)
-    return (None if real is None else handling_of(real, story)), rounds
+def in_turns(shape: str, counts: Sequence[int], wanted: int) -> dict[int, Turns]:
+    """Blocks and sessions of a model, by sessions at once."""
+    with measuring(shape) as meter, model_servers.running(shape, 2) as servers:
+        return asyncio.run(take_turns(shape, servers, meter, counts, wanted))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, TypeVar
 
-from calibration_blocks import BlockTimes, halves
+from calibration_blocks import BlockMeter, BlockTimes, Sample, block_times, halves
 from model_servers import Server, connected, random_rows, workers_of
 from random_model import SHAPES
 from rounds import ROUNDS_PER_WANTED, Round, Rounds, read_accounts, usage_between
@@ -25,7 +25,9 @@ TOKENS_IN: Final = 96
 TOKENS_OUT: Final = 32
 LOOPBACK_RTT_S: Final = 1e-4
 ROUNDS_S: Final = 60.0
-"""No round of a case is begun after this."""
+"""No turn is begun after this."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,46 +82,97 @@ def handling_of(result: Mapping[str, float], scenario: Scenario) -> Handling:
     return Handling(decode_s=step_s, prefill_s=first_s)
 
 
-def real_measured(
-    shape: str, servers: Sequence[Server], scenario: Scenario, wanted: int
-) -> tuple[dict[str, float] | None, list[dict[str, Any]]]:
-    """The same sessions on server processes with random weights.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """What was measured in turns, for so many sessions at once."""
 
-    The round with the median response of those in which everybody had its core (None: there
-    was none), and all rounds.
+    samples: list[tuple[Sample, Round]] = field(default_factory=list)
+    results: list[tuple[Result, Round]] = field(default_factory=list)
+
+    @property
+    def num_kept(self) -> int:
+        """Turns that count: of blocks or of sessions, whichever are fewer."""
+        kept = [sum(not one.is_disturbed for _, one in of) for of in (self.samples, self.results)]
+        return min(kept)
+
+    @property
+    def times(self) -> BlockTimes | None:
+        """Of the samples in which everybody had a core; None: there were none."""
+        kept = [sample for sample, one in self.samples if not one.is_disturbed]
+        return block_times(kept) if kept else None
+
+    @property
+    def summary(self) -> dict[str, float] | None:
+        """The round with the median response, of those in which everybody had a core."""
+        kept = [(result, one) for result, one in self.results if not one.is_disturbed]
+        kept.sort(key=lambda pair: pair[1].value)
+        return kept[len(kept) // 2][0].summary() if kept else None
+
+    def told(self) -> tuple[dict[str, float] | None, dict[str, Any]]:
+        """The figures, and every turn."""
+        return self.summary, self.details()
+
+    def details(self) -> dict[str, Any]:
+        """Every turn, for the JSON."""
+        return {
+            "blocks": Rounds(taken=[one for _, one in self.samples]).details(),
+            "sessions": Rounds(taken=[one for _, one in self.results]).details(),
+        }
+
+
+async def take_turns(
+    shape: str, servers: Sequence[Server], meter: BlockMeter, counts: Sequence[int], wanted: int
+) -> dict[int, Turns]:
+    """Blocks alone and sessions through them in turns: a machine is quicker now and slower then.
+
+    By number of sessions at once; ends when `wanted` turns of each count, or after too many.
     """
-    rounds = asyncio.run(_rounds(shape, servers, scenario, wanted))
-    kept = [(result, one) for result, one in rounds if not one.is_disturbed]
-    kept.sort(key=lambda pair: pair[1].value)
-    details = Rounds(taken=[one for _, one in rounds]).details()
-    return (kept[len(kept) // 2][0].summary() if kept else None), details
-
-
-async def _rounds(
-    shape: str, servers: Sequence[Server], scenario: Scenario, wanted: int
-) -> list[tuple[Result, Round]]:
-    workers = {**workers_of(servers), "client": os.getpid()}
-    found: list[tuple[Result, Round]] = []
+    found = {count: Turns() for count in counts}
+    # Not the client: what others may take of the servers' cores is at most 3 % of a round, and
+    # judged by the little that it computes itself no round of half a second would count.
+    workers = workers_of(servers)
     async with connected(shape, servers) as client:
         for _ in range(2):  # links are up, caches of the allocator are warm
             await _session(client, shape)
         end_s = time.perf_counter() + ROUNDS_S
         for _ in range(wanted * ROUNDS_PER_WANTED):
-            if time.perf_counter() > end_s:
-                break
-            before, zero_s = read_accounts(), time.perf_counter()
-            sessions = [_session(client, shape, zero_s) for _ in scenario.requests]
-            result = Result(
-                fidelity="measured", seed=0, served=tuple(await asyncio.gather(*sessions)),
-                placement=Placement(spans=(None, None)),
-            )  # fmt: skip
-            after = read_accounts()
-            usage = usage_between(before, after, workers) if before and after else None
-            mean_s = result.summary()["response_s_mean"]
-            found.append((result, Round(value=mean_s, usage=usage)))
-            if sum(not one.is_disturbed for _, one in found) == wanted:
+            for count, turns in found.items():
+                way = partial(meter.sample, at_once=count > 1)
+                turns.samples.append(await _judged(way, meter.pids, _decode_s))
+                ask = partial(_ask, client, shape, count)
+                turns.results.append(await _judged(ask, workers, _response_s))
+            if time.perf_counter() > end_s or all(
+                turns.num_kept >= wanted for turns in found.values()
+            ):
                 break
     return found
+
+
+async def _judged(
+    measure: Callable[[], Awaitable[T]], workers: Mapping[str, int], value_of: Callable[[T], float]
+) -> tuple[T, Round]:
+    before = read_accounts()
+    found = await measure()
+    after = read_accounts()
+    usage = usage_between(before, after, workers) if before and after else None
+    return found, Round(value=value_of(found), usage=usage)
+
+
+def _decode_s(sample: Sample) -> float:
+    return sample[0, 1, 1]
+
+
+def _response_s(result: Result) -> float:
+    return result.summary()["response_s_mean"]
+
+
+async def _ask(client: Client, shape: str, count: int) -> Result:
+    """So many sessions at once."""
+    zero_s = time.perf_counter()
+    served = await asyncio.gather(*(_session(client, shape, zero_s) for _ in range(count)))
+    return Result(
+        fidelity="measured", seed=0, served=tuple(served), placement=Placement(spans=(None, None))
+    )
 
 
 async def _session(client: Client, shape: str, zero_s: float = 0.0) -> Served:

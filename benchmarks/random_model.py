@@ -33,6 +33,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048,
         "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12,
     },
+    "hop": {  # wide and short: more weights than caches hold, in few blocks
+        "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 5632,
+        "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4,
+    },
     "small": {
         "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408,
         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,

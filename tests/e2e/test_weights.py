@@ -110,6 +110,26 @@ def test_a_swarm_grows_out_of_one_copy(model, caches, start):
     assert json.loads(result.stdout.splitlines()[-1])["text"] == answer["text"]
 
 
+def test_who_has_no_copy_can_train_and_use_what_was_learned(model, caches, start, tmp_path):
+    caches("first")
+    first = start(model, "0:7", "--weights-rate", "1GB")
+    name = build_manifest(SafetensorsSource(model)).model_name()
+    weights = caches("client")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"text": "the sea takes"}\n' * 4)
+    place = ("--join", first.address, "--weights-from-peers")
+    options = ("--method", "deep-prompt", "--prompt-tokens", "2", "--steps", "2")
+    result = run("finetune", name[:8], *place, "--data", data, "--out", out, *options)
+    assert result.returncode == 0, result.stderr
+    assert stored(weights), "embedding and head came from the server"
+    result = run("finetune", "--resume", out, *place)
+    assert result.returncode == 0, result.stderr
+    ask = ("--adapter", out, "--prompt", PROMPT, "--max-new-tokens", "3", "--json")
+    result = run("generate", name, *place, *ask)
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout.splitlines()[-1])["token_ids"]) <= 3
+
+
 def test_a_peer_that_hands_out_nothing_is_an_error_with_its_reason(model, caches, start):
     caches("first")
     first = start(model, "0:7", "--weights-rate", "0")

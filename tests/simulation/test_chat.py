@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from shoal.base.errors import ConfigError, PeerError
 from shoal.base.spans import Span
-from shoal.cli.chatting import Conversation, Listener, common_prefix, template_renderer
+from shoal.cli.chatting import Conversation, Listener, behind, common_prefix, template_renderer
 from shoal.cli.speakers import ChainSpeaker
 from shoal.cli.transcript import Transcript
 from shoal.hf.sampling import Sampler
@@ -67,8 +67,9 @@ class ToyHead:
 class Chat:
     """A person who talks, and what they were told."""
 
-    def __init__(self, client):
+    def __init__(self, client, ids_before=()):
         self.client = client
+        self.ids_before = ids_before
         self.transcript = Transcript()
         self.conversation = self.fresh()
         self.repairs = []
@@ -78,7 +79,7 @@ class Chat:
         return Conversation(
             ChainSpeaker(self.client, ToyHead(), "float32"),
             TOKENIZER,
-            template_renderer(TOKENIZER, None),
+            behind(self.ids_before, template_renderer(TOKENIZER, None)),
             {END},
         )
 
@@ -116,6 +117,18 @@ def simulated(story, *, spare=False, patience_s=120.0):
             await story(Chat(await swarm.open_client(patience_s=patience_s)), swarm)
 
     run_virtual(run, timeout_s=1000.0)
+
+
+def test_a_learned_prompt_stands_before_every_turn():
+    async def story(chat, swarm):
+        behind_prompt = Chat(chat.client, ids_before=(END + 1, END + 2))
+        first = await behind_prompt.turn("hello")
+        assert first.text != (await chat.turn("hello")).text
+        assert first.prompt_tokens == 2 + len(TOKENIZER("<user>hello</><assistant>").input_ids)
+        second = await behind_prompt.turn("and again")
+        assert second.kept_tokens >= first.prompt_tokens, "it was sent once"
+
+    simulated(story)
 
 
 def test_a_turn_sends_only_what_is_new():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from shoal.base.errors import ConfigError
 from shoal.base.ids import PeerId
@@ -15,6 +16,7 @@ from shoal.cli.models import OpenModel
 from shoal.cli.status import renderables
 from shoal.client.adapters import find_adapter
 from shoal.discovery.directory import Snapshot
+from shoal.hf.tuning_files import Learned, write_learned
 from shoal.plan.routing import Wanted
 from shoal.plan.view import ServerView, SwarmView
 
@@ -61,19 +63,44 @@ def test_only_servers_that_announce_it_are_wanted() -> None:
     assert ONE.hex() in str(wanted)
 
 
-def test_thin_clients_have_none() -> None:
-    assert check_adapter("x", is_thin=False) == "x"
+def test_thin_clients_name_one_and_bring_none(tmp_path: Path) -> None:
+    assert check_adapter(str(tmp_path), is_thin=False) == str(tmp_path)
     assert check_adapter(None, is_thin=True) is None
+    assert check_adapter("poet", is_thin=True) == "poet"
     with pytest.raises(ConfigError, match="--thin"):
-        check_adapter("x", is_thin=True)
+        check_adapter(str(tmp_path), is_thin=True)
 
 
-@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "SHOAL_DEEP_PROMPT", "SHOAL_CLASSES"])
-def test_chats_name_who_takes_other_kinds(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
-    model = OpenModel(given="m", source=None, name="m", num_blocks=2, hidden_size=4)
-    with pytest.raises(ConfigError, match=f"use shoal generate --adapter {tmp_path}"):
-        choose_adapter(str(tmp_path), model, Snapshot(version=0))
+MODEL = OpenModel(given="m", source=None, name="m", num_blocks=2, hidden_size=4)
+
+
+def saved(folder: Path, **held: torch.Tensor) -> str:
+    config = LlamaConfig(hidden_size=4, num_hidden_layers=2, num_attention_heads=1)
+    learned = Learned(model="m", label_names=("a",) if "classes" in held else (), **held)
+    write_learned(folder, learned, config, "m")
+    return str(folder)
+
+
+def test_a_prompt_stands_before_the_text_and_stays_here(tmp_path: Path) -> None:
+    given = saved(tmp_path, prompt=torch.ones(3, 4))
+    chosen = choose_adapter(given, MODEL, Snapshot(version=0))
+    assert chosen.ids_before(100) == (100, 101, 102)
+    assert chosen.part is None
+    assert len(chosen.name) == 16
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"prompt": torch.ones(3, 4), "additions": torch.ones(1, 3, 4)},
+        {"classes": torch.ones(1, 4)},
+        {"prompt": torch.ones(3, 4), "classes": torch.ones(1, 4)},
+    ],
+    ids=["deep prompts", "a head", "a head and a prompt"],
+)
+def test_what_has_no_sessions_is_named(held: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"shoal generate --adapter {tmp_path}"):
+        choose_adapter(saved(tmp_path, **held), MODEL, Snapshot(version=0))
 
 
 def test_a_client_may_keep_a_quarter() -> None:

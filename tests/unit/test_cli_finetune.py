@@ -144,6 +144,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"--seed": 2**53 + 1}, "--seed 9007199254740993: at most"),
     ({"--schedule": "step"}, "--schedule step: one of"),
     ({"--join": "tcp://x@127.0.0.1:1"}, "--local and --join or --lan: give one"),
+    ({"--verify-rate": 0.5}, "--local asks no servers"),
 ]
 
 
@@ -192,7 +193,7 @@ def test_labels_belong_to_a_classifier(
     assert "has labels: learn them with --method classifier" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("method", "most"), [("lora", 4096), ("prompt", 4080)])
+@pytest.mark.parametrize(("method", "most"), [("lora", 2048), ("prompt", 2032)])
 def test_examples_that_no_server_runs_are_refused_at_once(
     method: str, most: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

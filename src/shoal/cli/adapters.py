@@ -30,8 +30,9 @@ AdapterOption = Annotated[
     typer.Option(
         metavar="DIR|NAME",
         help="A LoRA adapter that all tokens go through: a directory as PEFT saves it, which is "
-        "sent to the servers, or the name of one that they serve (see: shoal status). generate "
-        "also takes directories with prompts and classifiers (see: shoal finetune).",
+        "sent to the servers, or the name of one that they serve (see: shoal status). Or a "
+        "directory with a prompt, which stays here; generate also takes deep prompts and "
+        "classifiers (see: shoal finetune).",
     ),
 ]
 ServedAdaptersOption = Annotated[
@@ -123,31 +124,26 @@ class ChosenAdapter:
         return self.name if self.part is None else client.adapters.add(self.part)
 
 
-def choose_adapter(
-    given: str | None, model: OpenModel, snapshot: Snapshot, *, takes_prompts: bool = False
-) -> ChosenAdapter:
+def choose_adapter(given: str | None, model: OpenModel, snapshot: Snapshot) -> ChosenAdapter:
     """The adapter that a person means: a directory, or what servers call so.
 
-    With `takes_prompts` a directory may hold a prompt (prompt tuning) instead.
+    A directory may hold a prompt (prompt tuning) instead.
 
     Raises:
         AdapterBad: the directory holds none that can be used.
         ConfigError: no such directory, and no server has one of this name; or it holds what
-            only generate takes.
+            has no sessions, or was learned for another model.
     """
     if not given:
         return ChosenAdapter()
     directory = Path(given)
     if directory.is_dir():
-        if takes_prompts:
-            from shoal.cli.learned import is_learned, read_prompt_of
-
-            if is_learned(directory):
-                name, prompt = read_prompt_of(directory, model)
-                return ChosenAdapter(name=name, prompt=prompt)
-        else:
-            _check_not_learned(directory)
+        from shoal.cli.learned import is_learned, read_prompt_of
         from shoal.model.adapter_files import read_peft
+
+        if is_learned(directory):
+            name, prompt = read_prompt_of(directory, model)
+            return ChosenAdapter(name=name, prompt=prompt)
 
         part = read_peft(directory, model.source.config)
         return ChosenAdapter(name=part.manifest.name, part=part)
@@ -155,17 +151,6 @@ def choose_adapter(
 
     view = snapshot.view(model.name, (model.num_blocks, model.hidden_size))
     return ChosenAdapter(name=find_adapter(view, given))
-
-
-def _check_not_learned(directory: Path) -> None:
-    from shoal.hf.tuning_files import KINDS, learned_kind
-
-    kind = KINDS.get(learned_kind(directory))
-    if kind is not None:
-        raise ConfigError(
-            f"{directory} holds {kind}, and chats take LoRA adapters only: use "
-            f"shoal generate --adapter {directory}"
-        )
 
 
 def adapter_to_resume(
@@ -176,7 +161,7 @@ def adapter_to_resume(
     Raises:
         ConfigError: another one is given, or nobody has it.
     """
-    chosen = choose_adapter(given or answer.adapter, model, snapshot, takes_prompts=True)
+    chosen = choose_adapter(given or answer.adapter, model, snapshot)
     if chosen.name.hex() != answer.adapter:
         began = f"adapter {answer.adapter}" if answer.adapter else "no adapter"
         raise ConfigError(f"the answer began with {began}: give --adapter as it was then")
@@ -184,11 +169,14 @@ def adapter_to_resume(
 
 
 def check_adapter(given: str | None, *, is_thin: bool) -> str | None:
-    """What `--adapter` says, which only a client with a head of its own can have.
+    """What `--adapter` says; with `--thin` a name, of an adapter that servers of all blocks have.
 
     Raises:
-        ConfigError: both are asked for.
+        ConfigError: a thin client brings none.
     """
-    if is_thin and given:
-        raise ConfigError("--adapter and --thin: give one; the server with the head has no adapter")
+    if is_thin and given and Path(given).is_dir():
+        raise ConfigError(
+            "--adapter DIR and --thin: only a client with a head of its own brings an adapter; "
+            "leave --thin out, or name one that servers have (shoal serve --adapter NAME=DIR)"
+        )
     return given

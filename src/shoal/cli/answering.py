@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.base.errors import ConfigError, NoRouteError
+from shoal.base.errors import NoRouteError
 from shoal.base.ids import peer_text, short
 from shoal.cli.adapters import ChosenAdapter, adapter_to_resume, choose_adapter
 from shoal.cli.answer_file import AnswerFile, keeping, name_of
@@ -125,7 +125,7 @@ async def answer_prompt(
         begun = task
         if isinstance(begun, Question):
             prompt_ids = [int(token) for token in tokenizer(begun.prompt)["input_ids"]]
-            adapter = choose_adapter(settings.adapter, model, snapshot, takes_prompts=True)
+            adapter = choose_adapter(settings.adapter, model, snapshot)
             prompt_ids[:0] = adapter.ids_before(int(model.source.config.vocab_size))
             begun = _begin(begun, prompt_ids, model, snapshot, adapter)
         else:
@@ -173,13 +173,11 @@ async def _speaking(
     """Who makes the tokens: this process, or a server with a head."""
     patience_s, on_waiting = settings.patience_s, settings.on_waiting
     if settings.is_thin:
-        if begun.adapter:
-            raise ConfigError("this answer has an adapter, of which heads know nothing: no --thin")
         async with open_swarm_thin_client(
             visitor, model, patience_s, encoding=begun.encoding,
             is_compressed=begun.is_compressed, on_waiting=on_waiting,
         ) as thin:  # fmt: skip
-            yield ThinSpeaker(thin)
+            yield ThinSpeaker(thin, adapter.name)
         return
     head = adapter.around(load_head(model.source, dtype=begun.encoding))
     async with open_swarm_client(

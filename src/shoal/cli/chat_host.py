@@ -12,7 +12,7 @@ from typing import Final
 
 from shoal.cli.adapters import choose_adapter
 from shoal.cli.answering import check_model, common_encoding, open_swarm_client
-from shoal.cli.chatting import Conversation, template_renderer
+from shoal.cli.chatting import Conversation, behind, template_renderer
 from shoal.cli.joining import SwarmChoice, Visitor, visit
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import fetch_for_client
@@ -44,7 +44,7 @@ class ChatTarget:
     is_thin: bool = False
     """Whether a server embeds and chooses tokens."""
     adapter: str | None = None
-    """The LoRA adapter that all tokens go through, as the person named it."""
+    """The LoRA adapter that all tokens go through, or a prompt, as the person named it."""
 
 
 def fetch_model(
@@ -75,9 +75,12 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
         async def host() -> None:
             async with visit(target.swarm) as visitor:
                 check_model(visitor.directory.snapshot(), target.model)
-                async with _speaking(target, visitor) as speaker:
+                async with _speaking(target, visitor) as (speaker, ids_before):
                     conversation = Conversation(
-                        speaker, tokenizer, render, end_tokens(target.model, tokenizer)
+                        speaker,
+                        tokenizer,
+                        behind(ids_before, render),
+                        end_tokens(target.model, tokenizer),
                     )
                     opened.set_result(conversation)
                     await ending.wait()
@@ -93,24 +96,28 @@ def hosting(target: ChatTarget) -> Iterator[tuple[BackgroundLoop, Conversation]]
 
 
 @asynccontextmanager
-async def _speaking(target: ChatTarget, visitor: Visitor) -> AsyncIterator[Speaker]:
-    """Who makes the tokens: this process, or a server with a head."""
+async def _speaking(
+    target: ChatTarget, visitor: Visitor
+) -> AsyncIterator[tuple[Speaker, tuple[int, ...]]]:
+    """Who makes the tokens: this process, or a server with a head; what stands before them."""
     model, snapshot = target.model, visitor.directory.snapshot()
     encoding = target.dtype or common_encoding(snapshot, model.name)
+    adapter = choose_adapter(target.adapter, model, snapshot)
     if target.is_thin:
         async with open_swarm_thin_client(
             visitor, model, target.patience_s, encoding=encoding,
             is_compressed=target.is_compressed, on_waiting=target.on_waiting,
         ) as thin:  # fmt: skip
-            yield ThinSpeaker(thin)
+            yield ThinSpeaker(thin, adapter.name), ()
         return
-    adapter = choose_adapter(target.adapter, model, snapshot)
-    head = load_head(model.source, dtype=encoding)
+    head = adapter.around(load_head(model.source, dtype=encoding))
+    ids_before = adapter.ids_before(int(model.source.config.vocab_size))
     async with open_swarm_client(
         visitor, model, target.patience_s, target.on_waiting, target.standby
     ) as client:
         inner = INT8_BLOCK if target.is_compressed else None
-        yield ChainSpeaker(client, head, encoding, inner, adapter.offered_by(client))
+        speaker = ChainSpeaker(client, head, encoding, inner, adapter.offered_by(client))
+        yield speaker, ids_before
 
 
 def end_tokens(model: OpenModel, tokenizer: object) -> frozenset[int]:

@@ -212,6 +212,12 @@ def common_prefix(held: Sequence[int], ids: Sequence[int]) -> int:
     return next((index for index in range(limit) if held[index] != ids[index]), limit)
 
 
+def behind(ids_before: Sequence[int], render: Render) -> Render:
+    """Renders the same behind these tokens: those of a learned prompt."""
+    before = list(ids_before)
+    return lambda messages: before + render(messages)
+
+
 def template_renderer(tokenizer: Any, template: str | None) -> Render:
     """Renders with the tokenizer's chat template, or with this Jinja `template`.
 

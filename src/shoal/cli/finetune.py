@@ -13,6 +13,8 @@ from shoal.base.errors import ConfigError
 from shoal.cli.interrupts import noticing_interrupts
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.options import (
+    CacheLimitOption,
+    FromPeersOption,
     InviteOption,
     JoinOption,
     JsonOption,
@@ -21,6 +23,7 @@ from shoal.cli.options import (
     SwarmOption,
     ThreadsOption,
 )
+from shoal.cli.sizes import parse_size
 from shoal.cli.threads import set_threads
 
 if TYPE_CHECKING:
@@ -73,7 +76,12 @@ AccumulateOption = Annotated[
     int, typer.Option(metavar="N", help="Passes of one step: their gradients add up.")
 ]
 MaxLengthOption = Annotated[
-    int, typer.Option(metavar="N", help="Cut examples after so many tokens; servers run 4096.")
+    int,
+    typer.Option(
+        metavar="N",
+        help="Cut examples after so many tokens; servers take 2048 unless told otherwise "
+        "(shoal serve --training-rows).",
+    ),
 ]
 RateOption = Annotated[
     float | None,
@@ -112,6 +120,16 @@ SeedOption = Annotated[int, typer.Option(metavar="S", help="Of order, split, sta
 PatienceOption = Annotated[
     float,
     typer.Option(metavar="S", help="Seconds to wait for servers that are missing or failing."),
+]
+VerifyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        min=0.0,
+        max=1.0,
+        help="Have this share of what servers compute done again by others with the same blocks, "
+        "and leave those who give other values than two more do. It costs as much more computing.",
+    ),
 ]
 
 
@@ -152,6 +170,9 @@ def finetune(
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     patience: PatienceOption = PATIENCE_S,
+    verify_rate: VerifyOption = 0.0,
+    weights_from_peers: FromPeersOption = False,
+    cache_limit: CacheLimitOption = "50GB",
     swarm: SwarmOption = None,
     invite: InviteOption = None,
     as_json: JsonOption = False,
@@ -190,11 +211,15 @@ def finetune(
       shoal finetune smollm2-135m-instruct --join ADDR --data moods.jsonl \\
           --method classifier --epochs 3 --out moods
       shoal finetune --resume tuned --join ADDR
+      shoal finetune 2150765b1495 --join ADDR --weights-from-peers --data chats.jsonl --out tuned
       shoal generate smollm2-135m-instruct --join ADDR --adapter tuned --prompt "..."
     """
     set_threads(threads)
     if local and (join or lan):
         raise ConfigError("--local and --join or --lan: give one")
+    if local and (weights_from_peers or verify_rate):
+        raise ConfigError("--local asks no servers: leave --weights-from-peers, --verify-rate out")
+    limit_bytes = parse_size(cache_limit, "--cache-limit") if weights_from_peers else None
     choice = None if local else SwarmChoice.to_visit(join, swarm, invite, lan)
     if resume is not None:
         _check_resumes(context, resume)
@@ -204,7 +229,9 @@ def finetune(
         from shoal.cli.finetuning import begin, go_on
         from shoal.cli.tuning_place import Place
 
-        place = Place(swarm=choice, patience_s=patience)
+        place = Place(
+            swarm=choice, patience_s=patience, limit_bytes=limit_bytes, verify_rate=verify_rate
+        )
         if resume is None:
             work = begin(place, _asked(context.params))
         else:

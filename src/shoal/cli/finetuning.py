@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.base.errors import ConfigError, ShoalError
+from shoal.base.ids import short
 from shoal.cli.finetune_curve import draw_curve, smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
 from shoal.cli.finetune_spec import Asked, Examples, RunSpec, read_examples
-from shoal.cli.models import OpenModel, open_model
-from shoal.cli.tuning_place import Place, open_base
+from shoal.cli.models import OpenModel
+from shoal.cli.tuning_place import Place, open_base, open_model_for
+from shoal.client.training_check import SpotChecks
 from shoal.hf.saved_session import write_file
 from shoal.hf.tuning_build import build
 from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_checkpoint
@@ -160,6 +162,19 @@ class Finetuning:
             texts.append(f"{report['eval_accuracy']:.1%} right")
         texts.append(f"{report['tokens_per_s']:.0f} tokens/s")
         print(", ".join(texts), file=sys.stderr)
+        base = self.run.model.base
+        if isinstance(base, SwarmBase) and base.checked().rate:
+            print(checks_text(base.checked()), file=sys.stderr)
+
+
+def checks_text(checks: SpotChecks) -> str:
+    """What spot checks found, for a person."""
+    text = f"computed twice: {checks.passed} parts, the same values"
+    if checks.unchecked:
+        text += f"; {checks.unchecked} were due, and no other server could compute them"
+    if checks.caught:
+        text += f"; wrong values from {', '.join(short(peer) for peer in checks.caught)}"
+    return text
 
 
 def begin(place: Place, asked: Asked) -> Finetuning:
@@ -182,7 +197,7 @@ def begin(place: Place, asked: Asked) -> Finetuning:
                 f"{asked.out} holds an adapter ({name}) that would be overwritten: give another "
                 "--out"
             )
-    model = open_model(asked.given)
+    model = open_model_for(place, asked.given)
     examples = read_examples(asked.data, asked.method, model.source.tokenizer())
     settings = asked.settings
     if asked.epochs is not None:
@@ -208,7 +223,8 @@ def go_on(place: Place, folder: Path, given: str | None) -> Finetuning:
     """
     checkpoint = read_checkpoint(folder / CHECKPOINT)
     spec = RunSpec.from_dict(checkpoint.run, folder / CHECKPOINT)
-    model = open_model(given or spec.given)
+    by_hash = place.limit_bytes is not None
+    model = open_model_for(place, given or (spec.model if by_hash else spec.given))
     if model.name != spec.model:
         raise ConfigError(
             f"the run in {folder} trains model {spec.model} ({spec.given}), not {model.name}"

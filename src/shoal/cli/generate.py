@@ -243,7 +243,7 @@ def _check_whole(given: frozenset[str]) -> None:
     Raises:
         ConfigError: names the option.
     """
-    for name in ("save", "thin", "standby", "compress", "dtype", "weights_from_peers"):
+    for name in ("save", "thin", "standby", "compress", "dtype"):
         if name in given:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}: not with deep prompts or classes; leave it out")

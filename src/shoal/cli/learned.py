@@ -62,7 +62,11 @@ def read_prompt_of(directory: Path, model: OpenModel) -> tuple[bytes, torch.Tens
     """
     learned = _read(directory, model)
     if learned.prompt is None or learned.additions is not None or learned.classes is not None:
-        raise ConfigError(f"{directory} holds more than a prompt, which is not for sessions")
+        held = "a head for classes" if learned.additions is None else "deep prompts"
+        raise ConfigError(
+            f"{directory} holds {held}, which have no sessions: servers run the whole text in "
+            f"one pass. Use shoal generate --adapter {directory}"
+        )
     values = learned.prompt.contiguous().numpy().tobytes()
     name = hashlib.blake2b(values, digest_size=NAME_BYTES, person=b"shoal-prompt").digest()
     return name, learned.prompt

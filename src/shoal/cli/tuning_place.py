@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from shoal.cli.joining import SwarmChoice
-from shoal.cli.models import OpenModel
+from shoal.cli.models import OpenModel, open_model
 from shoal.cli.options import DEFAULT_SWARM
+from shoal.cli.peer_weights import fetch_for_client
+from shoal.client.training import TrainConfig
 from shoal.discovery.lan import find_on_lan, none_found
 from shoal.hf.auto import AutoDistributedModelForCausalLM
 from shoal.hf.connection import Joining
@@ -24,6 +26,22 @@ class Place:
     swarm: SwarmChoice | None
     """None: here, the whole model."""
     patience_s: float
+    limit_bytes: int | None = None
+    """Of the store of weights from peers; None: the model is a copy of our own."""
+    verify_rate: float = 0.0
+    """Share of what servers compute that another one computes as well."""
+
+
+def open_model_for(place: Place, given: str) -> OpenModel:
+    """The model: embedding, norm, head and tokenizer come from peers if that was asked for.
+
+    Raises:
+        ModelError: unknown, broken or unsupported.
+        ConfigError, PeerError: it can't be had from peers; says why.
+    """
+    if place.swarm is None or place.limit_bytes is None:
+        return open_model(given)
+    return asyncio.run(fetch_for_client(given, place.swarm, place.limit_bytes))
 
 
 def open_base(place: Place, model: OpenModel, stack: ExitStack) -> TuningBase:
@@ -49,4 +67,5 @@ def open_base(place: Place, model: OpenModel, stack: ExitStack) -> TuningBase:
             patience_s=place.patience_s,
         )
     )
+    opened.training_steps = TrainConfig(verify_rate=place.verify_rate)
     return SwarmBase(opened)

@@ -13,6 +13,7 @@ import torch
 
 from shoal.base.errors import BadInput
 from shoal.base.spans import Span, missing_blocks
+from shoal.client.training_check import SpotChecks
 from shoal.hf.model import DistributedModelForCausalLM
 from shoal.hf.training import Tuning, run_blocks
 from shoal.hf.tuning_base import Pass
@@ -58,6 +59,10 @@ class SwarmBase:
             return [one.span for one in client.view().servers if one.peer not in avoided]
 
         return missing_blocks(Span(0, self.num_blocks), connection.loop.run(served()))
+
+    def checked(self) -> SpotChecks:
+        """What spot checks found so far."""
+        return self.model.training_client.checks
 
     def token_table(self) -> torch.Tensor:
         """(V, D) embeddings of all tokens."""

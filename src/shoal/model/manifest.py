@@ -77,7 +77,13 @@ def model_hash(
 def build_manifest(
     source: ModelSource, cache_dir: Path | None = None, progress: Progress | None = None
 ) -> Manifest:
-    """The manifest of all of `source`; streams the weights unless `cache_dir` has the hashes."""
+    """The manifest of all of `source`; streams the weights unless `cache_dir` has the hashes.
+
+    A source out of the store has one already, and perhaps not all of the weights.
+    """
+    known = getattr(source, "manifest", None)
+    if isinstance(known, Manifest):
+        return known
     cache = _cache_file(source.files, cache_dir)
     names = list(source.tensor_names())
     contents = None if cache is None else _read_cache(cache, names)

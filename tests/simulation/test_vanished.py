@@ -8,6 +8,7 @@ import pytest
 from shoal.base.errors import ShoalError
 from shoal.base.limits import KEEP_PERIOD_S, ORPHAN_GRACE_S
 from shoal.lab.toy_blocks import toy_embedding
+from shoal.net.channel import PURPOSE_CONTROL
 from shoal.server.control import SILENCE_MAX_S
 from tests.simulation.scene import scene, until
 
@@ -188,3 +189,16 @@ async def test_streams_of_a_client_without_sessions_end_too(it):
     it.gone.append(doomed)
     it.swarm.memory.crash(doomed.me, detect_after_s=None)
     await until(lambda: not held(it, doomed), within_s=SILENCE_MAX_S + ORPHAN_GRACE_S + SLACK_S)
+
+
+@scene("a 0:2, b 2:4")
+async def test_a_second_control_stream_that_ends_is_no_departure(it):
+    """A gateway's dashboard looks at loads under the same identity as its answers."""
+    reader = await it.read(20)
+    for _ in range(2):
+        for name in "ab":
+            look = await it.client.dial(it[name].peer, PURPOSE_CONTROL)
+            look.close()
+        await asyncio.sleep(15)
+        await reader.decode(3)
+    assert reader.repairs == []

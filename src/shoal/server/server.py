@@ -105,6 +105,8 @@ class Server:
         self._senders = SenderPool(self._dial, self)
         self._receivers: dict[PeerId, RowReceiver] = {}
         self._controls: dict[PeerId, ControlLink] = {}
+        self._control_streams: dict[PeerId, list[ControlLink]] = {}
+        """All of each peer; the latest one that is there counts."""
         self._broken = asyncio.Event()
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
@@ -202,13 +204,20 @@ class Server:
 
     async def _serve_control(self, channel: Channel) -> None:
         control = self._controls[channel.peer] = ControlLink(channel, self)
+        others = self._control_streams.setdefault(channel.peer, [])
+        others.append(control)
         if self._farewells.is_draining and self.sessions.of_owner(channel.peer):
             control.post(self._farewells.leaving)
         try:
             await control.run()
         finally:
-            if self._controls.get(channel.peer) is control:
-                del self._controls[channel.peer]
+            others.remove(control)
+            if (
+                others
+            ):  # such as a look at our load, on a stream of its own: the owner is still here
+                self._controls[channel.peer] = others[-1]
+            else:
+                del self._control_streams[channel.peer], self._controls[channel.peer]
                 self._departures.left(channel.peer)
 
     async def _serve_rows(self, channel: Channel) -> None:

@@ -155,7 +155,7 @@ async def test_a_client_that_comes_back_in_time_keeps_all(it):
     before = {name: it.hop(name, reader).sequence for name in "abc"}
     for _ in range(3):
         for name in "abc":
-            it[name].server._controls[it.client.me].close()
+            it[name].server._controls.close(it.client.me)
         await reader.decode(1)
         await asyncio.sleep(ORPHAN_GRACE_S * 0.7)
     await asyncio.sleep(2 * ORPHAN_GRACE_S)

@@ -241,7 +241,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         stack.push_async_callback(_drain, server, heads, announcer, settings.drain_s)
         if heads is not None:
             stack.callback(heads.leave)
-        # Round trips were measured while blocks loaded: who comes has a place from its first record.
+        # Round trips were measured while blocks loaded: the first record has a place.
         place = here.directory.gossiper.coordinate
         announcer.restate(replace(announcer.announcement, coordinate=place))
         await announcer.announce("online")

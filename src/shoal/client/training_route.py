@@ -26,7 +26,7 @@ from shoal.plan.routing import Wanted, choose_chain
 from shoal.plan.view import Experience, Stage
 
 if TYPE_CHECKING:
-    from shoal.client.training import TrainingHost
+    from shoal.client.training_host import TrainingHost
 
 logger = logging.getLogger(__name__)
 

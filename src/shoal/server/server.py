@@ -48,6 +48,7 @@ from shoal.server.adapter_streams import AdapterServer
 from shoal.server.adapters import AdapterStore
 from shoal.server.config import AddressBook, ServerConfig, StreamService
 from shoal.server.control import ControlLink
+from shoal.server.controls import Controls
 from shoal.server.departures import Departures
 from shoal.server.dialling import dial_rows
 from shoal.server.engine import Engine
@@ -104,9 +105,7 @@ class Server:
         self._intake = Intake(config.quotas, backend.facts, self.sessions, config.window_bytes)
         self._senders = SenderPool(self._dial, self)
         self._receivers: dict[PeerId, RowReceiver] = {}
-        self._controls: dict[PeerId, ControlLink] = {}
-        self._control_streams: dict[PeerId, list[ControlLink]] = {}
-        """All of each peer; the latest one that is there counts."""
+        self._controls = Controls()
         self._broken = asyncio.Event()
         self._broken_by: Exception | None = None
         self._tasks = TaskSet(f"server {short(self.peer)}")
@@ -168,7 +167,7 @@ class Server:
         ]
         logger.info("leaving blocks=%s sessions=%d within_s=%.1f", span, len(hops), within_s)
         for owner in {hop.plan.owner for hop in hops}:
-            self._controls[owner].post(Leaving(span.start, span.end, within_s))
+            self._controls.post(owner, Leaving(span.start, span.end, within_s))
         return await self._farewells.wait(hops, within_s)
 
     def evict_all(self) -> None:
@@ -203,21 +202,14 @@ class Server:
             channel.close()
 
     async def _serve_control(self, channel: Channel) -> None:
-        control = self._controls[channel.peer] = ControlLink(channel, self)
-        others = self._control_streams.setdefault(channel.peer, [])
-        others.append(control)
-        if self._farewells.is_draining and self.sessions.of_owner(channel.peer):
-            control.post(self._farewells.leaving)
+        control = ControlLink(channel, self)
         try:
-            await control.run()
+            with self._controls.holding(control):
+                if self._farewells.is_draining and self.sessions.of_owner(channel.peer):
+                    control.post(self._farewells.leaving)
+                await control.run()
         finally:
-            others.remove(control)
-            if (
-                others
-            ):  # such as a look at our load, on a stream of its own: the owner is still here
-                self._controls[channel.peer] = others[-1]
-            else:
-                del self._control_streams[channel.peer], self._controls[channel.peer]
+            if channel.peer not in self._controls:
                 self._departures.left(channel.peer)
 
     async def _serve_rows(self, channel: Channel) -> None:
@@ -290,7 +282,7 @@ class Server:
             adapter = self.adapters.find(plan.owner, plan.adapter)
             if old is not None:
                 self._forget(old)
-            origin = self._controls[plan.owner].origin if plan.owner in self._controls else None
+            origin = self._controls.origin(plan.owner)
             hop = self.sessions.open(plan, parent, now_s, adapter, origin)
         self._call_waiting()
         logger.info("session opened session=%s span=%s epoch=%d held=%d",
@@ -451,8 +443,7 @@ class Server:
             self._tell(owner, Room(session))
 
     def _tell(self, owner: PeerId, message: Broken | Failed | Leaving | Room) -> None:
-        if owner in self._controls:
-            self._controls[owner].post(message)
+        self._controls.post(owner, message)
 
     def _answer(self, hop: HopSession, answer: Answer) -> None:
         receiver = self._receivers.get(hop.plan.predecessor)
@@ -470,8 +461,7 @@ class Server:
         except Exception as error:
             logger.exception("engine broke sessions=%d", len(self.sessions))
             self._broken_by = error
-            for control in self._controls.values():
-                control.close()
+            self._controls.close_all()
             for receiver in self._receivers.values():
                 receiver.close()
             self._broken.set()

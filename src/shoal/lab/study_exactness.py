@@ -71,7 +71,7 @@ PROVEN: Final = 1e-4
 """A plan with this gap, or a smaller one, counts as optimal."""
 
 OWN_BRANCHES_MAX: Final = 10_000
-THEIR_BRANCHES_MAX: Final = 500
+THEIR_BRANCHES_MAX: Final = 2_500
 """Of a solver's search tree: some 30 s of one core for our program, of which few cases need more
 than 100; up to 30 s for the published one, which is larger."""
 

@@ -265,3 +265,21 @@ async def test_steps_in_a_pipeline(it):
     assert now_s() - started_s < 30 * 3 * 0.02, "the servers did not work at the same time"
     assert len(session.recoveries) == 1
     session.close()
+
+
+@scene(CHAIN)
+async def test_rows_that_can_not_be_made_are_told_to_who_asked(it):
+    """They are never sent, so nobody who shares the stream is cut off; the session goes on."""
+    reader, other = await it.read(10), await it.read(10, seed=1)
+    before = same_sequences(it, other, "abc")
+
+    def unknown_token(position, count):
+        raise BadInput("token 99 is outside the vocabulary")
+
+    with pytest.raises(BadInput, match="outside the vocabulary"):
+        await reader.session.step(unknown_token, 300)
+    with pytest.raises(BadInput, match="1 rows are 64 bytes, got 63"):
+        await reader.session.step(lambda position, count: bytes(ROW_BYTES * count - 1), 1)
+    await together(reader.decode(3), other.decode(3))
+    assert reader.session.epoch == other.session.epoch == 1
+    assert same_sequences(it, other, "abc") == before

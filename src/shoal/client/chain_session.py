@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from shoal.base.errors import BadInput, SessionClosed
 from shoal.base.ids import PeerId, SessionId
 from shoal.client.session import Move, Payload, Recovery, SessionState, split_chunks
 from shoal.plan.view import Stage
+from shoal.wire.frames import Buffer
 from shoal.wire.messages import WANT_LAST, Fork, Want
 
 if TYPE_CHECKING:
@@ -131,14 +133,19 @@ class ChainSession:
     ) -> None:  # fmt: skip
         """Send `count` more rows without waiting for the answer.
 
+        A callable makes all rows once here: what it raises is the caller's, and must not break
+        the stream that other sessions share when it is called again to send them.
+
         Raises:
             BadInput: rows of a wrong size.
         """
         state = self._state
         state.check_open()
         offset = 0
-        chunk = chunk_tokens or choose_chunk(count)
-        for size, chunk_want in split_chunks(state.length, count, chunk, want):
+        chunks = split_chunks(state.length, count, chunk_tokens or choose_chunk(count), want)
+        if callable(payload):
+            _check_makes(payload, state.length, [size for size, _ in chunks], state.row_bytes)
+        for size, chunk_want in chunks:
             if callable(payload):
                 part: Payload = payload
             else:
@@ -186,3 +193,16 @@ class ChainSession:
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()
+
+
+def _check_makes(
+    make: Callable[[int, int], Buffer], start: int, sizes: Sequence[int], row_bytes: int
+) -> None:
+    """Raises:
+    BadInput: rows of a wrong size. Whatever else `make` raises.
+    """
+    for size in sizes:
+        made = memoryview(make(start, size)).nbytes
+        if made != size * row_bytes:
+            raise BadInput(f"{size} rows are {size * row_bytes} bytes, got {made}")
+        start += size

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from shoal.base.spans import Span
-from shoal.model.onednn_linear import OneDnnLinear, use_onednn
+from shoal.model.onednn_linear import OneDnnLinear, packed_linear, use_onednn
 from shoal.model.packed_model import PackedModel
 from shoal.model.rows import rows_from_bytes
 from shoal.model.span_model import load_span
@@ -91,3 +91,19 @@ def test_a_model_computes_what_it_did(dtype: str) -> None:
     other = torch.cat(outputs).flatten().float()
     tolerance = 1e-5 if dtype == "float32" else 0.05
     assert (mine - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16, torch.float32])
+def test_another_dtype_is_asked_for_later(dtype: torch.dtype) -> None:
+    """Where oneDNN does not take it the weights are plain again."""
+    plain = linear(256, 320, torch.float32, bias=True)
+    packed = packed_linear(linear(256, 320, torch.float32, bias=True))
+    packed.keep_transposed()
+    rows = torch.randn((3, 256), generator=torch.Generator().manual_seed(4)).to(dtype)
+    rows.requires_grad_()
+    ours, theirs = packed.to(dtype)(rows), plain.to(dtype)(rows)
+    assert ours.dtype == dtype
+    gradients = [torch.autograd.grad(one.sum(), rows)[0] for one in (ours, theirs)]
+    close = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
+    for mine, other in ((ours, theirs), gradients):
+        assert (mine - other).abs().max() <= close * other.abs().max()

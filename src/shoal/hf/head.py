@@ -9,18 +9,23 @@ Shapes: S rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from shoal.base.errors import BadInput, ModelUnsupported
 from shoal.model.checkpoint import Checkpoint
+from shoal.model.onednn_linear import OneDnnLinear, packed_linear
 from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
 from shoal.model.rows import rows_from_bytes, rows_to_bytes, torch_dtype
 from shoal.model.source import ModelSource
 from shoal.wire.tensors import row_bytes
 
 _PROBE_TOKENS = 3
+
+TIED_BYTES_MAX: Final = 512 << 20
+"""A head that is the embedding's own matrix is held a second time, in the layout that it is
+multiplied in, up to this size: that of a 128,256 x 2,048 one in bfloat16 is 501 MiB."""
 
 
 class Head:
@@ -54,6 +59,18 @@ class Head:
         """What it computes in."""
         dtype: torch.dtype = self._embedding.weight.dtype
         return dtype
+
+    def pack(self) -> None:
+        """Rearrange the head once for oneDNN, on a CPU.
+
+        Measured, one thread, milliseconds for 1, 8 and 512 rows: 49,152 x 576 in float32 7.6, 17.6
+        and 572, packed 3.3, 4.9 and 252; 32,000 x 2,048 in bfloat16 9.5, 12.4 and 228, packed 3.8,
+        5.8 and 217.
+        """
+        if type(self._head) is torch.nn.Linear:
+            weight = self._head.weight
+            if weight is not self._embedding.weight or weight.nbytes <= TIED_BYTES_MAX:
+                self._head = packed_linear(self._head)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Its torch modules by name: embedding, norm, head, and what the family adds."""
@@ -161,6 +178,8 @@ class Head:
 
     def score_states(self, states: torch.Tensor) -> torch.Tensor:
         """(..., V) float32 scores on the CPU of `leave_blocks`' states. Differentiable."""
+        if isinstance(self._head, OneDnnLinear) and torch.is_grad_enabled():
+            self._head.keep_transposed()  # there is one client, and every step goes back through it
         scores: torch.Tensor = self._head(states.to(device=self.device, dtype=self.dtype))
         if self._factor is not None:
             scores = scores * self._factor
@@ -222,6 +241,7 @@ def load_head(source: ModelSource, *, dtype: str = "float32", device: str = "cpu
     check_nothing_on_meta(whole)
     head = Head(parts)
     _probe(head, whole, device)
+    head.pack()
     return head
 
 

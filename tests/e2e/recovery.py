@@ -47,7 +47,7 @@ KNOWN_WITHIN_S = 30.0
 
 GREEDY = Sampler()
 SAMPLED = Sampler(temperature=0.9, seed=11)
-Act = Callable[[ChainSession], None]
+Act = Callable[[ChainSession], bool | None]
 
 
 def exact_model():
@@ -289,17 +289,18 @@ class Reader:
         sampler: Sampler = GREEDY,
         acts: Mapping[int, Act] | None = None,
     ) -> Reading:
-        """An answer; `acts[k]` is done when k tokens are there."""
+        """An answer; `acts[k]` is done when k tokens are there, or later: again until not False."""
         head = head_of(self.fleet.model, self.fleet.encoding)
+        due = dict(acts or {})
         async with await self.client.open_session(self.fleet.encoding) as session:
             ids, times = [], []
             answer = generate(session, head, prompt, max_new_tokens=num_tokens, sampler=sampler)
             async for token in answer:
                 ids.append(token.id)
                 times.append(token.at_s)
-                act = (acts or {}).get(len(ids))
-                if act is not None:
-                    act(session)
+                for at in [at for at in due if at <= len(ids)]:
+                    if due[at](session) is not False:
+                        del due[at]
             pauses = [after - before for before, after in pairwise(times)]
             return Reading(
                 token_ids=ids,

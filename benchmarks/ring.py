@@ -40,6 +40,9 @@ from workers import Worker, working
 ONE_BY_ONE: Final = "1 node, one by one"
 ONE_BATCH: Final = "1 node, one batch"
 RING: Final = "2 nodes, ring"
+FLOOR: Final = "2 nodes, a model each"
+"""Each core has the whole model and one sample: no ring on these two cores can be faster one by
+one, as they share a memory. What it is short of twice is the machine's."""
 
 SAMPLES: Final = (1, 2, 4, 12)
 QUICK_SAMPLES: Final = (1, 2)
@@ -168,14 +171,14 @@ def lines_of(samples: Sequence[int]) -> list[Line]:
     for count in samples:
         lines += [Line(way, count) for way in (ONE_BY_ONE, ONE_BATCH, RING)]
         if count == 2:
-            lines.append(Line(RING, count, 2))
+            lines += [Line(RING, count, 2), Line(FLOOR, count)]
     return lines
 
 
 def tokens_for(case: Case, line: Line, round_s: float) -> int:
     """Tokens of each sample that last so long where a core reads 20 GB/s."""
     token_s = {"304m": 0.03, "1.1b": 0.09, "small": 0.01}[case.shape] / case.core_share
-    if line.way == ONE_BY_ONE:
+    if line.way in (ONE_BY_ONE, FLOOR):
         return max(3, int(round_s / token_s / line.samples))
     return max(8, int(round_s / token_s))
 
@@ -207,6 +210,13 @@ async def measured(
                     rings[line.key] = one
                     ways[line.key] = Way(workers=workers, measure=one.measure)
                     continue
+                if line.way == FLOOR:
+                    second = processes.enter_context(
+                        working("ring_alone.py", case.shape, case.quantize, "1", threads=1)
+                    )
+                    join(second.pid, "node1")
+                    ways[line.key] = floor_way((alone, second), tokens_for(case, line, round_s))
+                    continue
                 request = {"way": line.way.partition(", ")[2], "samples": line.samples,
                            "rounds": tokens_for(case, line, round_s)}  # fmt: skip
                 ways[line.key] = Way(
@@ -218,6 +228,16 @@ async def measured(
     return [row_of(case, line, rounds, rings.get(line.key), split) for line in lines], {
         f"{case.name}, {name}": taken.details() for name, taken in rounds.items()
     }
+
+
+def floor_way(pair: Sequence[Worker], rounds: int) -> Way:
+    """Both at once, each with a sample of its own."""
+    request = {"way": "one by one", "samples": 1, "rounds": 2 * rounds}
+
+    async def measure() -> float:
+        return float(sum(await asyncio.gather(*(one.ask(request) for one in pair))))
+
+    return Way(workers={f"alone {i}": one.pid for i, one in enumerate(pair)}, measure=measure)
 
 
 async def ring_way(

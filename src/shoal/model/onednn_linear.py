@@ -110,14 +110,18 @@ def use_onednn(block: torch.nn.Module) -> None:
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    if not _is_taken(weight):
+    if not _is_known(weight):
         return weight
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
 
 def _is_taken(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch._C._has_mkldnn or weight.numel() < _VALUES_MIN:
+    return weight.numel() >= _VALUES_MIN and _is_known(weight)
+
+
+def _is_known(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -36,17 +36,7 @@ class MemoryGroups:
         def enter() -> None:
             (folder / "cgroup.procs").write_text("0")
 
-        return subprocess.Popen(
-            [processes.SHOAL, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env=processes.ENVIRONMENT,
-            preexec_fn=enter,
-            start_new_session=True,
-        )
+        return processes.popen(arguments, enter=enter)
 
     def kills(self) -> int:
         """How many processes the system ended because their group was full."""

@@ -48,8 +48,12 @@ Launch = Callable[[Sequence[str]], Running]
 """Starts a `shoal` with these arguments."""
 
 
-def popen(arguments: Sequence[str], stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    """A `shoal` that a shell might have started."""
+def popen(
+    arguments: Sequence[str],
+    stdin: int = subprocess.DEVNULL,
+    enter: Callable[[], None] | None = None,
+) -> subprocess.Popen[str]:
+    """A `shoal` that a shell might have started; it calls `enter` before it begins."""
     return subprocess.Popen(
         [SHOAL, *arguments],
         stdin=stdin,
@@ -58,6 +62,7 @@ def popen(arguments: Sequence[str], stdin: int = subprocess.DEVNULL) -> subproce
         text=True,
         bufsize=1,
         env=ENVIRONMENT,
+        preexec_fn=enter,
         start_new_session=True,
     )
 

@@ -7,7 +7,6 @@ import json
 import re
 import resource
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -176,17 +175,7 @@ def limited(data_bytes):
         def limit():
             resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
 
-        return subprocess.Popen(
-            [processes.SHOAL, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env=processes.ENVIRONMENT,
-            preexec_fn=limit,
-            start_new_session=True,
-        )
+        return processes.popen(arguments, enter=limit)
 
     return launch
 

@@ -128,8 +128,7 @@ async def take_turns(
     By number of sessions at once; ends when `wanted` turns of each count, or after too many.
     """
     found = {count: Turns() for count in counts}
-    # Not the client: what others may take of the servers' cores is at most 3 % of a round, and
-    # judged by the little that it computes itself no round of half a second would count.
+    # Not the client, which computes little: what it waits for is mostly its own servers.
     workers = workers_of(servers)
     async with connected(shape, servers) as client:
         for _ in range(2):  # links are up, caches of the allocator are warm

@@ -1,8 +1,9 @@
 """Rounds that count: ways to do the same take turns, and disturbed rounds are dropped.
 
-A round is dropped when a worker got less than 95 % of its core: METHODOLOGY.md says how
-that is judged from Linux's accounts of threads that could have run and had to wait. Where
-there are none, rounds are kept and the result says that nobody checked them.
+A round is dropped when processes outside the benchmark may have made it more than 5 %
+longer: METHODOLOGY.md says how that is judged from Linux's accounts of threads that could
+have run and had to wait. Where there are none, rounds are kept and the result says that
+nobody checked them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Final
 
-CORE_SHARE_MIN: Final = 0.95
-"""A worker that got less of its core was disturbed."""
-
-SMALL_WORKER: Final = 0.1
-"""A worker that needs less of a core than this is judged as if it needed so much: a client
-that computes for 50 ms of a 6 s round may lose 30 ms, which nobody sees in the figure."""
+LOST_SHARE_MAX: Final = 0.05
+"""Of a round's length: a round that others may have made longer by more was disturbed."""
 
 ROUNDS_PER_WANTED: Final = 3
 """Give up after this many rounds per round that is wanted."""
@@ -77,17 +74,18 @@ class Usage:
     """Core time of processes that are not part of the benchmark."""
     stolen_s: float
 
-    def core_share(self, worker: str) -> float:
-        """How much of what it needed this worker got; waiting for its own kind is no loss."""
-        times = self.workers[worker]
-        lost_s = min(times.waited_s, self.others_s) + self.stolen_s
-        needed_s = max(times.ran_s + lost_s, SMALL_WORKER * self.wall_s)
-        return 1.0 - lost_s / needed_s if needed_s > 0 else 1.0
+    @property
+    def lost_s(self) -> float:
+        """The most by which others can have made the round longer; waiting for its own kind is
+        no loss. Workers that depend on each other lose one after the other, so that all that
+        they waited counts."""
+        waited_s = sum(times.waited_s for times in self.workers.values())
+        return min(waited_s, self.others_s) + self.stolen_s
 
     @property
-    def lowest_share(self) -> float:
-        """Of the worker that was disturbed most."""
-        return min((self.core_share(worker) for worker in self.workers), default=1.0)
+    def lost_share(self) -> float:
+        """Of the round's length."""
+        return self.lost_s / self.wall_s if self.wall_s > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For the JSON."""
@@ -95,12 +93,12 @@ class Usage:
             "wall_s": round(self.wall_s, 3),
             "others_s": round(self.others_s, 3),
             "stolen_s": round(self.stolen_s, 3),
+            "lost_share": round(self.lost_share, 4),
             "workers": {
                 worker: {
                     "loop_s": round(times.loop_s, 3),
                     "compute_s": round(times.compute_s, 3),
                     "waited_s": round(times.waited_s, 3),
-                    "core_share": round(self.core_share(worker), 3),
                 }
                 for worker, times in self.workers.items()
             },
@@ -112,7 +110,7 @@ class Way:
     """One way to do it: who works, and how to measure a round."""
 
     workers: Mapping[str, int]
-    """Names and process ids of those that must have their core."""
+    """Names and process ids of those that compute in a round."""
     measure: Callable[[], Awaitable[float]]
     """Runs one round; returns its figure."""
 
@@ -126,8 +124,8 @@ class Round:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether a worker lacked its core."""
-        return self.usage is not None and self.usage.lowest_share < CORE_SHARE_MIN
+        """Whether others took too much."""
+        return self.usage is not None and self.usage.lost_share > LOST_SHARE_MAX
 
 
 @dataclass(slots=True)

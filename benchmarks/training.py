@@ -82,7 +82,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """One who trains, and the processes that must have their core."""
+    """One who trains, and the processes that compute meanwhile."""
 
     worker: Worker
     threads: int

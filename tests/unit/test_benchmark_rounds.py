@@ -34,33 +34,26 @@ def times(ran_s: float, waited_s: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("why", "ran_s", "waited_s", "others_s", "stolen_s", "share"),
+    ("why", "waited_s", "others_s", "stolen_s", "lost_s"),
     [
-        ("had its core", 10.0, 0.0, 8.0, 0.0, 1.0),
-        ("waits for work, not for a core", 3.0, 0.0, 5.0, 0.0, 1.0),
-        ("lost a tenth to strangers", 9.0, 1.0, 4.0, 0.0, 0.9),
-        ("waited for its own kind only", 5.0, 5.0, 0.0, 0.0, 1.0),
-        ("strangers cost no more than they ran", 8.0, 2.0, 0.5, 0.0, 1 - 0.5 / 8.5),
-        ("the hypervisor took it", 9.0, 0.0, 0.0, 1.0, 0.9),
-        ("hardly needs a core", 0.01, 0.03, 4.0, 0.0, 0.97),
-        ("hardly needs a core, but lacked it", 0.01, 0.5, 4.0, 0.0, 0.5),
+        ("nobody waited", [0.0], 8.0, 0.0, 0.0),
+        ("lost a tenth to strangers", [1.0], 4.0, 0.0, 1.0),
+        ("waited for its own kind only", [5.0, 4.0, 0.3], 0.0, 0.0, 0.0),
+        ("strangers cost no more than they ran", [2.0], 0.4, 0.0, 0.4),
+        ("losses add up where one depends on the other", [0.3, 0.3], 4.0, 0.0, 0.6),
+        ("who hardly computes costs little", [0.03], 4.0, 0.0, 0.03),
+        ("who hardly computes is waited for", [0.6], 4.0, 0.0, 0.6),
+        ("the hypervisor took it", [0.0], 0.0, 1.0, 1.0),
     ],
 )
-def test_share_of_a_core(
-    why: str, ran_s: float, waited_s: float, others_s: float, stolen_s: float, share: float
+def test_what_others_cost_a_round(
+    why: str, waited_s: list[float], others_s: float, stolen_s: float, lost_s: float
 ) -> None:
-    usage = rounds.Usage(
-        wall_s=10.0, workers={"server": times(ran_s, waited_s)}, others_s=others_s,
-        stolen_s=stolen_s,
-    )  # fmt: skip
-    assert usage.core_share("server") == pytest.approx(share), why
-    assert rounds.Round(value=1.0, usage=usage).is_disturbed == (share < 0.95), why
-
-
-def test_the_worst_worker_decides() -> None:
-    workers = {"a": times(5.0, 0.0), "b": times(5.0, 1.0)}
-    usage = rounds.Usage(wall_s=10.0, workers=workers, others_s=9.0, stolen_s=0.0)
-    assert usage.lowest_share == pytest.approx(5 / 6)
+    workers = {f"worker {number}": times(1.0, each_s) for number, each_s in enumerate(waited_s)}
+    usage = rounds.Usage(wall_s=10.0, workers=workers, others_s=others_s, stolen_s=stolen_s)
+    assert usage.lost_s == pytest.approx(lost_s), why
+    assert rounds.Round(value=1.0, usage=usage).is_disturbed == (lost_s > 0.5), why
+    assert usage.as_dict()["lost_share"] == pytest.approx(lost_s / 10.0)
 
 
 def test_between_two_readings() -> None:
@@ -165,7 +158,10 @@ def _accounts(disturbed: list[bool]) -> Callable[[], Any]:
         for stolen_s in (0.0, 5.0 if is_disturbed else 0.0):
             readings.append(
                 rounds.Reading(
-                    at_s=stolen_s, busy_s=0.0, stolen_s=stolen_s, processes={1: times(0.0, 0.0)}
+                    at_s=len(readings) * 10.0,
+                    busy_s=0.0,
+                    stolen_s=stolen_s,
+                    processes={1: times(0.0, 0.0)},
                 )
             )
 

@@ -96,8 +96,8 @@ class Trainer:
 
 
 @contextmanager
-def trainers(case: Case) -> Iterator[dict[str, Trainer]]:
-    """All ways of a case; those who are not at work wait."""
+def trainers(case: Case, *, with_two: bool) -> Iterator[dict[str, Trainer]]:
+    """All ways of a case; those who are not at work wait. `with_two`: also on two threads."""
     blocks = open_source(case.model, cache_dir()).config.num_hidden_layers
     spans = {count: _spans(blocks, count) for count in case.servers}
     with ExitStack() as stack:
@@ -111,7 +111,7 @@ def trainers(case: Case) -> Iterator[dict[str, Trainer]]:
         one, *chained = _entered(stack, clients)
         found = {
             name: Trainer(worker=one, threads=threads, workers={"process": one.pid})
-            for name, threads in ((ONE, 1), (TWO, 2))
+            for name, threads in ((ONE, 1), (TWO, 2))[: 1 + with_two]
         }
         for count, first, client in zip(case.servers, firsts, chained, strict=True):
             pids = {f"server {spans[count][0]}": first[1], "client": client.pid}
@@ -145,6 +145,7 @@ def _entered(stack: ExitStack, managers: Sequence[AbstractContextManager[T]]) ->
 def speeds(case: Case, found: dict[str, Trainer]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the table, and every round."""
     rows, details = [], {}
+    chains = " ".join(map(str, case.servers))
     for kind in case.kinds:
         for batch in case.batches:
             figures = Figures()
@@ -159,12 +160,13 @@ def speeds(case: Case, found: dict[str, Trainer]) -> tuple[list[dict[str, Any]],
                 rows.append(
                     {
                         "model": case.name, "dtype": case.dtype, "method": case.method,
-                        "work": what, "batch": batch, "way": way,
+                        "work": what, "batch": batch, "chains": chains, "way": way,
                         "tokens_per_s": taken.median, "share": taken.over(rounds[ONE]),
                         "client_peak_mb": round(figures.peaks[way]), **taken.cells(),
                     }
                 )  # fmt: skip
-                details[f"{case.name}, {case.method}, {what}, {batch}, {way}"] = taken.details()
+                key = f"{case.name}, {case.method}, {what}, {batch}, chains {chains}, {way}"
+                details[key] = taken.details()
     return rows, details
 
 
@@ -227,13 +229,21 @@ async def _losses(trainer: Trainer, request: dict[str, Any]) -> list[float]:
     return [float(loss) for loss in found["losses"]]
 
 
-def that_fit(case: Case) -> tuple[Case, list[dict[str, Any]]]:
-    """The case with the batches that there is memory for, and a row for each other one."""
+def that_fit(case: Case) -> tuple[list[Case], list[dict[str, Any]]]:
+    """What can be measured at once, one after the other, and a row for each batch that can't.
+
+    Chains that there is memory for take turns with the single process. Where all of them are
+    too many, some do, and the others with another such process when these have ended.
+    """
     config = open_source(case.model, cache_dir()).config
+
+    def why_not(servers: tuple[int, ...], batch: int) -> str | None:
+        need = needed(config, case.dtype, servers, batch, case.length + PROMPT_ROWS)
+        return refusal(need, free_bytes())
+
     fitting, rows = [], []
     for batch in case.batches:
-        need = needed(config, case.dtype, case.servers, batch, case.length + PROMPT_ROWS)
-        reason = refusal(need, free_bytes())
+        reason = next(filter(None, (why_not((count,), batch) for count in case.servers)), None)
         if reason is None:
             fitting.append(batch)
             continue
@@ -241,27 +251,33 @@ def that_fit(case: Case) -> tuple[Case, list[dict[str, Any]]]:
         rows.append(
             {
                 "model": case.name, "dtype": case.dtype, "method": case.method,
-                "work": "none", "batch": batch, "way": reason, "tokens_per_s": "not measured",
-                "share": "-", "client_peak_mb": "-", "rounds": 0, "dropped": 0,
+                "work": "none", "batch": batch, "chains": "-", "way": reason,
+                "tokens_per_s": "not measured", "share": "-", "client_peak_mb": "-",
+                "rounds": 0, "dropped": 0,
             }
         )  # fmt: skip
-    return replace(case, batches=tuple(fitting)), rows
+    groups: list[tuple[int, ...]] = []
+    for count in case.servers if fitting else ():
+        if groups and why_not((*groups[-1], count), max(fitting)) is None:
+            groups[-1] = (*groups[-1], count)
+        else:
+            groups.append((count,))
+    return [replace(case, batches=tuple(fitting), servers=group) for group in groups], rows
 
 
 def measured(case: Case, details: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each table."""
-    fitting, rows = that_fit(case)
+    groups, rows = that_fit(case)
     tables: dict[str, list[dict[str, Any]]] = {"training": rows}
-    if not fitting.batches:
-        return tables
-    with trainers(fitting) as found:
-        taken, rounds = speeds(fitting, found)
-        rows += taken
-        details |= rounds
-        if case.steps:
-            tables["training_losses"] = losses(fitting, found)
-        if 1 in case.servers and case.decoded:
-            tables["training_fairness"] = fairness(fitting, found)
+    for group in groups:
+        with trainers(group, with_two=group is groups[0]) as found:
+            taken, rounds = speeds(group, found)
+            rows += taken
+            details |= rounds
+            if group.steps:
+                tables.setdefault("training_losses", []).extend(losses(group, found))
+            if 1 in group.servers and group.decoded:
+                tables["training_fairness"] = fairness(group, found)
     return tables
 
 

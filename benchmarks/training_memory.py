@@ -30,7 +30,7 @@ FREE_SHARE: Final = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Bytes of the processes of one benchmark, which all live at the same time."""
+    """Bytes of processes that live at the same time."""
 
     single: int
     """The whole model with transformers and peft."""
@@ -97,7 +97,7 @@ def refusal(need: Need, free: int | None) -> str | None:
     )
     return (
         f"needs {_gb(need.total)} of memory ({parts}) and {_gb(free)} are free: "
-        "ask for fewer --servers at once, or a smaller --batches"
+        "ask for smaller --batches"
     )
 
 

@@ -8,7 +8,8 @@ asked for, and reads nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,9 @@ class _Recipe:
         return [name for names in self.inputs.values() for name in names]
 
 
+Filled = Callable[[str], None]
+
+
 class Checkpoint:
     """The stored tensors of a source, seen as the weights of one (meta) model."""
 
@@ -66,21 +70,31 @@ class Checkpoint:
         """Whether the source holds the weight called `target`."""
         return target in self._recipes
 
-    def fill(self, module: torch.nn.Module, prefix: str, device: str) -> None:
+    def fill(
+        self, module: torch.nn.Module, prefix: str, device: str, filled: Filled | None = None
+    ) -> None:
         """Give a meta module its weights: those called `prefix` + own name.
+
+        `filled` is called with each part of the module (its path) when all of the part's own
+        weights are there, and may replace it: what it makes smaller is small before the next
+        tensor is read.
 
         Raises:
             ModelCorrupt: a tensor is missing or has a wrong shape.
         """
         expected = module.state_dict()
-        tensors: dict[str, torch.Tensor] = {}
+        missing = Counter(_owner(name) for name in expected)
+        done: set[str] = set()
         for name in expected:
-            if name in tensors:
+            if name in done:
                 continue
-            for target, tensor in self._made(prefix + name, prefix, expected, device).items():
-                tensors[target.removeprefix(prefix)] = tensor
-        module.load_state_dict(tensors, strict=True, assign=True)
-        module.requires_grad_(False)
+            made = self._made(prefix + name, prefix, expected, device)
+            while made:
+                own, owner = _place(module, prefix, *made.popitem())
+                done.add(own)
+                missing[owner] -= 1
+                if not missing[owner] and filled is not None:
+                    filled(owner)  # nobody here holds its tensors any more
 
     def _made(
         self, target: str, prefix: str, expected: Mapping[str, torch.Tensor], device: str
@@ -165,6 +179,23 @@ class _DtypePlan:
         if dtype.is_floating_point and any(part in parts for part in self._float32):
             return torch.float32
         return dtype
+
+
+def _place(
+    module: torch.nn.Module, prefix: str, target: str, tensor: torch.Tensor
+) -> tuple[str, str]:
+    """Put one weight where it belongs; its name in the module, and the path of its part."""
+    own = target.removeprefix(prefix)
+    owner = _owner(own)
+    part = module.get_submodule(owner)
+    part.load_state_dict({own.rpartition(".")[2]: tensor}, strict=False, assign=True)
+    part.requires_grad_(False)
+    return own, owner
+
+
+def _owner(name: str) -> str:
+    """The path of the part that has a weight."""
+    return name.rpartition(".")[0]
 
 
 def _is_fused_experts(converter: Any) -> bool:

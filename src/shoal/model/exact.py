@@ -16,6 +16,7 @@ Experts and their routers have tiles of their own, see `tiled_experts.py`.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
@@ -77,9 +78,9 @@ def find_tiles(model: PackedModel, device: str) -> RowTiles | None:
         counts &= best_counts(probe.run)
         linears = [module for module in model.modules(block) if _is_linear(module)]
         for linear in linears:
-            cancelling = _cancelling_linear(linear)
-            counts &= best_counts(cancelling.run)
-            digest.update(cancelling.bits())
+            found, bits = _probed_linear(linear)
+            counts &= found
+            digest.update(bits)
         widths = [width for linear in linears for width in _widths(linear)]
         counts = {count for count in counts if fills_vectors(count, widths)}
     tiles = tiles_of(counts, digest.hexdigest())
@@ -123,7 +124,7 @@ def tile_experts(experts: TiledExperts) -> bytes | None:
 def linear_counts(linear: torch.nn.Module) -> set[int]:
     """The row counts among which this layer alone keeps a row's bits."""
     widths = _widths(linear)
-    counts = best_counts(_cancelling_linear(linear).run)
+    counts, _ = _probed_linear(linear)
     return {count for count in counts if fills_vectors(count, widths)}
 
 
@@ -133,7 +134,7 @@ def search_product_counts(like: torch.Tensor) -> Generator[None, None, set[int]]
     For all weights `like` (outputs, inputs), whose values don't matter. Stops on the way, so
     that others get the thread: 1024 outputs of 4096 inputs take 0.5 s in all on one thread.
     """
-    values, rows = _cancelling_values(like)
+    values, rows = _cancelling_values(like.shape, like)
     product = _Cancelling(lambda tile: functional.linear(tile, values), rows)
     return (yield from search_counts(product.run))
 
@@ -186,18 +187,42 @@ class _Cancelling:
         return self._product(rows)[: len(numbers)]
 
 
+def _probed_linear(linear: torch.nn.Module) -> tuple[frozenset[int], bytes]:
+    """The row counts among which a layer keeps a row's bits, and the bits of its probe."""
+    if isinstance(linear, OneDnnLinear):
+        return _probed_onednn(
+            linear.in_features, linear.out_features, linear.bias is not None, linear.dtype,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    cancelling = _cancelling_linear(linear)
+    return frozenset(best_counts(cancelling.run)), cancelling.bits()
+
+
+@functools.cache
+def _probed_onednn(
+    inputs: int, outputs: int, has_bias: bool, dtype: torch.dtype, _threads: int
+) -> tuple[frozenset[int], bytes]:
+    """The same of a layer in oneDNN's layout: its shape decides, so a process asks only once.
+
+    A node of a ring has asked with its made-up block when its own blocks fill the memory.
+    """
+    values, rows = _cancelling_values((outputs, inputs), torch.empty(0, dtype=dtype))
+    with torch.device("meta"):
+        plain = torch.nn.Linear(inputs, outputs, has_bias, dtype=dtype)
+    plain.weight = torch.nn.Parameter(values, requires_grad=False)
+    if has_bias:
+        plain.bias = torch.nn.Parameter(torch.zeros(outputs, dtype=dtype), requires_grad=False)
+    packed = OneDnnLinear(plain)
+    del plain, values  # they would be there twice while the packed ones are multiplied with
+    cancelling = _Cancelling(lambda tile: packed(tile.unsqueeze(0))[0], rows)
+    return frozenset(best_counts(cancelling.run)), cancelling.bits()
+
+
 def _cancelling_linear(linear: torch.nn.Module) -> _Cancelling:
     if isinstance(linear, Int8Linear | Int4Linear):
         generator = torch.Generator().manual_seed(20_26)
         quantized, rows = cancelling_copy(linear, TILE_ROWS_MAX, generator)
         return _Cancelling(lambda tile: quantized(tile.unsqueeze(0))[0], rows)
-    if isinstance(linear, OneDnnLinear):
-        plain = torch.nn.Linear(
-            linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.dtype
-        )
-        copied, rows = _with_cancelling_weight(plain, is_transposed=False)
-        packed = OneDnnLinear(copied)
-        return _Cancelling(lambda tile: packed(tile.unsqueeze(0))[0], rows)
     copied, rows = _with_cancelling_weight(linear, is_transposed=isinstance(linear, Conv1D))
     return _Cancelling(lambda tile: copied(tile.unsqueeze(0))[0], rows)
 
@@ -211,7 +236,7 @@ def _cancelling_router(router: Any) -> _Cancelling:
 
 def _cancelling_expert(experts: Any, name: str) -> _Cancelling:
     weight = getattr(experts, name)[0]
-    values, rows = _cancelling_values(weight.T if experts.is_transposed else weight)
+    values, rows = _cancelling_values((weight.T if experts.is_transposed else weight).shape, weight)
     if experts.is_transposed:
         values = values.T.contiguous().T
     bias = values.new_zeros(values.shape[0]) if experts.has_bias else None
@@ -223,7 +248,7 @@ def _with_cancelling_weight(module: Any, *, is_transposed: bool) -> tuple[Any, t
     copied = copy.copy(module)
     copied._parameters = dict(module._parameters)
     weight = module.weight
-    values, rows = _cancelling_values(weight.T if is_transposed else weight)
+    values, rows = _cancelling_values((weight.T if is_transposed else weight).shape, weight)
     values = values.T.contiguous() if is_transposed else values
     copied._parameters["weight"] = torch.nn.Parameter(values, requires_grad=False)
     bias = module._parameters.get("bias")
@@ -233,16 +258,23 @@ def _with_cancelling_weight(module: Any, *, is_transposed: bool) -> tuple[Any, t
     return copied, rows
 
 
-def _cancelling_values(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(outputs, inputs) weights as `like`, and rows, whose products are zero."""
+def _cancelling_values(
+    shape: Sequence[int], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of this shape (outputs, inputs), and rows, whose products are zero.
+
+    In the dtype and on the device of `like`. Wide copies are made of few outputs only.
+    """
     generator = torch.Generator().manual_seed(20_26)
-    outputs, inputs = like.shape
+    outputs, inputs = shape
     pairs = inputs // 2
     order = torch.randperm(inputs, generator=generator)
     halves = torch.randn(min(outputs, _OUTPUTS_MAX), pairs, generator=generator)
-    halves = halves.repeat(-(-outputs // len(halves)), 1)[:outputs]
-    odd = torch.zeros(outputs, inputs - 2 * pairs)
-    values = torch.cat([halves, halves, odd], dim=1)[:, order].to(like)
+    odd = torch.zeros(len(halves), inputs - 2 * pairs)
+    few = torch.cat([halves, halves, odd], dim=1)[:, order].to(like)
+    values = few.new_empty(outputs, inputs)
+    for part in torch.split(values, len(few)):
+        part.copy_(few[: len(part)])
     rows = torch.randn(TILE_ROWS_MAX, pairs, generator=generator)
     odd = torch.zeros(TILE_ROWS_MAX, inputs - 2 * pairs)
     return values, torch.cat([rows, -rows, odd], dim=1)[:, order].to(like)

@@ -103,10 +103,14 @@ def packed_linear(linear: torch.nn.Linear) -> torch.nn.Module:
 @torch.inference_mode()
 def use_onednn(block: torch.nn.Module) -> None:
     """Replace the plain linear layers of `block`, one by one, where oneDNN takes their dtype."""
-    for parent in list(block.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear and name not in _KEPT and _is_taken(child.weight):
-                setattr(parent, name, OneDnnLinear(child))
+    places = [
+        (parent, name)
+        for parent in block.modules()
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.Linear and name not in _KEPT and _is_taken(child.weight)
+    ]
+    for parent, name in places:  # whoever held the layers as well would keep them all in memory
+        setattr(parent, name, OneDnnLinear(getattr(parent, name)))
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:

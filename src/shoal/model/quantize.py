@@ -1,13 +1,13 @@
 """Smaller weights for a block: which of its layers, how, and what they then weigh.
 
-A block is quantised right after it was read, so that loading a span needs the memory of
-the quantised span and one block more. Embedding and head are the client's and stay as
+A layer is quantised right after it was read, so that loading a span needs the memory of
+the quantised span and one layer more. Embedding and head are the client's and stay as
 they are. On CUDA devices bitsandbytes does the work (`quantized_cuda.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Literal, get_args
 
 import torch
@@ -48,17 +48,29 @@ def check_quantize(quantize: str, device: str) -> None:
         require_bitsandbytes()
 
 
-def quantize_block(block: torch.nn.Module, quantize: Quantization, device: str) -> None:
-    """Replace the block's linear layers by quantised ones, one after the other.
+def quantizer(
+    block: torch.nn.Module, quantize: Quantization, device: str
+) -> Callable[[str], None] | None:
+    """What replaces the block's part at a path, once it has its weights, by a quantised one.
+
+    Linear layers only; None: nothing is to be quantised. The block may be on meta still.
 
     Raises:
-        ModelUnsupported: most weights are not in linear layers, or shapes that don't fit.
+        ModelUnsupported: most weights are not in linear layers; when called, shapes that
+            don't fit.
     """
     if quantize == "none":
-        return
+        return None
     _check_share(block)
-    for parent, name in [(parent, name) for parent, name, _ in _linears(block)]:
+
+    def replace(path: str) -> None:
+        if type(block.get_submodule(path)) is not torch.nn.Linear:
+            return
+        above, _, name = path.rpartition(".")
+        parent = block.get_submodule(above)
         setattr(parent, name, quantized_linear(getattr(parent, name), quantize, device))
+
+    return replace
 
 
 def quantized_linear(

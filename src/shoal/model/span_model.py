@@ -26,7 +26,7 @@ from shoal.model.families import num_blocks, recurrent_blocks, session_tokens_ma
 from shoal.model.known import Progress
 from shoal.model.kv_cache import SequenceCache, block_windows
 from shoal.model.parts import Parts, check_nothing_on_meta, fill_tables, meta_model
-from shoal.model.quantize import Quantization, quantize_block, quantized_bytes
+from shoal.model.quantize import Quantization, quantized_bytes, quantizer
 from shoal.model.rows import torch_dtype
 from shoal.model.source import ModelSource
 
@@ -176,10 +176,10 @@ def load_span(
     blocks: dict[int, torch.nn.Module] = {}
     for done, index in enumerate(range(span.start, span.end)):
         block = parts.blocks[index]
-        checkpoint.fill(block, f"{parts.blocks_name}.{index}.", device)
+        smaller = quantizer(block, quantize, device)
+        checkpoint.fill(block, f"{parts.blocks_name}.{index}.", device, smaller)
         fill_tables(whole, block, device)
         check_nothing_on_meta(block)
-        quantize_block(block, quantize, device)
         blocks[index] = block
         if progress is not None:
             progress("loading blocks", done + 1, len(span))

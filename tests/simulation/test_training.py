@@ -22,13 +22,14 @@ from shoal.base.errors import (
 from shoal.base.spans import Span
 from shoal.client.training import TrainConfig, TrainingClient
 from shoal.lab.chaos import draw_plan
-from shoal.lab.toy_blocks import HIDDEN_SIZE
-from shoal.lab.training_runs import check_step, draw_batch, run_training
+from shoal.lab.toy_blocks import HIDDEN_SIZE, finite_row
+from shoal.lab.training_runs import check_step, check_whole_step, draw_batch, run_training
 from shoal.net.channel import PURPOSE_TRAINING
 from shoal.server.config import ServerConfig
 from shoal.server.quotas import Quotas
 from shoal.server.training_limits import TrainingLimits
 from shoal.wire.messages import Error
+from shoal.wire.tensors import row_bytes
 from shoal.wire.training import Backward, Chunk, Done, Forget, Forward, Micro, PutTensors
 from tests.simulation.scene import now_s, scene, until
 
@@ -54,6 +55,50 @@ async def test_a_batch_is_cut_and_comes_back_right(it):
             assert it.names(stage.peer for stage in stages) == ["a", "b"]
     trail = await check_step(client, draw_batch(rng, Span(1, 3), 9), rng)
     assert client.repairs == 0
+    await client.close()
+
+
+@scene("a 0:2, b 2:4, c 0:4")
+async def test_micro_batches_turn_round_as_soon_as_they_can(it):
+    rng = random.Random(31)
+    client = training(it, micro_tokens=6, lanes_max=1)
+    for number in range(6):
+        await check_whole_step(client, draw_batch(rng, WHOLE, number), rng)
+    assert client.repairs == 0
+    batch = replace(draw_batch(rng, WHOLE, 9), lengths=(6,) * 20, trained=None)
+    batch = replace(batch, rows=finite_row(b"r", 120 * row_bytes("float32", HIDDEN_SIZE)))
+    kept = []
+
+    async def ending(chosen, output):
+        kept.append(sum(len(it[name].server.training.kept) for name in "abc"))
+        return output
+
+    await client.step(batch, ending, lambda *_: None)
+    # As many micro-batches are on their way as keep the servers busy, at each of at most two.
+    assert len(kept) == 20
+    assert max(kept) <= 8
+    out = await client.step(batch, ending, None)
+    assert (out, kept[20:]) == (b"", [0] * 20)
+    await client.close()
+
+
+@scene("a 0:4")
+async def test_what_fails_at_the_end_of_a_chain_ends_the_step(it):
+    rng = random.Random(32)
+    client = training(it, micro_tokens=6)
+    batch = draw_batch(rng, WHOLE, 0)
+
+    async def fails(_chosen, _output):
+        raise BadInput("no label counts")
+
+    async def gives(chosen, output):
+        return output[:-4] if chosen.start else b"\xff" * len(output)
+
+    for ending, why in ((fails, "no label"), (gives, "not finite|bytes")):
+        with pytest.raises(BadInput, match=why):
+            await client.step(batch, ending, lambda *_: None)
+    await until(lambda: not len(it["a"].server.training.kept))
+    await check_whole_step(client, batch, rng)
     await client.close()
 
 

@@ -12,8 +12,9 @@ from shoal.base.errors import (
     PeerTimeout,
 )
 from shoal.base.spans import Span
-from shoal.client import training as training_module
-from shoal.client.training import TrainConfig, TrainingClient, _InOrder
+from shoal.client import training_batch
+from shoal.client.training import TrainConfig, TrainingClient
+from shoal.client.training_batch import InOrder
 from shoal.client.training_link import OWED_S, STUCK_S
 from shoal.lab.clock import run_virtual
 from shoal.lab.network import LinkConditions
@@ -137,11 +138,11 @@ async def test_gradients_come_in_one_order_whoever_is_there(it):
 
 @pytest.mark.parametrize("held_bytes_max", [0, 200, 1 << 20])
 def test_little_waits_for_an_earlier_micro_batch(held_bytes_max, monkeypatch):
-    monkeypatch.setattr(training_module, "HELD_BYTES_MAX", held_bytes_max)
+    monkeypatch.setattr(training_batch, "HELD_BYTES_MAX", held_bytes_max)
 
     async def run():
         rng, told, begun = random.Random(21), [], deque(range(12))
-        in_order = _InOrder(range(12), lambda block, _: told.append(block))
+        in_order = InOrder(range(12), lambda block, _: told.append(block))
         most = 0
 
         async def work():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from shoal.base.errors import InternalError, SessionClosed
-from shoal.hf.loop import BackgroundLoop
+from shoal.hf.loop import BackgroundLoop, Errands
 
 
 @pytest.fixture
@@ -119,3 +119,51 @@ def test_after_close_calls_are_refused_and_waiting_ones_end() -> None:
     loop.call_soon(lambda: None)
     with pytest.raises(SessionClosed, match="closed"):
         loop.run(give(1))
+
+
+def test_the_waiting_thread_does_what_the_work_asks_for(loop: BackgroundLoop) -> None:
+    errands = Errands()
+
+    async def asks() -> list[tuple[int, bool]]:
+        def act(number: int) -> tuple[int, bool]:
+            return number, threading.current_thread() is threading.main_thread()
+
+        return await asyncio.gather(*(errands.do(lambda n=n: act(n)) for n in range(5)))
+
+    assert loop.run(asks(), errands) == [(number, True) for number in range(5)]
+
+
+def test_an_errand_that_fails_fails_the_work_and_the_others_are_not_done(
+    loop: BackgroundLoop,
+) -> None:
+    errands, done = Errands(), []
+
+    async def asks() -> None:
+        def act(number: int) -> None:
+            done.append(number)
+            if number:
+                raise KeyError(number)
+
+        await errands.do(lambda: act(0))
+        await errands.do(lambda: act(1))
+        done.append("went on")
+
+    with pytest.raises(KeyError, match="1"):
+        loop.run(asks(), errands)
+    assert done == [0, 1]
+
+
+def test_an_interrupt_amid_an_errand_cancels_the_work(loop: BackgroundLoop) -> None:
+    errands, cancelled = Errands(), threading.Event()
+
+    async def asks() -> None:
+        try:
+            await errands.do(lambda: os.kill(os.getpid(), signal.SIGINT))
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(asks(), errands)
+    assert cancelled.is_set()
+    assert loop.run(give(1)) == 1

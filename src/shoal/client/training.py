@@ -13,11 +13,10 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from shoal.base.adapters import DropoutKey
 from shoal.base.errors import (
     AdapterMissing,
     BadInput,
@@ -29,6 +28,7 @@ from shoal.base.errors import (
 from shoal.base.ids import PeerId, short
 from shoal.base.spans import Span
 from shoal.base.training import TrainedTensors, Values
+from shoal.client.training_batch import AddGradients, Batch, Found, InOrder, Leg, Part, Trail
 from shoal.client.training_check import Disputed, SpotChecks
 from shoal.client.training_host import HonestHost, TrainingHost
 from shoal.client.training_link import TrainingLink
@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Ending = Callable[[range, bytes], Awaitable[bytes]]
+"""What is behind the span: which rows of the batch, and these as they left it, to the gradients
+of them."""
+
 MICRO_TOKENS_MIN: Final = 128
 """Below this the products of a block are too small to be fast."""
 
@@ -52,9 +56,6 @@ MICRO_TOKENS_MAX: Final = 512
 LANES_MAX: Final = 8
 
 FLOAT32_BYTES: Final = 4
-
-HELD_BYTES_MAX: Final = 128 << 20
-"""Gradients that wait for those of earlier micro-batches: beyond it, no later ones are begun."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,99 +77,6 @@ class TrainConfig:
             raise ConfigError(f"lanes_max is {self.lanes_max}: it must be at least 1")
         if not 0 <= self.verify_rate <= 1:
             raise ConfigError(f"verify_rate is {self.verify_rate}: it must be from 0 to 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Whole sequences for the blocks of a span, one after the other."""
-
-    span: Span
-    lengths: tuple[int, ...]
-    rows: Values
-    encoding: str
-    trained: TrainedTensors | None = None
-    """Within the span."""
-    key: DropoutKey | None = None
-    """None: no dropout."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Leg:
-    """A server's part of a micro-batch's way."""
-
-    stage: Stage
-    rows: Values
-    """What entered it."""
-    number: int = 0
-    """Of the pass at the server."""
-    generation: int = 0
-    """Of the stream that it came on; 0: it was never run."""
-    is_kept: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class _Part:
-    """A micro-batch, and the way that it took."""
-
-    first: int
-    """Its first sequence."""
-    lengths: tuple[int, ...]
-    rows: Values
-    """What enters the span."""
-    legs: list[_Leg] = field(default_factory=list)
-    output: bytes = b""
-
-
-@dataclass(slots=True, kw_only=True)
-class Trail:
-    """A batch that went forward: what a way back needs."""
-
-    batch: Batch
-    parts: list[_Part]
-
-    @property
-    def output(self) -> bytes:
-        """The rows that left the span."""
-        return b"".join(part.output for part in self.parts)
-
-    @property
-    def stages(self) -> tuple[tuple[Stage, ...], ...]:
-        """Which servers ran each micro-batch."""
-        return tuple(tuple(leg.stage for leg in part.legs) for part in self.parts)
-
-
-AddGradients = Callable[[int, bytes], None]
-"""Told, for each micro-batch in order, the float32 gradients of one block's tensors."""
-
-Found = list[tuple[int, bytes]]
-"""Blocks, and the gradients of their tensors."""
-
-
-class _InOrder:
-    """Hands gradients on in the order of micro-batches, in whichever they come."""
-
-    def __init__(self, firsts: Iterable[int], add: AddGradients) -> None:
-        self._left = deque(firsts)
-        self._add = add
-        self._held: dict[int, Found] = {}
-        self._moved = asyncio.Event()
-
-    async def room(self) -> None:
-        """Until little waits for its turn. Who is next must have begun already."""
-        while self._held_bytes() > HELD_BYTES_MAX:
-            self._moved.clear()
-            await self._moved.wait()
-
-    def came(self, first: int, found: Found) -> None:
-        """Those of the micro-batch that begins with sequence `first`."""
-        self._held[first] = found
-        while self._left and self._left[0] in self._held:
-            for block, tensors in self._held.pop(self._left.popleft()):
-                self._add(block, tensors)
-        self._moved.set()
-
-    def _held_bytes(self) -> int:
-        return sum(len(tensors) for found in self._held.values() for _, tensors in found)
 
 
 class TrainingClient:
@@ -199,15 +107,13 @@ class TrainingClient:
         size = self._host.config.hidden_size
         check_payload(batch.encoding, size, sum(batch.lengths), memoryview(batch.rows).nbytes)
         lanes = await self._lanes(batch)
-        trail = Trail(batch=batch, parts=self._cut(batch))
+        trail = Trail(batch=batch, parts=self.cut(batch))
         waiting = deque(trail.parts)
 
         async def work(lane: Lane) -> None:
             while waiting:
                 part = waiting.popleft()
-                part.legs, part.output = await self._out(
-                    batch, part, batch.span, part.rows, lane, is_kept=is_kept
-                )
+                await self._whole_way_out(batch, part, lane, is_kept=is_kept)
 
         try:
             # Twice as many as servers: one computes while another travels.
@@ -229,12 +135,11 @@ class TrainingClient:
         """
         batch, size = trail.batch, self._host.config.hidden_size
         check_payload(batch.encoding, size, sum(batch.lengths), memoryview(gradients).nbytes)
-        if not is_finite(batch.encoding, gradients):
-            raise BadInput("gradients hold values that are not finite: scale the loss down")
+        _check_gradients(batch.encoding, gradients)
         step, at = row_bytes(batch.encoding, size), 0
         found: dict[int, bytes] = {}
-        in_order = _InOrder((part.first for part in trail.parts), add)
-        waiting: deque[tuple[_Part, memoryview]] = deque()
+        in_order = InOrder((part.first for part in trail.parts), add)
+        waiting: deque[tuple[Part, memoryview]] = deque()
         for part in trail.parts:
             end = at + step * sum(part.lengths)
             waiting.append((part, memoryview(gradients)[at:end]))
@@ -256,6 +161,49 @@ class TrainingClient:
             self.forget(trail)
         return b"".join(found[part.first] for part in trail.parts)
 
+    async def step(self, batch: Batch, ending: Ending, add: AddGradients | None) -> bytes:
+        """Forward, `ending`, and back: each micro-batch as soon as it can, so that servers
+        compute while the ending does, and keep little. What `backward` gives and tells.
+
+        `ending` is given the rows of each micro-batch, in whichever order they come and of several
+        at a time, and gives their gradients. Without `add` there is no way back: what it gives
+        is of no effect, and what comes of this is empty.
+
+        Raises:
+            BadInput, AdapterBad, NoRouteError, PeerError: as `forward` and `backward`.
+        """
+        size = self._host.config.hidden_size
+        check_payload(batch.encoding, size, sum(batch.lengths), memoryview(batch.rows).nbytes)
+        lanes = await self._lanes(batch)
+        trail = Trail(batch=batch, parts=self.cut(batch))
+        in_order = InOrder((part.first for part in trail.parts), add or _add_nothing)
+        waiting, found = deque(trail.parts), dict[int, bytes]()
+
+        async def work(lane: Lane) -> None:
+            while waiting:
+                await in_order.room()
+                if not waiting:
+                    return
+                part = waiting.popleft()
+                await self._whole_way_out(batch, part, lane, is_kept=add is not None)
+                chosen = range(part.first_row, part.first_row + sum(part.lengths))
+                gradients = await ending(chosen, part.output)
+                part.output = b""
+                if add is None:
+                    continue
+                check_payload(batch.encoding, size, len(chosen), len(gradients))
+                _check_gradients(batch.encoding, gradients)
+                found[part.first], tensors = await self._back(batch, part, gradients)
+                in_order.came(part.first, tensors)
+                part.legs.clear()
+
+        try:
+            # As many as on the way out alone: each server has one that goes and one that returns.
+            await _all(work(lane) for lane in lanes for _ in range(2 * len(lane.stages)))
+        finally:
+            self.forget(trail)
+        return b"" if add is None else b"".join(found[part.first] for part in trail.parts)
+
     def forget(self, trail: Trail) -> None:
         """No way back will come: servers may free what they kept."""
         numbers: dict[PeerId, list[int]] = {}
@@ -268,7 +216,7 @@ class TrainingClient:
         for peer, chosen in numbers.items():
             self._links[peer].forget(chosen)
 
-    def _cut(self, batch: Batch) -> list[_Part]:
+    def cut(self, batch: Batch) -> list[Part]:
         """The batch's micro-batches: the same whoever is there to run them."""
         tokens_max = self.config.micro_tokens or micro_tokens(
             sum(batch.lengths),
@@ -277,12 +225,12 @@ class TrainingClient:
             most=MICRO_TOKENS_MAX,
         )
         step = row_bytes(batch.encoding, self._host.config.hidden_size)
-        view, at, parts = memoryview(batch.rows), 0, []
+        view, row, parts = memoryview(batch.rows), 0, []
         for start, end in cut_batch(batch.lengths, tokens_max):
             lengths = batch.lengths[start:end]
-            next_at = at + step * sum(lengths)
-            parts.append(_Part(first=start, lengths=lengths, rows=view[at:next_at]))
-            at = next_at
+            rows = view[step * row : step * (row + sum(lengths))]
+            parts.append(Part(first=start, lengths=lengths, rows=rows, first_row=row))
+            row += sum(lengths)
         return parts
 
     async def _lanes(self, batch: Batch) -> list[Lane]:
@@ -302,15 +250,20 @@ class TrainingClient:
 
         return await trouble.until_found(choose)
 
+    async def _whole_way_out(self, batch: Batch, part: Part, lane: Lane, *, is_kept: bool) -> None:
+        part.legs, part.output = await self._out(
+            batch, part, batch.span, part.rows, lane, is_kept=is_kept
+        )
+
     async def _out(
-        self, batch: Batch, part: _Part, span: Span, rows: Values, lane: Lane, *, is_kept: bool
-    ) -> tuple[list[_Leg], bytes]:
+        self, batch: Batch, part: Part, span: Span, rows: Values, lane: Lane, *, is_kept: bool
+    ) -> tuple[list[Leg], bytes]:
         """A micro-batch through the blocks of `span`; the way that it took, and what left."""
-        trouble, legs, border = Trouble(self._host), list[_Leg](), span.start
+        trouble, legs, border = Trouble(self._host), list[Leg](), span.start
         while border < span.end:
             lane = await trouble.lane_from(lane, border, span.end)
             stage = lane.at(border)
-            leg = _Leg(stage=stage, rows=rows)
+            leg = Leg(stage=stage, rows=rows)
             try:
                 left = await self._run(batch, part, leg, is_kept=is_kept)
                 again = partial(self._run_again, batch, part, leg.rows)
@@ -326,7 +279,7 @@ class TrainingClient:
             rows, border = left, stage.span.end
         return legs, bytes(rows)
 
-    async def _back(self, batch: Batch, part: _Part, gradients: Values) -> tuple[bytes, Found]:
+    async def _back(self, batch: Batch, part: Part, gradients: Values) -> tuple[bytes, Found]:
         """A micro-batch's way back; parts whose server is lost are run again elsewhere."""
         trouble, found = Trouble(self._host), Found()
         left = list(part.legs)
@@ -344,7 +297,7 @@ class TrainingClient:
                 await trouble.meet(lane, leg.stage, error)
                 lane = await trouble.lane_from(lane, leg.stage.span.start, leg.stage.span.end)
                 if len(lane.stages) == 1:
-                    left.append(_Leg(stage=lane.stages[0], rows=leg.rows))
+                    left.append(Leg(stage=lane.stages[0], rows=leg.rows))
                 else:
                     legs, _ = await self._out(
                         batch, part, leg.stage.span, leg.rows, lane, is_kept=True
@@ -368,7 +321,7 @@ class TrainingClient:
             at = end
         return found
 
-    async def _run(self, batch: Batch, part: _Part, leg: _Leg, *, is_kept: bool) -> bytes:
+    async def _run(self, batch: Batch, part: Part, leg: Leg, *, is_kept: bool) -> bytes:
         """One server's part forward."""
         link = self._link(leg.stage.peer)
 
@@ -383,7 +336,7 @@ class TrainingClient:
         return rows
 
     async def _undo(
-        self, batch: Batch, part: _Part, leg: _Leg, gradients: Values
+        self, batch: Batch, part: Part, leg: Leg, gradients: Values
     ) -> tuple[bytes, bytes]:
         """One server's part back: from what it kept, or with the rows that entered it."""
         link = self._link(leg.stage.peer)
@@ -411,19 +364,19 @@ class TrainingClient:
         return found
 
     async def _run_again(
-        self, batch: Batch, part: _Part, rows: Values, stage: Stage
+        self, batch: Batch, part: Part, rows: Values, stage: Stage
     ) -> tuple[bytes, bytes]:
-        return await self._run(batch, part, _Leg(stage=stage, rows=rows), is_kept=False), b""
+        return await self._run(batch, part, Leg(stage=stage, rows=rows), is_kept=False), b""
 
     async def _undo_again(
-        self, batch: Batch, part: _Part, rows: Values, gradients: Values, stage: Stage
+        self, batch: Batch, part: Part, rows: Values, gradients: Values, stage: Stage
     ) -> tuple[bytes, bytes]:
-        return await self._undo(batch, part, _Leg(stage=stage, rows=rows), gradients)
+        return await self._undo(batch, part, Leg(stage=stage, rows=rows), gradients)
 
     async def _with_tensors(
         self,
         batch: Batch,
-        part: _Part,
+        part: Part,
         stage: Stage,
         link: TrainingLink,
         ask: Callable[[Micro], Awaitable[T]],
@@ -470,7 +423,7 @@ def _name(tensors: TrainedTensors) -> bytes:
     return digest.digest()
 
 
-def _micro(batch: Batch, part: _Part, span: Span, name: bytes) -> Micro:
+def _micro(batch: Batch, part: Part, span: Span, name: bytes) -> Micro:
     key = batch.key
     return Micro(
         span.start,
@@ -480,6 +433,15 @@ def _micro(batch: Batch, part: _Part, span: Span, name: bytes) -> Micro:
         name,
         None if key is None else Drawn(key.seed, key.step, part.first),
     )
+
+
+def _check_gradients(encoding: str, gradients: Values) -> None:
+    if not is_finite(encoding, gradients):
+        raise BadInput("gradients hold values that are not finite: scale the loss down")
+
+
+def _add_nothing(_block: int, _tensors: bytes) -> None:
+    """For passes without a way back."""
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:

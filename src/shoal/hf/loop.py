@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import queue
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from shoal.base.errors import InternalError, SessionClosed
@@ -45,6 +48,47 @@ class _Call(Generic[T]):
         self.ended.set()
 
 
+class Errands:
+    """What work on the loop has done meanwhile by the thread that waits for it.
+
+    That thread has what torch keeps per thread: the number of threads that compute, and memory.
+    """
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._is_over = False
+
+    async def do(self, act: Callable[[], T]) -> T:
+        """What `act` returns or raises there; one errand after the other."""
+        loop, future = asyncio.get_running_loop(), asyncio.Future[T]()
+
+        def tell(say: Callable[[], None]) -> None:
+            with suppress(RuntimeError):  # the loop was closed: whoever asked is gone
+                loop.call_soon_threadsafe(lambda: None if future.done() else say())
+
+        def run() -> None:
+            try:
+                found = act()
+            except Exception as error:  # noqa: BLE001 - raised where the work waits for it
+                tell(partial(future.set_exception, error))
+            else:
+                tell(partial(future.set_result, found))
+
+        self._asked.put(run)
+        return await future
+
+    def serve(self) -> None:
+        """Do what is asked for, until `end`."""
+        while (run := self._asked.get()) is not None:
+            if not self._is_over:
+                run()
+
+    def end(self) -> None:
+        """Nobody waits for errands any more. From any thread."""
+        self._is_over = True
+        self._asked.put(None)
+
+
 class BackgroundLoop:
     """Runs coroutines for other threads. `close` ends it; so does the end of the process."""
 
@@ -64,8 +108,9 @@ class BackgroundLoop:
         """Whether it can still be used."""
         return self._thread.is_alive()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns or raises; Ctrl-C cancels it and is raised.
+    def run(self, work: Coroutine[Any, Any, T], errands: Errands | None = None) -> T:
+        """What `work` returns or raises; Ctrl-C cancels it and is raised. Meanwhile this thread
+        does what `work` asks of `errands`.
 
         Raises:
             SessionClosed: the loop was closed.
@@ -76,7 +121,11 @@ class BackgroundLoop:
         self._check_running(work)
         call = _Call(work)
         try:
-            return self.start(call.run()).result()
+            future = self.start(call.run())
+            if errands is not None:
+                future.add_done_callback(lambda _: errands.end())
+                errands.serve()
+            return future.result()
         except concurrent.futures.CancelledError:
             raise SessionClosed("the model was closed") from None
         except KeyboardInterrupt:  # at any moment: also before the call was handed over

@@ -20,7 +20,7 @@ from shoal.base.adapters import AdapterConfig, AdapterEncoding, DropoutKey, Lora
 from shoal.base.errors import BadInput
 from shoal.base.spans import Span
 from shoal.base.training import BlockTensors, TrainedSpec, TrainedTensors
-from shoal.client.training import Batch, Trail
+from shoal.client.training_batch import Batch, Trail
 from shoal.model.rows import DTYPES, all_finite, rows_from_bytes, rows_to_bytes, tensor_bytes
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """One call, without its tensors."""
+class Task:
+    """What is asked of servers in one call, without its tensors."""
 
     model: DistributedModelForCausalLM
     span: Span
@@ -81,6 +81,25 @@ def run_blocks(
         AdapterBad: LoRA matrices that don't fit the layers.
         NoRouteError, PeerError: the swarm could not do it.
     """
+    task, leaves, wants = task_of(model, rows, lengths, span, tuning)
+    if not wants:
+        return _forward(task, rows, leaves, is_kept=False)[0]
+    result: torch.Tensor = _RemoteBlocks.apply(task, rows, *leaves)  # type: ignore[no-untyped-call]
+    return result
+
+
+def task_of(
+    model: DistributedModelForCausalLM,
+    rows: torch.Tensor,
+    lengths: Sequence[int],
+    span: Span,
+    tuning: Tuning | None,
+) -> tuple[Task, list[torch.Tensor], bool]:
+    """What is asked of servers, the tensors that go with it, and whether gradients are wanted.
+
+    Raises:
+        BadInput: shapes that don't fit, values that are not finite.
+    """
     size = model.head.hidden_size
     if rows.dim() != 2 or rows.shape != (sum(lengths), size) or not lengths or min(lengths) < 1:
         raise BadInput(
@@ -94,7 +113,7 @@ def run_blocks(
     key = None
     if wants and tuning is not None and tuning.seed is not None and _drops(tuning):
         key = DropoutKey(seed=tuning.seed, step=tuning.step)
-    task = _Task(
+    task = Task(
         model=model,
         span=span,
         lengths=tuple(lengths),
@@ -102,31 +121,50 @@ def run_blocks(
         spec=spec,
         key=key,
     )
-    if not wants:
-        return _forward(task, rows, leaves, is_kept=False)[0]
-    result: torch.Tensor = _RemoteBlocks.apply(task, rows, *leaves)  # type: ignore[no-untyped-call]
-    return result
+    return task, leaves, wants
+
+
+def batch_of(task: Task, rows: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Batch:
+    """The same as bytes.
+
+    Raises:
+        SessionClosed: the model was closed.
+    """
+    task.model.connection.check_open()
+    trained = None
+    if task.spec is not None:
+        dtype = DTYPES[task.spec.encoding]
+        parts = [tensor_bytes(leaf.detach().to("cpu", dtype)) for leaf in leaves]
+        trained = TrainedTensors(spec=task.spec, values=b"".join(parts))
+    return Batch(
+        span=task.span,
+        lengths=task.lengths,
+        rows=rows_to_bytes(rows.detach(), task.encoding),
+        encoding=task.encoding,
+        trained=trained,
+        key=task.key,
+    )
 
 
 class _RemoteBlocks(torch.autograd.Function):
     """Blocks at servers, as one step of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, task: _Task, rows: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, task: Task, rows: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
         output, trail = _forward(task, rows, leaves, is_kept=True)
         ctx.task, ctx.trail = task, trail
         ctx.like = (rows.dtype, rows.device)
-        ctx.leaves = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        ctx.leaves = [Like.of(leaf) for leaf in leaves]
         # A graph that is thrown away never comes back for what servers keep.
         weakref.finalize(ctx, _forget, task.model, trail)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        task: _Task = ctx.task
+        task: Task = ctx.task
         if not all_finite(gradients[0]):
             raise BadInput("gradients hold values that are not finite: lower the learning rate?")
-        sums = _Sums(task, ctx.leaves)
+        sums = Sums(task.spec, ctx.leaves)
         values = rows_to_bytes(gradients[0].detach(), task.encoding)
         model = task.model
         found = model.connection.loop.run(
@@ -137,17 +175,29 @@ class _RemoteBlocks(torch.autograd.Function):
         return (None, rows.to(dtype=dtype, device=device), *sums.gradients())
 
 
-class _Sums:
+@dataclass(frozen=True, slots=True)
+class Like:
+    """What a gradient must be like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Like:
+        """That of this tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+
+class Sums:
     """Gradients of tensors, added up over micro-batches in float32."""
 
-    def __init__(
-        self, task: _Task, leaves: Sequence[tuple[torch.Size, torch.dtype, torch.device]]
-    ) -> None:
+    def __init__(self, spec: TrainedSpec | None, leaves: Sequence[Like]) -> None:
         self._leaves = leaves
-        self._sums = [torch.zeros(shape, dtype=torch.float32) for shape, _, _ in leaves]
+        self._sums = [torch.zeros(leaf.shape, dtype=torch.float32) for leaf in leaves]
         self._places: dict[int, list[int]] = {}
         at = 0
-        for block in () if task.spec is None else task.spec.blocks:
+        for block in () if spec is None else spec.blocks:
             count = bool(block.prompt_tokens) + 2 * len(block.lora)
             self._places[block.index] = list(range(at, at + count))
             at += count
@@ -164,29 +214,15 @@ class _Sums:
     def gradients(self) -> list[torch.Tensor]:
         """All of them, each as its tensor."""
         return [
-            total.to(dtype=dtype, device=device)
-            for total, (_, dtype, device) in zip(self._sums, self._leaves, strict=True)
+            total.to(dtype=leaf.dtype, device=leaf.device)
+            for total, leaf in zip(self._sums, self._leaves, strict=True)
         ]
 
 
 def _forward(
-    task: _Task, rows: torch.Tensor, leaves: Sequence[torch.Tensor], *, is_kept: bool
+    task: Task, rows: torch.Tensor, leaves: Sequence[torch.Tensor], *, is_kept: bool
 ) -> tuple[torch.Tensor, Trail]:
-    trained = None
-    if task.spec is not None:
-        dtype = DTYPES[task.spec.encoding]
-        parts = [tensor_bytes(leaf.detach().to("cpu", dtype)) for leaf in leaves]
-        trained = TrainedTensors(spec=task.spec, values=b"".join(parts))
-    batch = Batch(
-        span=task.span,
-        lengths=task.lengths,
-        rows=rows_to_bytes(rows.detach(), task.encoding),
-        encoding=task.encoding,
-        trained=trained,
-        key=task.key,
-    )
-    model = task.model
-    model.connection.check_open()
+    model, batch = task.model, batch_of(task, rows, leaves)
     trail = model.connection.loop.run(model.training_client.forward(batch, is_kept=is_kept))
     count, size = sum(task.lengths), model.head.hidden_size
     left = rows_from_bytes(trail.output, task.encoding, count, size)

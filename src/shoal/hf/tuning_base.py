@@ -79,5 +79,19 @@ class TuningBase(Protocol):
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """(..., V) float32 scores of states behind the final norm, differentiable."""
 
+    def loss(self, embeddings: torch.Tensor, given: Pass, wanted: torch.Tensor) -> torch.Tensor:
+        """The sum of -log p(wanted) over all positions of which a token is wanted, a scalar.
+
+        Args:
+            embeddings: (B, S, D).
+            given: as for `states`.
+            wanted: (B, S) ids of the tokens that come next; `IGNORED` where none counts, and
+                where padding is.
+
+        Raises:
+            BadInput: shapes that don't fit.
+            NoRouteError, PeerError: the swarm could not do it.
+        """
+
     def linear_layers(self) -> Mapping[int, Mapping[str, tuple[int, int]]]:
         """(inputs, outputs) of each block's linear layers by their path in the block."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from shoal.base.adapters import DropoutKey
 from shoal.base.errors import BadInput, ConfigError
 from shoal.hf.tuning_base import LoraPass, Pass, TuningBase
 from shoal.hf.tuning_examples import IGNORED, Batch
-from shoal.hf.tuning_loss import next_token_loss
 from shoal.hf.tuning_methods import ClassHead, DeepPromptTuning, Lora, PromptTuning
 
 
@@ -83,6 +83,37 @@ class TunedModel(torch.nn.Module):
             BadInput: lengths that are none, a token outside the vocabulary.
             NoRouteError, PeerError: the swarm could not do it.
         """
+        return self.base.states(*self._entering(ids, lengths, dropout))
+
+    def logits(self, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+        """(B, S, V) float32 scores of next tokens, or (B, C) of classes."""
+        states = self.states(ids, lengths)
+        if self.classes is not None:
+            found: torch.Tensor = self.classes(_last(states, lengths, self.num_prompt_tokens))
+            return found
+        return self.base.scores(states[:, self.num_prompt_tokens :])
+
+    def forward(self, batch: Batch, dropout: DropoutKey | None = None) -> Loss:
+        """The loss of a batch. Through a swarm, gradients of a text's loss come with it."""
+        if self.classes is None:
+            return self._text_loss(batch, dropout)
+        states = self.states(batch.ids, batch.lengths, dropout=dropout)
+        scores = self.classes(_last(states, batch.lengths, self.num_prompt_tokens))
+        total = functional.cross_entropy(scores, batch.labels, reduction="sum")
+        right = int((scores.argmax(dim=1) == batch.labels).sum())
+        return Loss(total=total, num_counted=len(batch.labels), num_right=right, scores=scores)
+
+    def _text_loss(self, batch: Batch, dropout: DropoutKey | None) -> Loss:
+        # The state before a token predicts it. Behind a prompt even the first token is
+        # predicted, as in peft.
+        wanted = functional.pad(batch.labels, (self.num_prompt_tokens, 1), value=IGNORED)[:, 1:]
+        total = self.base.loss(*self._entering(batch.ids, batch.lengths, dropout), wanted)
+        return Loss(total=total, num_counted=int((wanted != IGNORED).sum()))
+
+    def _entering(
+        self, ids: torch.Tensor, lengths: tuple[int, ...], dropout: DropoutKey | None
+    ) -> tuple[torch.Tensor, Pass]:
+        """(B, P + S, D) embeddings, and what the pass does besides."""
         rows, columns = int(ids.shape[0]), int(ids.shape[1])
         if len(lengths) != rows or not all(1 <= length <= columns for length in lengths):
             raise BadInput(f"lengths {lengths} for {rows} rows of {columns} columns")
@@ -102,35 +133,7 @@ class TunedModel(torch.nn.Module):
             deep=self.prompt.deep() if isinstance(self.prompt, DeepPromptTuning) else None,
             lora=lora,
         )
-        return self.base.states(embeddings, given)
-
-    def logits(self, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-        """(B, S, V) float32 scores of next tokens, or (B, C) of classes."""
-        states = self.states(ids, lengths)
-        if self.classes is not None:
-            found: torch.Tensor = self.classes(_last(states, lengths, self.num_prompt_tokens))
-            return found
-        return self.base.scores(states[:, self.num_prompt_tokens :])
-
-    def forward(self, batch: Batch, dropout: DropoutKey | None = None) -> Loss:
-        """The loss of a batch."""
-        states = self.states(batch.ids, batch.lengths, dropout=dropout)
-        if self.classes is None:
-            return self._text_loss(states, batch)
-        scores = self.classes(_last(states, batch.lengths, self.num_prompt_tokens))
-        total = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
-        right = int((scores.argmax(dim=1) == batch.labels).sum())
-        return Loss(total=total, num_counted=len(batch.labels), num_right=right, scores=scores)
-
-    def _text_loss(self, states: torch.Tensor, batch: Batch) -> Loss:
-        # The state before a token predicts it. Behind a prompt even the first token is
-        # predicted, as in peft.
-        prompt = self.num_prompt_tokens
-        labels = batch.labels if prompt else batch.labels[:, 1:]
-        before = states[:, max(0, prompt - 1) : -1]
-        counted = labels != IGNORED
-        total = next_token_loss(before[counted], labels[counted], self.base.scores)
-        return Loss(total=total, num_counted=int(counted.sum()))
+        return embeddings, given
 
 
 def _last(states: torch.Tensor, lengths: tuple[int, ...], prompt: int) -> torch.Tensor:

@@ -16,7 +16,10 @@ from shoal.base.spans import Span, missing_blocks
 from shoal.client.training_check import SpotChecks
 from shoal.hf.model import DistributedModelForCausalLM
 from shoal.hf.training import Tuning, run_blocks
+from shoal.hf.training_loss import loss_behind
 from shoal.hf.tuning_base import Pass
+from shoal.hf.tuning_examples import IGNORED
+from shoal.hf.tuning_loss import next_token_loss
 from shoal.model.lora import targets_of
 from shoal.model.parts import Parts, meta_model
 
@@ -103,6 +106,32 @@ class SwarmBase:
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """(..., V) float32 scores of states behind the final norm."""
         return self.model.head.score_states(states)
+
+    def loss(self, embeddings: torch.Tensor, given: Pass, wanted: torch.Tensor) -> torch.Tensor:
+        """The sum of -log p(wanted) where a token is wanted, a scalar: the head computes while
+        servers do.
+
+        Raises:
+            BadInput: shapes that don't fit.
+            NoRouteError, PeerError: the swarm could not do it.
+        """
+        head = self.model.head
+        is_kept = _kept(given.lengths, int(embeddings.shape[1]))
+        tokens = wanted[is_kept]
+
+        def behind(chosen: range, rows: torch.Tensor) -> torch.Tensor:
+            labels = tokens[chosen.start : chosen.stop]
+            counted = labels != IGNORED
+            states = head.leave_blocks(rows[counted])
+            return next_token_loss(states, labels[counted], head.score_states)
+
+        return loss_behind(
+            self.model,
+            head.enter_blocks(embeddings)[is_kept],
+            given.lengths,
+            self._tuning(given),
+            behind,
+        )
 
     def linear_layers(self) -> Mapping[int, Mapping[str, tuple[int, int]]]:
         """(inputs, outputs) of each block's linear layers by their path in the block."""

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from shoal.base.adapters import RowRun
 from shoal.hf.head import Head
 from shoal.hf.tuning_base import Pass
+from shoal.hf.tuning_examples import IGNORED
+from shoal.hf.tuning_loss import next_token_loss
 from shoal.model.lora import LoraDropout, lora_in, targets_of
 from shoal.model.parts import Parts
 from shoal.model.rows import torch_dtype
@@ -85,6 +87,12 @@ class WholeBase:
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """(..., V) float32 scores of states behind the final norm."""
         return self._head.score_states(states)
+
+    def loss(self, embeddings: torch.Tensor, given: Pass, wanted: torch.Tensor) -> torch.Tensor:
+        """The sum of -log p(wanted) where a token is wanted, a scalar."""
+        counted = wanted != IGNORED
+        states = self.states(embeddings, given)
+        return next_token_loss(states[counted], wanted[counted], self.scores)
 
     def linear_layers(self) -> Mapping[int, Mapping[str, tuple[int, int]]]:
         """(inputs, outputs) of each block's linear layers by their path in the block."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +17,8 @@ from shoal.base.adapters import AdapterConfig, DropoutKey, LoraShape
 from shoal.base.spans import Span
 from shoal.base.training import BlockTensors, Draw, PassWork, TrainedSpec, TrainedTensors
 from shoal.client.client import Client
-from shoal.client.training import Batch, Trail, TrainConfig, TrainingClient
+from shoal.client.training import TrainConfig, TrainingClient
+from shoal.client.training_batch import Batch, Part, Trail
 from shoal.lab.chaos import LIMIT_S, ChaosPlan, first_error
 from shoal.lab.clock import run_virtual
 from shoal.lab.faults import Fault, Injector
@@ -95,9 +97,39 @@ async def check_step(training: TrainingClient, batch: Batch, rng: random.Random)
     """
     trail = await training.forward(batch, is_kept=True)
     gradients = finite_row(rng.randbytes(16), memoryview(batch.rows).nbytes)
-    sums, truth, back, at = Sums(), Sums(), b"", 0
+    sums = Sums()
     found = await training.backward(trail, gradients, sums.add)
-    for part in trail.parts:
+    _compare(batch, trail.parts, gradients, found, sums)
+    return trail
+
+
+async def check_whole_step(training: TrainingClient, batch: Batch, rng: random.Random) -> int:
+    """The same where each micro-batch turns round as soon as it can; how many there were.
+
+    Raises:
+        WrongGradient: what differs.
+    """
+    gradients = finite_row(rng.randbytes(16), memoryview(batch.rows).nbytes)
+    step, sums, left = row_bytes("float32", HIDDEN_SIZE), Sums(), dict[int, bytes]()
+
+    async def ending(chosen: range, output: bytes) -> bytes:
+        left[chosen.start] = output
+        await asyncio.sleep(rng.uniform(0, 0.1))
+        return gradients[step * chosen.start : step * chosen.stop]
+
+    found = await training.step(batch, ending, sums.add)
+    parts = training.cut(batch)
+    for part in parts:
+        part.output = left[part.first_row]
+    _compare(batch, parts, gradients, found, sums)
+    return len(parts)
+
+
+def _compare(
+    batch: Batch, parts: Sequence[Part], gradients: bytes, found: bytes, sums: Sums
+) -> None:
+    truth, back, at = Sums(), b"", 0
+    for part in parts:
         key = batch.key
         work = PassWork(
             span=batch.span,
@@ -117,7 +149,6 @@ async def check_step(training: TrainingClient, batch: Batch, rng: random.Random)
         raise WrongGradient("gradients of rows")
     if sums.found != truth.found:
         raise WrongGradient("gradients of tensors")
-    return trail
 
 
 def _split(batch: Batch, tensors: bytes, sums: Sums) -> None:
@@ -185,8 +216,11 @@ class _Run:
         for step in range(self._steps):
             blocks = sorted(rng.sample(range(self._plan.num_blocks + 1), 2))
             span = Span(*blocks) if rng.random() < 0.5 else Span(0, self._plan.num_blocks)
-            trail = await check_step(training, draw_batch(rng, span, step), rng)
-            self._micro_batches += len(trail.parts)
+            batch = draw_batch(rng, span, step)
+            if rng.random() < 0.5:
+                self._micro_batches += await check_whole_step(training, batch, rng)
+            else:
+                self._micro_batches += len((await check_step(training, batch, rng)).parts)
             await asyncio.sleep(rng.uniform(0, 1.0))
         self._repairs += training.repairs
         await training.close()

@@ -59,6 +59,9 @@ def test_batches_make_steps_longer_than_alone_and_only_the_real_code_knows():
 
 def test_a_killed_server_is_replaced_and_a_run_is_repeated_by_its_seed():
     problem = swarm(4)
+    far = tuple(0.0 if one == 3 else 0.06 for one in range(4))
+    rows = tuple((*row[:3], 0.06) for row in problem.links.server_rtt_s[:3])
+    problem = replace(problem, links=replace(problem.links, server_rtt_s=(*rows, far)))
     story = scenario(
         problem, 0.0, 0.2, placement=Placement(spans=(*THIRDS, Span(4, 8))),
         events=(Event(at_s=1.0, kind="kill", server=1),),
@@ -143,3 +146,24 @@ def test_a_server_that_is_cut_off_keeps_its_blocks_and_is_missed_meanwhile():
         assert result.reload_bytes == 0
         assert result.summary()["failed"] == 0
         assert all(one.end_s > 9.0 for one in result.served)
+
+
+def test_sessions_go_round_two_near_servers_and_not_across_the_world():
+    """Each of the first two is nearer to the client, each of the last two to the other."""
+    rtts, across_s = (0.05, 0.05, 0.06, 0.06), 0.1
+    between = (
+        (0.0, across_s, 0.08, 0.08), (across_s, 0.0, 0.08, 0.08),
+        (0.08, 0.08, 0.0, 0.001), (0.08, 0.08, 0.001, 0.0),
+    )  # fmt: skip
+    problem = swarm(4)
+    servers = tuple(
+        replace(one, memory_bytes=8 * 10**9, num_blocks_max=None) for one in problem.servers
+    )
+    links = replace(problem.links, client_rtt_s=(rtts,), server_rtt_s=between)
+    problem = replace(problem, servers=servers, links=links)
+    west, east = Span(0, 6), Span(6, 12)
+    story = scenario(problem, 0.0, 1.0, placement=Placement(spans=(west, east, west, east)))
+    live = simulate_live(story)
+    assert [[hop.server for hop in one.chain] for one in live.served] == [[2, 3], [2, 3]]
+    zigzag = scenario(problem, 0.0, placement=Placement(spans=(west, east, None, None)))
+    assert live.served[0].step_s < 0.8 * simulate_live(zigzag).served[0].step_s

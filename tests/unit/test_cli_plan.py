@@ -211,12 +211,15 @@ def test_measured_batches_go_before_guesses():
 
 def test_round_trips_between_servers_are_those_of_their_coordinates():
     near = Coordinate([0.0, 0.0, 0.0], 0.002, 0.1)
-    far = Coordinate([0.05, 0.0, 0.0], 0.003, 0.1)
+    far = Coordinate([0.03, 0.0, 0.0], 0.003, 0.1)
     cluster, _ = plan_of([seen(1, 0, 4, coordinate=near), seen(2, 4, 8, coordinate=far)])
     links = cluster.problem.links
     assert links.flow == "push"
     assert links.client_rtt_s == ((0.02, 0.02),)
-    assert links.server_rtt_s[0][1] == pytest.approx(0.055)
+    assert links.server_rtt_s[0][1] == pytest.approx(0.035)
+    farther = Coordinate([0.3, 0.0, 0.0], 0.003, 0.1)
+    cluster, _ = plan_of([seen(1, 0, 4, coordinate=near), seen(2, 4, 8, coordinate=farther)])
+    assert cluster.problem.links.server_rtt_s[0][1] == pytest.approx(0.04), "no more than via us"
     assert any("estimated from their coordinates" in note for note in cluster.notes)
     lost = Coordinate([0.0, 0.0, 0.0], 0.002, 1.5)
     cluster, _ = plan_of([seen(1, 0, 4, coordinate=lost), seen(2, 4, 8), seen(3, 4, 8)])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.base.spans import Span
+from shoal.plan.coordinates import Coordinate, distance_s
 from shoal.plan.cost import (
     HOP_S,
     Hop,
@@ -19,9 +23,11 @@ from shoal.plan.cost import (
     service_s,
     typical_entries,
 )
-from shoal.plan.routing import decode_step_s
+from shoal.plan.placement import Placement
+from shoal.plan.routing import NEAR_TIE, choose_chain, decode_step_s
+from shoal.plan.search import Search
 from shoal.plan.spec import DecodeTimes, Links
-from shoal.plan.view import Experience
+from shoal.plan.view import Experience, Stage
 from tests.unit.plan_cases import peer, stages, swarm
 from tests.unit.plan_cases import server as server_view
 from tests.unit.plan_problems import bloom, simple
@@ -106,18 +112,73 @@ def test_typical_entries_are_the_worst_clients_or_the_nearest_peers():
     assert typical_entries(push, "token") == pytest.approx([0.2, 0.1])
 
 
-def test_the_live_router_has_the_same_price():
-    """A client's round trips and announced times, as a problem with hub prices."""
+CHAIN_HERE = (Hop(0, Span(0, 3)), Hop(1, Span(3, 5)))
+STAGES_HERE = stages((1, 0, 3), (2, 3, 5))
+
+
+@pytest.mark.parametrize("flow", ["push", "hub"])
+def test_the_live_router_prices_as_a_hub_what_it_can_t_know(flow):
+    """Without coordinates a way between servers takes what it takes by way of the client."""
     view = swarm(5, server_view(1, 0, 3, decode_s=0.02), server_view(2, 3, 5, decode_s=0.005))
     experience = Experience(rtt_s={peer(1): 0.04, peer(2): 0.1})
-    live = decode_step_s(stages((1, 0, 3), (2, 3, 5)), view, experience)
+    live = decode_step_s(STAGES_HERE, view, experience, flow)
     problem = simple([100, 100], 5, block_s=[0.02, 0.005], rtt_s=[0.04, 0.1])
     problem = replace(problem, links=replace(problem.links, handling_s=HOP_S))
-    chain = (Hop(0, Span(0, 3)), Hop(1, Span(3, 5)))
-    assert live == pytest.approx(chain_s(prices(problem, 0, "token"), chain))
+    assert live == pytest.approx(chain_s(prices(problem, 0, "token"), CHAIN_HERE))
     assert live == pytest.approx(
         hop_s(hub_entry_s(0.04), 0.02, 3) + hop_s(hub_entry_s(0.1), 0.005, 2)
     )
+
+
+SPOT = st.builds(
+    Coordinate,
+    point=st.tuples(*[st.floats(-0.1, 0.1)] * 3),
+    height=st.floats(0, 0.02),
+    error=st.just(0.1),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_where_round_trips_are_distances_the_live_router_has_the_planners_price(data):
+    """Of any chain; and the chain that its search finds is the cheapest that planners find."""
+    client, *spots = data.draw(st.lists(SPOT, min_size=3, max_size=6))
+    count, blocks = len(spots), 5
+    ends = st.tuples(st.integers(0, blocks - 1), st.integers(1, blocks)).filter(
+        lambda x: x[0] < x[1]
+    )
+    others = [Span(*data.draw(ends)) for _ in spots[1:]]
+    placement = Placement(spans=(Span(0, blocks), *others))
+    times = [data.draw(st.sampled_from([0.002, 0.01, 0.05])) for _ in spots]
+    view = swarm(
+        blocks,
+        *(
+            replace(server_view(one, span.start, span.end, decode_s=times[one]), coordinate=spot)
+            for one, (span, spot) in enumerate(zip((Span(0, blocks), *others), spots, strict=True))
+        ),
+    )
+    asked = data.draw(st.sets(st.integers(0, count - 1)))
+    experience = Experience(
+        rtt_s={peer(one): distance_s(client, spots[one]) for one in asked}, coordinate=client
+    )
+    links = Links(
+        client_rtt_s=(tuple(distance_s(client, spot) for spot in spots),),
+        server_rtt_s=tuple(
+            tuple(0.0 if one is other else distance_s(one, other) for other in spots)
+            for one in spots
+        ),
+        flow="push",
+        handling_s=HOP_S,
+    )
+    problem = simple([100] * count, blocks, block_s=times)
+    problem = replace(problem, links=links, exits="anywhere")
+    price = prices(problem, 0, "token")
+    best = Search(problem, placement, price).cheapest()
+    assert best is not None
+    live = tuple(Stage(peer=peer(hop.server), span=hop.span) for hop in best.chain)
+    assert decode_step_s(live, view, experience) == pytest.approx(best.seconds, abs=1e-4)
+    found = choose_chain(view, Span(0, blocks), experience, random.Random(0))
+    assert decode_step_s(found, view, experience) <= best.seconds * (1 + NEAR_TIE) + 1e-4
 
 
 @pytest.mark.parametrize("currency", ["token", "request"])

@@ -88,7 +88,7 @@ def test_every_hop_gets_a_standby_of_its_class():
 
 
 def test_peers_outside_the_chain_stand_by_first():
-    view = swarm(4, server(1, 0, 4), server(2, 0, 4), server(3, 2, 4, decode_s=0.5))
+    view = swarm(4, server(1, 0, 4), server(2, 0, 4), server(3, 2, 4, decode_s=0.4))
     chain = stages((1, 0, 2), (2, 2, 4))
     found = choose_standbys(view, chain, (), NOTHING, {}, rng())
     assert hops(found) == [(2, 0, 2), (3, 2, 4)]

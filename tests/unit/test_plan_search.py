@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from shoal.base.spans import Span
 from shoal.plan.compose import compose_chains, mean_s, needs_on, predict, room_of, scorer, seats_on
-from shoal.plan.cost import Hop, chain_s, prices
+from shoal.plan.cost import Hop, chain_s, hub_entry_s, prices
 from shoal.plan.placement import Placement
 from shoal.plan.search import Search
-from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
+from shoal.plan.shortest import Blemish, Leg, Task, cheapest_path
 from shoal.plan.spec import DecodeTimes
+from shoal.plan.ways import Place, Ways
 from tests.unit.plan_cases import peer
 from tests.unit.plan_problems import (
     cheapest_of_all,
@@ -87,12 +88,14 @@ def test_with_hub_prices_and_exits_anywhere_it_agrees_with_the_live_search(data)
         Leg(
             peer=peer(one),
             span=span,
-            entry=Cost(0, 0, 0, 0, price.arrive[one]),
+            blemish=Blemish(),
+            seconds=price.arrive[one] - hub_entry_s(0.0),
             seconds_per_block=price.block[one],
         )
         for one, span in placement.hosted()
     ]
-    live = cheapest_path(Task(span=Span(0, problem.num_blocks)), legs)
+    free = Ways({one.peer: Place(rtt_s=0.0) for one in legs}, flow="hub")
+    live = cheapest_path(Task(span=Span(0, problem.num_blocks), ways=free), legs)
     found = Search(problem, placement, price).cheapest()
     if live is None or found is None:
         assert live is None

@@ -23,12 +23,13 @@ from shoal.cli.status import Seen
 from shoal.discovery.coordinates import from_wire
 from shoal.net.address import parse_address
 from shoal.plan.change import LOAD_BYTES_PER_S
-from shoal.plan.cost import DECODE_UNKNOWN_S, RTT_UNKNOWN_S
+from shoal.plan.cost import DECODE_UNKNOWN_S
 from shoal.plan.devices import decode_between
-from shoal.plan.live_problem import push_links
+from shoal.plan.live_problem import known_links
 from shoal.plan.memory import mha
 from shoal.plan.placement import Placement
 from shoal.plan.spec import DecodeTimes, Problem, ServerSpec, Workload, uniform_model
+from shoal.plan.ways import Place
 
 PARAMS_SHARE: Final = 12
 """Weights of a plain block, in squares of its hidden size: a guess where none is given."""
@@ -63,13 +64,11 @@ def observed(seen: Sequence[Seen], wanted: str | None, asked: Asked) -> Cluster:
         )
     model = _model(usable, given)
     specs = tuple(_spec(one, model, is_guess=given is None) for one in usable)
-    rtts = tuple(RTT_UNKNOWN_S if one.rtt_s is None else one.rtt_s for one in usable)
-    places = [from_wire(one.record.coordinate) for one in usable]
     running = max((one.load.sessions for one in usable if one.load is not None), default=1)
     problem = Problem(
         model=model.spec,
         servers=specs,
-        links=push_links(places, (rtts,), RTT_UNKNOWN_S),
+        links=known_links([_place(one) for one in usable]),
         workload=Workload(
             tokens_in=asked.tokens_in or TOKENS_IN,
             tokens_out=asked.tokens_out or TOKENS_OUT,
@@ -86,6 +85,13 @@ def observed(seen: Sequence[Seen], wanted: str | None, asked: Asked) -> Cluster:
         objective=None,
         notes=_notes(mine, usable, is_guess=given is None, is_push=problem.links.flow == "push"),
     )
+
+
+def _place(one: Seen) -> Place:
+    there = from_wire(one.record.coordinate)
+    if one.rtt_s is None:
+        return Place(coordinate=there)
+    return Place(rtt_s=one.rtt_s, is_measured=True, coordinate=there)
 
 
 def _shape(one: Seen) -> tuple[int, int]:

@@ -196,9 +196,7 @@ class Tender:
         view = self._swarm.view()
         experience = self._experience(asyncio.get_running_loop().time())
         if is_hopeful and experience.rtt_s:
-            nearest_s = min(experience.rtt_s.values())
-            hoped_s = {server.peer: nearest_s for server in view.servers}
-            experience = replace(experience, rtt_s=hoped_s | experience.rtt_s)
+            experience = replace(experience, hope_s=min(experience.rtt_s.values()))
         return choose_migration(
             view, stages, experience, numerics, self._swarm.rng, wanted=self._wanted
         )

@@ -91,6 +91,7 @@ class Lane:
             numerics,
             self._host.rng,
             wanted=self.wanted,
+            flow="hub",
         )
 
 
@@ -136,7 +137,7 @@ class Trouble:
             def choose() -> Lane:
                 chain = choose_chain(
                     host.view(), Span(border, end), self.experience(), host.rng,
-                    wanted=lane.wanted,
+                    wanted=lane.wanted, flow="hub",
                 )  # fmt: skip
                 return Lane(host, chain, lane.wanted)
 

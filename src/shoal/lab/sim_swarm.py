@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
@@ -17,15 +18,18 @@ from shoal.base.ids import PeerId
 from shoal.base.spans import Span
 from shoal.client.client import Client, open_client
 from shoal.client.config import ClientConfig
+from shoal.discovery.coordinates import to_wire
 from shoal.discovery.records import DECODE_POINTS_MAX, Record, RecordState, sign_record
 from shoal.discovery.static import StaticDirectory
 from shoal.discovery.store import RecordStore
 from shoal.lab.cost_backend import MODEL, CostBackend, CostConfig
 from shoal.lab.network import LinkConditions, SimulatedNetwork
+from shoal.lab.sim_places import settled_places
 from shoal.net.address import ListenAddress
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.memory import SCHEME, MemoryNetwork
+from shoal.plan.coordinates import Coordinate
 from shoal.plan.placement import Placement, free_bytes
 from shoal.plan.spec import Problem
 from shoal.server.announcing import StoreBook
@@ -212,6 +216,7 @@ class LiveServer:
             decode_s_per_block=spec.decode.at(1),
             decode_s_by_batch=list(spec.decode.points[:DECODE_POINTS_MAX]),
             prefill_s_per_block_token=spec.prefill_s_per_block_token,
+            coordinate=to_wire(self._swarm.places[self.number]),
         )
         now_s = asyncio.get_running_loop().time()
         self._swarm.directory.store.accept(sign_record(self._identity, record), now_s)
@@ -233,6 +238,11 @@ class LiveSwarm:
             LiveServer(self, number, Identity.from_seed(rng.randbytes(32)))
             for number in range(len(problem.servers))
         ]
+        between = problem.links.server_rtt_s if problem.links.flow == "push" else None
+        self.places: Sequence[Coordinate | None] = (None,) * len(self.servers)
+        """Where servers say they are."""
+        if between is not None:
+            self.places = settled_places(between, random.Random(len(between)))
         self.clients: list[Client] = []
         self.cut: set[int] = set()
         """Servers that nobody reaches, though they run."""

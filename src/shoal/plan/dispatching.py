@@ -16,14 +16,15 @@ from typing import Final
 
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span, missing_blocks
-from shoal.plan.cost import RTT_UNKNOWN_S, Chain, Hop
-from shoal.plan.live_problem import SESSION_TOKENS, live_problem, push_links
+from shoal.plan.cost import Chain, Hop
+from shoal.plan.live_problem import SESSION_TOKENS, known_links, live_problem
 from shoal.plan.placement import Placement
 from shoal.plan.route.contract import Load
 from shoal.plan.route.dispatch import FastestFree
-from shoal.plan.routing import ANY_SERVER, Wanted, no_route, rtt_of
+from shoal.plan.routing import ANY_SERVER, Wanted, no_route
 from shoal.plan.spec import DecodeTimes
 from shoal.plan.view import Experience, Stage, SwarmView
+from shoal.plan.ways import place_of
 
 BATCH_MAX: Final = 64
 """Sessions that one server gets at most; `measure` looks no further."""
@@ -92,8 +93,7 @@ def compose_live(
     missing = missing_blocks(everything, [one.span for one in servers])
     if missing:
         raise no_route(view, missing, wanted)
-    rtts = tuple(rtt_of(one, experience) for one in servers)
-    links = push_links([one.coordinate for one in servers], (rtts,), RTT_UNKNOWN_S)
+    links = known_links([place_of(one, experience) for one in servers])
     problem = live_problem(view.num_blocks, servers, links, 1, session_tokens)
     most = [batch_max(one.decode) for one in problem.servers]
     placement = Placement(

@@ -28,12 +28,13 @@ def choose_lanes(
 ) -> tuple[tuple[Stage, ...], ...]:
     """Up to `lanes_max` chains that cover `span` and share no server, the best first.
 
-    Servers in `experience.avoid` and those that drain are used for the first one only.
+    Servers in `experience.avoid` and those that drain are used for the first one only. Rows come
+    back to the client after each server, and are priced so.
 
     Raises:
         NoRouteError: not even one; as `choose_chain`.
     """
-    first = choose_chain(view, span, experience, rng, wanted=wanted)
+    first = choose_chain(view, span, experience, rng, wanted=wanted, flow="hub")
     lanes = [first]
     used = {stage.peer for stage in first} | experience.avoid
     while len(lanes) < lanes_max:
@@ -41,7 +42,9 @@ def choose_lanes(
             one for one in view.servers if one.peer not in used and one.state != "draining"
         )
         try:
-            more = choose_chain(replace(view, servers=free), span, experience, rng, wanted=wanted)
+            more = choose_chain(
+                replace(view, servers=free), span, experience, rng, wanted=wanted, flow="hub"
+            )
         except NoRouteError:
             break
         lanes.append(more)

@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
-from shoal.plan.coordinates import Coordinate, estimate_s
+from shoal.plan.coordinates import estimate_s
 from shoal.plan.cost import DECODE_UNKNOWN_S, HOP_S
 from shoal.plan.memory import CacheShape
 from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
 from shoal.plan.view import ServerView
+from shoal.plan.ways import Place, rtt_between_s
 
 SESSION_TOKENS: Final = 1024
 """Positions of a session that room is reckoned for."""
-
-PLACED_SHARE: Final = 0.5
-"""With fewer servers that know where they are, all hops count alike."""
 
 
 def live_problem(
@@ -65,39 +63,20 @@ def decode_times(server: ServerView, unknown_s: float = DECODE_UNKNOWN_S) -> Dec
     return DecodeTimes(points=((1, server.decode_s_per_block or unknown_s),))
 
 
-def know_places(places: Sequence[Coordinate | None]) -> bool:
-    """Whether enough servers know where they are for links to be priced one by one."""
-    known = sum(estimate_s(one, one) is not None for one in places)
-    return 0 < PLACED_SHARE * len(places) <= known
+def known_links(places: Sequence[Place]) -> Links:
+    """The links of one client, as it knows them: pushed, each within the triangle's bounds.
 
-
-def between_s(
-    some: Sequence[Coordinate | None], others: Sequence[Coordinate | None], unknown_s: float
-) -> tuple[tuple[float, ...], ...]:
-    """Round trips from each of `some` to each other; `unknown_s` where coordinates don't tell."""
-    return tuple(
-        tuple(
-            unknown_s if estimated is None else estimated
-            for estimated in (estimate_s(one, other) for other in others)
-        )
-        for one in some
-    )
-
-
-def push_links(
-    places: Sequence[Coordinate | None],
-    client_rtt_s: tuple[tuple[float, ...], ...],
-    unknown_s: float,
-) -> Links:
-    """Clients' round trips as given, those between servers at `places` estimated.
-
-    Where too few know their places chains are priced by way of the client, as it sees them.
+    Where no server says where it is, that is what a hub's chains cost, which are sooner found.
     """
-    if not know_places(places):
-        return Links(client_rtt_s=client_rtt_s, handling_s=HOP_S, prefill_handling_s=HOP_S)
+    rtts = tuple(place.rtt_s for place in places)
+    if all(estimate_s(place.coordinate, place.coordinate) is None for place in places):
+        return Links(client_rtt_s=(rtts,), handling_s=HOP_S, prefill_handling_s=HOP_S)
     return Links(
-        client_rtt_s=client_rtt_s,
-        server_rtt_s=between_s(places, places, unknown_s),
+        client_rtt_s=(rtts,),
+        server_rtt_s=tuple(
+            tuple(0.0 if one is other else rtt_between_s(one, other) for other in places)
+            for one in places
+        ),
         flow="push",
         handling_s=HOP_S,
         prefill_handling_s=HOP_S,

@@ -28,6 +28,7 @@ from shoal.plan.routing import (
 )
 from shoal.plan.shortest import Leg, Task
 from shoal.plan.view import Experience, Stage, SwarmView
+from shoal.plan.ways import ways_of
 
 MIGRATION_GAIN: Final = 0.3
 """A session moves only to a chain whose step takes so much less: measured times vary by a
@@ -116,7 +117,10 @@ def choose_standbys(
             if mine is None:
                 taken = [*stages, *chosen, *spare]
                 feeder = stages[index - 1].peer if index else None
-                mine = _stand_by(view, stage, taken, experience, classes, rng, wanted, feeder)
+                follower = stages[index + 1].peer if index + 1 < len(stages) else None
+                mine = _stand_by(
+                    view, stage, taken, experience, classes, rng, wanted, feeder, follower
+                )
             spare = [one for one in spare if one not in mine]
             chosen += mine
     return keep_valid(stages, chosen)
@@ -131,8 +135,12 @@ def _stand_by(
     rng: random.Random,
     wanted: Wanted,
     feeder: PeerId | None,
+    follower: PeerId | None,
 ) -> list[Stage]:
-    """The stages that could stand by for `stage`, fed by `feeder`; none if nobody can."""
+    """The stages that could stand by for `stage`, fed by `feeder`, to send on to `follower`.
+
+    None of both is the client. No stages if nobody can.
+    """
     used = {one.peer for one in taken}
     legs: list[Leg] = []
     for server in view.servers:
@@ -146,15 +154,16 @@ def _stand_by(
             continue
         leg = leg_of(server, experience)
         if server.peer in used:
-            price = leg.entry._replace(seconds=leg.entry.seconds + IN_USE_S)
-            leg = replace(leg, entry=price)
+            leg = replace(leg, seconds=leg.seconds + IN_USE_S)
         part = leg.span.overlap(stage.span)
         if part is None or any(
             other.peer == leg.peer and other.span.overlap(part) for other in taken
         ):
             continue
         legs.append(leg)
-    path = power_of_two(Task(span=stage.span), legs, rng)
+    ways = ways_of(view.servers, experience)
+    task = Task(span=stage.span, ways=ways, before=feeder, after=follower)
+    path = power_of_two(task, legs, rng)
     return [] if path is None else list(path)
 
 

@@ -14,7 +14,6 @@ from itertools import pairwise
 
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span
-from shoal.plan.cost import VIA_CLIENT_S
 from shoal.plan.routing import (
     ANY_SERVER,
     Wanted,
@@ -24,7 +23,9 @@ from shoal.plan.routing import (
     power_of_two,
 )
 from shoal.plan.shortest import Task
+from shoal.plan.spec import Flow
 from shoal.plan.view import Experience, Stage, SwarmView
+from shoal.plan.ways import ways_of
 
 
 def choose_repair(
@@ -36,6 +37,7 @@ def choose_repair(
     rng: random.Random,
     *,
     wanted: Wanted = ANY_SERVER,
+    flow: Flow = "push",
 ) -> tuple[Stage, ...]:
     """A whole new chain in which the hops of `chain` at indices `lost` are replaced.
 
@@ -50,7 +52,8 @@ def choose_repair(
     5. the predicted time per token, within 5 %, with power of two choices.
 
     Pass-through stages of `chain` are dropped; `with_client_links` puts them back.
-    With `wanted=Wanted(numerics=...)` other classes are refused rather than put last.
+    With `wanted=Wanted(numerics=...)` other classes are refused rather than put last. How rows
+    go (`flow`) is as in `choose_chain`.
 
     Raises:
         NoRouteError: `missing` and the text name the blocks that nobody covers.
@@ -64,8 +67,7 @@ def choose_repair(
     task = Task(
         span=Span(chain[0].span.start, chain[-1].span.end),
         kept=living,
-        slow_pairs=experience.unreachable_pairs,
-        slow_pair_s=VIA_CLIENT_S,
+        ways=ways_of(view.servers, experience, flow),
     )
     repaired = power_of_two(task, legs, rng)
     if repaired is None:

@@ -19,9 +19,6 @@ from shoal.base.spans import Span
 from shoal.plan.cost import HOP_S
 from shoal.plan.spec import DecodeTimes
 
-LOADING: Final = 1.05
-"""Weights while they load: a tensor or two are there twice. docs/ring.md has the measurement."""
-
 _EPSILON: Final = 1e-12
 
 
@@ -38,6 +35,10 @@ class RingModel:
     """One position's hidden states in a log."""
     cache_tokens: int
     """Positions that each node keeps, over all samples."""
+    spare_bytes: int = 0
+    """What loading takes besides: one tensor is there twice. docs/ring.md has the measurement."""
+    keeps_blocks: bool = False
+    """Whether a node that goes to other blocks keeps those that are in both spans."""
 
     def __post_init__(self) -> None:
         if not self.weight_bytes or len(self.weight_bytes) != len(self.token_bytes):
@@ -48,13 +49,18 @@ class RingModel:
         """Blocks of the whole model."""
         return len(self.weight_bytes)
 
-    def need_bytes(self, span: Span) -> int:
-        """What a node of `span` takes besides its process: weights, full cache, full log."""
+    def need_bytes(self, span: Span, beside: Span | None = None) -> int:
+        """What a node of `span` takes besides its process: weights, full cache, full log.
+
+        `beside`: blocks that it serves meanwhile, which are not counted.
+        """
         if not len(span):
             return 0
-        weights = sum(self.weight_bytes[span.start : span.end])
+        kept = beside if beside is not None and self.keeps_blocks else Span(0, 0)
+        new = (block for block in range(span.start, span.end) if block not in kept)
+        weights = sum(self.weight_bytes[block] for block in new)
         per_token = sum(self.token_bytes[span.start : span.end]) + self.row_bytes
-        return math.ceil(weights * LOADING) + per_token * self.cache_tokens
+        return weights + self.spare_bytes + per_token * self.cache_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +228,7 @@ def _reach(
     for start in range(model.num_blocks + 1):
         end = start
         while end < model.num_blocks:
-            size = math.ceil((weights[end + 1] - weights[start]) * LOADING)
+            size = weights[end + 1] - weights[start] + model.spare_bytes
             per_token = tokens[end + 1] - tokens[start] + model.row_bytes
             if size + per_token * model.cache_tokens > memory_bytes:
                 break

@@ -141,7 +141,7 @@ def _by_spares(
 
 
 def _task(model: RingModel, node: NodeView, span: Span | None) -> Task:
-    has_room = span is not None and model.need_bytes(span) <= node.free_bytes
+    has_room = span is not None and model.need_bytes(span, node.span) <= node.free_bytes
     return Task(peer=node.spec.peer, span=span, is_beside=node.span is None or has_room)
 
 

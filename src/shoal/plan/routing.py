@@ -1,8 +1,7 @@
 """Routing: which chain of servers a new session takes.
 
-Prices are those of `shoal.plan.cost`, as a client knows them: half a round trip in, half
-a round trip out (it can't know more of links between strangers), a fixed price for
-handling a frame, and the decode time of the blocks that a hop runs.
+Prices are those of `shoal.plan.cost`: ways as a client knows them (`shoal.plan.ways`), the
+decode time of the blocks that a hop runs, and the wait for room at it.
 """
 
 from __future__ import annotations
@@ -10,17 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Final
 
 from shoal.base.errors import NoRouteError
 from shoal.base.ids import PeerId
 from shoal.base.spans import Span, missing_blocks
-from shoal.plan.cost import DECODE_UNKNOWN_S, RTT_UNKNOWN_S, VIA_CLIENT_S, hop_s, hub_entry_s
-from shoal.plan.distance import likely_rtt_s
-from shoal.plan.shortest import Cost, Leg, Task, cheapest_path
-from shoal.plan.spec import DecodeTimes
+from shoal.plan.cost import DECODE_UNKNOWN_S, Hop, Prices, chain_s
+from shoal.plan.shortest import Blemish, Leg, Task, cheapest_path
+from shoal.plan.spec import DecodeTimes, Flow
 from shoal.plan.view import Experience, ServerView, Stage, SwarmView
+from shoal.plan.ways import ways_of
 
 STEPS_EXPECTED: Final = 128
 """A session's wait for room is spread over so many steps: what BPRR's requests take, since
@@ -79,8 +77,12 @@ def choose_chain(
     rng: random.Random,
     *,
     wanted: Wanted = ANY_SERVER,
+    flow: Flow = "push",
 ) -> tuple[Stage, ...]:
     """A chain that covers `span` exactly, at a predicted cost within 5 % of the least.
+
+    `flow` says how rows will go: pushed from server to server as a session's do, or from each
+    back to the client (`hub`) as in training.
 
     Joining servers are never used; peers in `experience.avoid`, and after them draining
     servers, only where nobody else will do. No two adjacent stages are on one peer.
@@ -92,7 +94,7 @@ def choose_chain(
     """
     servers = [server for server in view.servers if wanted.allows(server)]
     legs = [leg_of(server, experience) for server in servers]
-    task = Task(span=span, slow_pairs=experience.unreachable_pairs, slow_pair_s=VIA_CLIENT_S)
+    task = Task(span=span, ways=ways_of(servers, experience, flow))
     chain = power_of_two(task, legs, rng)
     if chain is None:
         raise no_route(view, missing_from([span], servers), wanted)
@@ -128,25 +130,17 @@ def leg_of(server: ServerView, experience: Experience, numerics: str | None = No
     return Leg(
         peer=server.peer,
         span=server.span,
-        entry=Cost(
+        blemish=Blemish(
             avoided=int(server.peer in experience.avoid) + experience.strikes.get(server.peer, 0),
-            rebuilt=0,
             crossed=int(numerics is not None and server.numerics != numerics),
             leaving=int(server.state == "draining"),
-            seconds=hub_entry_s(rtt_of(server, experience))
-            + experience.waits_s.get(server.peer, 0.0) / STEPS_EXPECTED,
         ),
+        seconds=experience.waits_s.get(server.peer, 0.0) / STEPS_EXPECTED,
         seconds_per_block=max(
             decode_s(server, 1 + experience.sessions.get(server.peer, 0)),
             decode_s(server, 1) * experience.slowness.get(server.peer, 1.0),
         ),
     )
-
-
-def rtt_of(server: ServerView, experience: Experience) -> float:
-    """Seconds from the client to a server and back, measured or estimated."""
-    measured_s = experience.rtt_s.get(server.peer)
-    return likely_rtt_s(measured_s, experience.coordinate, server.coordinate)
 
 
 def decode_s(server: ServerView, batch: int) -> float:
@@ -156,13 +150,17 @@ def decode_s(server: ServerView, batch: int) -> float:
     return server.decode_s_per_block or DECODE_UNKNOWN_S
 
 
-def decode_step_s(chain: Iterable[Stage], view: SwarmView, experience: Experience) -> float:
+def decode_step_s(
+    chain: Iterable[Stage], view: SwarmView, experience: Experience, flow: Flow = "push"
+) -> float:
     """Predicted time of one decode step along `chain`, in seconds.
 
     Stages whose peer is not in the view count as unmeasured servers.
     """
+    stages = tuple(chain)
     legs = {server.peer: leg_of(server, experience) for server in view.servers}
-    return _seconds(tuple(chain), legs, experience.unreachable_pairs)
+    span = Span(stages[0].span.start, stages[-1].span.end)
+    return _seconds(stages, Task(span=span, ways=ways_of(view.servers, experience, flow)), legs)
 
 
 def power_of_two(task: Task, legs: Sequence[Leg], rng: random.Random) -> tuple[Stage, ...] | None:
@@ -184,9 +182,7 @@ def power_of_two(task: Task, legs: Sequence[Leg], rng: random.Random) -> tuple[S
         path = cheapest_path(task, [_dearer(leg, 1 + NEAR_TIE * rng.random()) for leg in ordered])
         if path is None:
             return None
-        if best is None or _seconds(path, by_peer, task.slow_pairs) < _seconds(
-            best, by_peer, task.slow_pairs
-        ):
+        if best is None or _seconds(path, task, by_peer) < _seconds(best, task, by_peer):
             best = path
     return best
 
@@ -216,21 +212,21 @@ def no_route(view: SwarmView, missing: Sequence[Span], wanted: Wanted) -> NoRout
 def _dearer(leg: Leg, factor: float) -> Leg:
     return replace(
         leg,
-        entry=leg.entry._replace(seconds=leg.entry.seconds * factor),
+        seconds=leg.seconds * factor,
         seconds_per_block=leg.seconds_per_block * factor,
+        factor=factor,
     )
 
 
-def _seconds(
-    chain: tuple[Stage, ...],
-    legs: Mapping[PeerId, Leg],
-    slow_pairs: frozenset[tuple[PeerId, PeerId]],
-) -> float:
-    total = 0.0
-    for stage in chain:
-        leg = legs.get(stage.peer)
-        entry = hub_entry_s(RTT_UNKNOWN_S) if leg is None else leg.entry.seconds
-        per_block = DECODE_UNKNOWN_S if leg is None else leg.seconds_per_block
-        total += hop_s(entry, per_block, len(stage.span))
-    slow = sum((one.peer, two.peer) in slow_pairs for one, two in pairwise(chain))
-    return total + slow * VIA_CLIENT_S
+def _seconds(chain: tuple[Stage, ...], task: Task, legs: Mapping[PeerId, Leg]) -> float:
+    """The planners' price of a chain, at what ways cost here, and waits."""
+    ways, peers = task.ways, [stage.peer for stage in chain]
+    used = [legs.get(peer) for peer in peers]
+    price = Prices(
+        arrive=tuple(ways.entries(peer)[task.before] for peer in peers),
+        between=tuple(tuple(ways.entries(other)[one] for other in peers) for one in peers),
+        leave=tuple(ways.leave_s(peer, task.after) for peer in peers),
+        block=tuple(DECODE_UNKNOWN_S if leg is None else leg.seconds_per_block for leg in used),
+    )
+    hops = [Hop(number, stage.span) for number, stage in enumerate(chain)]
+    return chain_s(price, hops) + sum(leg.seconds for leg in used if leg is not None)

@@ -97,5 +97,7 @@ class Experience:
     """In how many seconds a new session should find room at a server, as it says."""
     coordinate: Coordinate | None = None
     """Where the client is in the space of round trips."""
+    hope_s: float | None = None
+    """Round trip to hope for where none was measured; None: estimate it."""
     slowness: dict[PeerId, float] = field(default_factory=dict)
     """How many times longer than its record says a server takes for a decode row now."""

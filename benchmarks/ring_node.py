@@ -17,9 +17,9 @@ import torch
 from model_servers import PASS, WALL_MS
 from random_model import saved_source
 from shoal.base.spans import Span, parse_span
+from shoal.cli.ring_host import probe
 from shoal.cli.ring_memory import give_back_early, process_memory, trim
 from shoal.discovery.static import StaticDirectory
-from shoal.model.measure import measure_block_times
 from shoal.model.quantize import Quantization, quantization
 from shoal.model.torch_backend import BackendConfig, load_backend
 from shoal.net.address import parse_listen
@@ -41,10 +41,10 @@ async def serve(shape: str, quantize: Quantization, span: Span) -> None:
     config = BackendConfig(
         model=shape, dtype="bfloat16", quantize=quantize, cache_tokens=CACHE_TOKENS
     )
+    _, times = await probe(saved_source(shape), config)
+    offered_bytes = process_memory().resident  # what blocks and caches come to, as nodes count
     backend = load_backend(saved_source(shape), span, config)
     trim()
-    loaded_bytes = process_memory().resident
-    times = await measure_block_times(backend)
     identity, directory = Identity.generate(), StaticDirectory(PASS.name)
     transport = TcpTransport(identity)
     book, limits = StoreBook(directory.store), ServerConfig(quotas=Quotas(cache_share=1.0))
@@ -63,7 +63,7 @@ async def serve(shape: str, quantize: Quantization, span: Span) -> None:
             looked: dict[str, Any] = {
                 "busy_s": server.engine.busy_s(now()), "at_s": now(),
                 "iterations": server.engine.iteration, "rows": server.engine.rows,
-                "empty_bytes": empty_bytes, "loaded_bytes": loaded_bytes,
+                "empty_bytes": empty_bytes, "offered_bytes": offered_bytes,
                 "resident_bytes": process_memory().resident,
                 "peak_bytes": process_memory().peak,
             }  # fmt: skip

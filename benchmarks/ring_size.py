@@ -49,13 +49,11 @@ async def memory_of(shape: str, splits: Sequence[int]) -> list[dict[str, object]
                 for index, node in enumerate(nodes):
                     look = await node.ask("look")
                     weights, cache = computed_mb(shape, splits[index], samples, tokens)
+                    process, peak = look["offered_bytes"] / 1e6, look["peak_bytes"] / 1e6
                     rows.append({
                         "shape": shape, "nodes": len(splits), "samples": samples, "node": index,
                         "blocks": splits[index], "weights_mb": weights, "cache_mb": cache,
-                        "process_mb": look["empty_bytes"] / 1e6,
-                        "computed_mb": weights + cache + look["empty_bytes"] / 1e6,
-                        "peak_mb": look["peak_bytes"] / 1e6,
-                        "over_mb": (look["peak_bytes"] - look["empty_bytes"]) / 1e6
-                        - weights - cache,
+                        "imports_mb": look["empty_bytes"] / 1e6, "process_mb": process,
+                        "peak_mb": peak, "over_mb": peak - process - weights - cache,
                     })  # fmt: skip
     return rows

@@ -187,6 +187,7 @@ def test_a_span_without_room_is_refused_with_the_numbers():
     check_room(sizes, Span(0, 2), need, "blocks [0,2)")
     with pytest.raises(ConfigError, match=r"blocks \[0,2\) with a cache of 100 positions need"):
         check_room(sizes, Span(0, 2), need - 1, "blocks [0,2)")
+    check_room(sizes, Span(0, 3), need, "blocks [0,3)", Span(0, 2))  # two are here already
     assert RESERVE_BYTES
 
 
@@ -197,6 +198,9 @@ def test_sizes_are_those_of_blocks_caches_and_ends():
     assert list(sizes.weight_bytes) == block_bytes(config, "bfloat16")
     assert sizes.row_bytes == 2 * 48
     assert sizes.head_bytes == 2 * 96 * 48
+    assert sizes.spare_bytes == 4 * 80 * 48  # the largest matrix, in float32
+    assert sizes.keeps_blocks
+    assert not ring_sizes(tiny_source("mixtral").config, "float32", "none", 16).keeps_blocks
     assert ring_sizes(config, "bfloat16", "int8", 16).weight_bytes[0] < sizes.weight_bytes[0]
 
 

@@ -16,8 +16,12 @@ class _LoadStopped(ShoalError):
     """Nobody waits for the model any more."""
 
 
-async def load_blocks(source: ModelSource, span: Span, config: BackendConfig) -> BlockBackend:
+async def load_blocks(
+    source: ModelSource, span: Span, config: BackendConfig, *, beside: BlockBackend | None = None
+) -> BlockBackend:
     """Load in a thread, so that the server can be asked and stopped meanwhile.
+
+    `beside`: what serves now, with the same source and config; blocks that it has are shared.
 
     Raises:
         ConfigError, ModelError: as `load_backend`.
@@ -31,6 +35,6 @@ async def load_blocks(source: ModelSource, span: Span, config: BackendConfig) ->
             show(what, done, total)
 
         try:
-            return await asyncio.to_thread(load_backend, source, span, config, progress)
+            return await asyncio.to_thread(load_backend, source, span, config, progress, beside)
         finally:
             is_stopped = True

@@ -24,8 +24,10 @@ from shoal.cli.models import OpenModel
 from shoal.cli.placing import PlaceChoice
 from shoal.cli.sizes import size_text
 from shoal.model.facts import kv_values
+from shoal.model.parts import Parts, meta_model
 from shoal.model.rows import torch_dtype
 from shoal.model.span_model import block_bytes
+from shoal.model.tiled_experts import has_experts
 from shoal.model.torch_backend import BackendConfig
 from shoal.server.announcing import Announcer
 from shoal.server.moving import LoadBlocks, SpanMover
@@ -42,11 +44,20 @@ SPARE: Final = 1.1
 Fetch = Callable[[Span], Awaitable[None]]
 """Gets the weights of blocks to this machine, if they are not here."""
 
-Load = Callable[[Span], Awaitable[BlockBackend]]
+Load = Callable[[Span, BlockBackend], Awaitable[BlockBackend]]
+"""Loads blocks; those that the backend has are shared with it."""
 
 
-def check_room(model: OpenModel, span: Span, config: BackendConfig, free_bytes: int | None) -> None:
+def check_room(
+    model: OpenModel,
+    span: Span,
+    config: BackendConfig,
+    free_bytes: int | None,
+    served: Span | None = None,
+) -> None:
     """See that blocks and a full KV cache for them fit beside what is loaded now.
+
+    Those of `served` are there already, and are shared meanwhile unless they have experts.
 
     Raises:
         ConfigError: they don't; says how much is missing.
@@ -57,7 +68,9 @@ def check_room(model: OpenModel, span: Span, config: BackendConfig, free_bytes: 
     token_bytes = torch_dtype(config.dtype).itemsize * sum(
         kv_values(model.source.config, block) for block in range(span.start, span.end)
     )
-    weights = sum(sizes[span.start : span.end])
+    parts = Parts(meta_model(model.source.config, torch_dtype(config.dtype)))
+    kept = served if served is not None and not has_experts(parts.blocks) else Span(0, 0)
+    weights = sum(sizes[block] for block in range(span.start, span.end) if block not in kept)
     need = int(SPARE * weights) + token_bytes * config.cache_tokens
     if need > free_bytes:
         raise ConfigError(
@@ -74,13 +87,18 @@ def free_memory(device: str) -> int | None:
     return look_at_machine().memory_free_bytes
 
 
-def loader(model: OpenModel, config: BackendConfig, fetch: Fetch, load: Load) -> LoadBlocks:
+def loader(
+    model: OpenModel, config: BackendConfig, fetch: Fetch, load: Load, backend: SwitchingBackend
+) -> LoadBlocks:
     """How a running server loads other blocks: if there is room, fetch them, then load."""
 
     async def load_beside(span: Span) -> BlockBackend:
-        await asyncio.to_thread(lambda: check_room(model, span, config, free_memory(config.device)))
+        served = backend.facts.span
+        await asyncio.to_thread(
+            lambda: check_room(model, span, config, free_memory(config.device), served)
+        )
         await fetch(span)
-        return await load(span)
+        return await load(span, backend.newest)
 
     return load_beside
 

@@ -23,7 +23,13 @@ from shoal.cli.joining import wall_clock
 from shoal.cli.loading import load_blocks
 from shoal.cli.models import OpenModel
 from shoal.cli.peer_weights import Swarm, fetch_items, span_items, weight_store
-from shoal.cli.ring_memory import RESERVE_BYTES, memory_left, process_memory, trim
+from shoal.cli.ring_memory import (
+    FIRST_USE_BYTES,
+    RESERVE_BYTES,
+    memory_left,
+    process_memory,
+    trim,
+)
 from shoal.cli.ring_sizes import ring_sizes
 from shoal.cli.sizes import size_text
 from shoal.discovery.gossip import GossipDirectory
@@ -31,6 +37,7 @@ from shoal.model.measure import BlockTimes, measure_block_times
 from shoal.model.probe_source import ProbeSource
 from shoal.model.quantize import quantization
 from shoal.model.rows import encodings_for
+from shoal.model.source import ModelSource
 from shoal.model.torch_backend import BackendConfig, exact_choice
 from shoal.net.address import Address
 from shoal.net.identity import Identity
@@ -133,8 +140,8 @@ class RingHost:
             cache_tokens=model.cache_tokens,
         )
         sizes = ring_sizes(opened.source.config, model.dtype, config.quantize, model.cache_tokens)
-        check_room(sizes, Span(0, 1), self._free(), "one block")
-        facts, times = await _probe(opened, config)
+        check_room(sizes, Span(0, 1), max(0, self._free() - FIRST_USE_BYTES), "one block")
+        facts, times = await probe(opened.source, config)
         offered = self._free()
         await self._open(opened, config, sizes, footing, facts, times)
         return Measured(
@@ -206,11 +213,11 @@ class RingHost:
         self._stack.push_async_callback(announcing.idle)
 
         async def load(span: Span) -> BlockBackend:
-            check_room(sizes, span, self._free(), f"blocks {span}")
+            check_room(sizes, span, self._free(), f"blocks {span}", backend.facts.span)
             await self._fetch(opened, span, footing)
-            backend = await load_blocks(opened.source, span, config)
+            new = await load_blocks(opened.source, span, config, beside=backend.newest)
             trim()
-            return backend
+            return new
 
         self._running = _Running(
             server=server,
@@ -287,13 +294,15 @@ class _Announcing:
             self._keeping = self._tasks.spawn(self._announcer.keep(), "announcer")
 
 
-def check_room(sizes: plan.RingModel, span: Span, free_bytes: int, what: str) -> None:
-    """See that blocks, a full cache and a full log for them fit.
+def check_room(
+    sizes: plan.RingModel, span: Span, free_bytes: int, what: str, beside: Span | None = None
+) -> None:
+    """See that blocks, a full cache and a full log for them fit, beside those that are served.
 
     Raises:
         ConfigError: they don't; names the numbers.
     """
-    need = sizes.need_bytes(span)
+    need = sizes.need_bytes(span, beside)
     if need > free_bytes:
         raise ConfigError(
             f"{what} with a cache of {sizes.cache_tokens} positions need {size_text(need)}, and "
@@ -302,10 +311,13 @@ def check_room(sizes: plan.RingModel, span: Span, free_bytes: int, what: str) ->
         )
 
 
-async def _probe(opened: OpenModel, config: BackendConfig) -> tuple[BackendFacts, BlockTimes]:
-    """Facts of the real engine, and its times, with one block whose values are made up."""
+async def probe(source: ModelSource, config: BackendConfig) -> tuple[BackendFacts, BlockTimes]:
+    """Facts of the real engine, and its times, with one block whose values are made up.
+
+    What the libraries hold from then on is part of the process, and not of the blocks.
+    """
     few = replace(config, cache_tokens=min(config.cache_tokens, 1024))
-    backend = await load_blocks(ProbeSource(opened.source), Span(0, 1), few)
+    backend = await load_blocks(ProbeSource(source), Span(0, 1), few)
     try:
         times = await measure_block_times(backend)
         return replace(backend.facts, cache_tokens=config.cache_tokens), times

@@ -10,9 +10,12 @@ from typing import Final
 
 from shoal.cli.machine import look_at_machine
 
-RESERVE_BYTES: Final = 96 << 20
+RESERVE_BYTES: Final = 64 << 20
 """Kept free of blocks and caches: buffers of the engine and the network, what allocators round
 up. docs/ring.md says what was measured."""
+
+FIRST_USE_BYTES: Final = 64 << 20
+"""What torch and transformers take for good when they run a first block."""
 
 _MALLOC: Final = ((-3, 1 << 20), (-1, 1 << 20), (-8, 2))
 """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD (both also stop it from learning), M_ARENA_MAX."""

@@ -205,7 +205,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         if settings.has_head and model.is_from_peers:
             await _fetch_items(model, await asyncio.to_thread(head_items, model), peers, stack)
         loop, since_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-        backend = SwitchingBackend(await _load(model, facts.span, config))
+        backend = SwitchingBackend(await _load(model, config, facts.span))
         load_s = loop.time() - since_s
         stack.push_async_callback(backend.aclose)
         heads: HeadService | None = None
@@ -247,7 +247,7 @@ async def _serve(settings: ServeSettings, model: OpenModel) -> None:
         await announcer.announce("online")
         peer = peer_text(identity.peer)
         print(f"ready peer={peer} address={here.addresses[0]} blocks={facts.span}", flush=True)
-        load = loader(model, config, fetch, partial(_load, model, config=config))
+        load = loader(model, config, fetch, partial(_load, model, config), backend)
         mover = mover_of(server, backend, announcer, load)
         keeping = [*here.keeping, *_upkeep(settings, here, server, mover, load_s)]
         stack.push_async_callback(_end, keeping[len(here.keeping) :])
@@ -414,8 +414,10 @@ def _identity(path: Path | None) -> Identity:
     return Identity.generate() if path is None else Identity.load_or_create(path)
 
 
-async def _load(model: OpenModel, span: Span, config: BackendConfig) -> BlockBackend:
-    return await load_blocks(model.source, span, config)
+async def _load(
+    model: OpenModel, config: BackendConfig, span: Span, beside: BlockBackend | None = None
+) -> BlockBackend:
+    return await load_blocks(model.source, span, config, beside=beside)
 
 
 async def _measured(announcement: Announcement, backend: BlockBackend) -> Announcement:

@@ -64,6 +64,11 @@ class AdaptedSequences(Sequences[C]):
         self._loaded.discard(adapter)
         await self._lora_thread.run(partial(self._layers.drop, adapter))
 
+    async def _drop_adapters(self) -> None:
+        """Leave the layers as they were: another backend may run them from now on."""
+        for adapter in list(self._loaded):
+            await self.drop_adapter(adapter)
+
     def holds_adapter(self, adapter: AdapterId) -> bool:
         """Whether it is loaded as a whole."""
         return adapter in self._loaded

@@ -27,13 +27,13 @@ from shoal.base.spans import Span
 from shoal.base.training import BlockTrainer
 from shoal.model.adapter_sequences import AdaptedSequences
 from shoal.model.calls import answer_to, check_call, rows_of
-from shoal.model.device_thread import DeviceThread
 from shoal.model.exact import RowTiles
 from shoal.model.lora_pass import LoraRun
 from shoal.model.lora_rows import LoraLayers
 from shoal.model.packed_attention import Piece
 from shoal.model.packed_cache import PackedCache
 from shoal.model.packed_model import PackedModel
+from shoal.model.sharing import Loaded
 from shoal.model.training import TorchTrainer
 
 _log = logging.getLogger(__name__)
@@ -81,8 +81,9 @@ class BatchedBackend(AdaptedSequences[PackedCache]):
         facts: BackendFacts,
         tiles: RowTiles | None,
         device: str,
-        thread: DeviceThread,
+        loaded: Loaded,
     ) -> None:
+        thread = loaded.use.thread
         layers = LoraLayers(facts.span, model.named_modules, device, is_exact=tiles is not None)
         super().__init__(
             facts.span, partial(PackedCache, model.windows), PackedCache.forked, layers, thread
@@ -92,6 +93,7 @@ class BatchedBackend(AdaptedSequences[PackedCache]):
         self._tiles = tiles
         self._device = device
         self._thread = thread
+        self._loaded_as = loaded
         self._trainer = TorchTrainer(
             model.spans, lambda: self._facts, device, thread, runner=model, is_packed=True
         )
@@ -100,6 +102,11 @@ class BatchedBackend(AdaptedSequences[PackedCache]):
     def facts(self) -> BackendFacts:
         """What this backend is."""
         return self._facts
+
+    @property
+    def loaded(self) -> Loaded:
+        """What another backend may take over."""
+        return self._loaded_as
 
     @property
     def tiles(self) -> RowTiles | None:
@@ -119,10 +126,11 @@ class BatchedBackend(AdaptedSequences[PackedCache]):
         return self._trainer
 
     async def aclose(self) -> None:
-        """Stop the device thread and free the memory."""
-        await self._thread.aclose()
+        """Leave the device thread and free the memory."""
         self._sequences.clear()
-        del self._model, self._trainer
+        await self._drop_adapters()
+        await self._loaded_as.use.leave()
+        del self._model, self._trainer, self._loaded_as, self._layers
 
     def _run(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes: list[Outcome] = [InternalError("not run")] * len(calls)

@@ -76,7 +76,7 @@ class LatentAttention:
 def use_latent_attention(block: torch.nn.Module) -> None:
     """Let the latent attention of `block`, if it has any, run in packed passes."""
     for module in block.modules():
-        if hasattr(type(module), "expand_kv"):
+        if hasattr(type(module), "expand_kv") and latent_of(module) is None:
             latent: Any = LatentAttention(module)
             module.shoal_latent = latent
             module.expand_kv = latent.placeholders

@@ -39,8 +39,9 @@ and fits fewer widths."""
 _TILE_COLUMNS: Final = 256
 """Outputs that are unfolded at once: 1 MB of bfloat16 at 2048 inputs, less than a cache."""
 
-_SLAB_VALUES: Final = 1 << 22
-"""Weights that are quantised at once: bounds the float32 copies to some 16 MB each."""
+_SLAB_VALUES: Final = 1 << 20
+"""Weights that are quantised at once: bounds the float32 copies, of which there are six at a
+time, to some 4 MB each."""
 
 _INT8_MAX: Final = 127
 _INT4_LEVELS: Final = 16

@@ -77,8 +77,7 @@ class SafetensorsSource:
         self._config_json = _read_config_json(directory)
         self.config = read_config(directory)
         family_of(self.config)
-        self._open_files: dict[Path, Any] = {}
-        self._places: dict[Path, dict[str, TensorPlace]] = {}
+        self._places_of: dict[Path, dict[str, TensorPlace]] = {}
         self._file_of = self._locate_tensors()
 
     @property
@@ -102,8 +101,8 @@ class SafetensorsSource:
 
     def stored(self, name: str) -> StoredTensor:
         """Shape and type from the file's header."""
-        part = self._opened(self._file_of[name]).get_slice(name)
-        return StoredTensor(shape=tuple(part.get_shape()), dtype=str(part.get_dtype()))
+        place = self._place(name)
+        return StoredTensor(shape=place.shape, dtype=place.dtype)
 
     def stored_bytes(self, name: str) -> Iterator[memoryview]:
         """The tensor's raw bytes, piece by piece."""
@@ -154,25 +153,27 @@ class SafetensorsSource:
         return read_tokenizer(self._directory)
 
     def _place(self, name: str) -> TensorPlace:
-        path = self._file_of[name]
-        if path not in self._places:
-            self._opened(path)
-            self._places[path] = read_places(path)
-        return self._places[path][name]
+        return self._places(self._file_of[name])[name]
 
-    def _opened(self, path: Path) -> Any:
-        opened = self._open_files.get(path)
-        if opened is None:
+    def _places(self, path: Path) -> dict[str, TensorPlace]:
+        """Where a file's tensors are.
+
+        The library checks the file, and is not left with it: it would keep it mapped, which
+        limits on a process's memory (RLIMIT_DATA, RLIMIT_AS) count.
+        """
+        places = self._places_of.get(path)
+        if places is None:
             try:
-                opened = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt"):
+                    pass
             except FileNotFoundError as error:
                 raise ModelCorrupt(f"{path} is missing: fetch the model again") from error
             except SafetensorError as error:
                 raise ModelCorrupt(
                     f"{path} is truncated or altered ({error}): fetch the model again"
                 ) from error
-            self._open_files[path] = opened
-        return opened
+            places = self._places_of[path] = read_places(path)
+        return places
 
     def _locate_tensors(self) -> dict[str, Path]:
         index = self._directory / INDEX
@@ -183,7 +184,7 @@ class SafetensorsSource:
         files = [one_file] if one_file.exists() else sorted(self._directory.glob("*.safetensors"))
         if not files:
             raise _no_weights(self._directory)
-        return {name: path for path in files for name in _names_in(self._opened(path))}
+        return {name: path for path in files for name in self._places(path)}
 
     def _from_index(self, index: Mapping[str, Any]) -> dict[str, Path]:
         weight_map = index.get("weight_map")
@@ -194,7 +195,7 @@ class SafetensorsSource:
             if not isinstance(file_name, str) or Path(file_name).name != file_name:
                 raise ModelCorrupt(f"{INDEX} points outside its directory: {file_name!r}")
             located[name] = self._directory / file_name
-        held = {path: set(_names_in(self._opened(path))) for path in set(located.values())}
+        held = {path: set(self._places(path)) for path in set(located.values())}
         for name, path in located.items():
             if name not in held[path]:
                 raise ModelCorrupt(f"{path} lacks {name}, which {INDEX} says is in it")
@@ -222,10 +223,6 @@ def _read_fully(file: Any, target: memoryview, path: Path, name: str) -> None:
 
 def _cut_short(path: Path, name: str) -> ModelCorrupt:
     return ModelCorrupt(f"{path} is truncated in {name}: fetch the model again")
-
-
-def _names_in(opened: Any) -> list[str]:
-    return list(opened.keys())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

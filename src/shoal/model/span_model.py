@@ -129,8 +129,12 @@ class SpanModel:
         return rows
 
     def block_kinds(self) -> list[int]:
-        """The first block of each kind: equal shapes and windows are one kind."""
-        kinds: dict[object, int] = {}
+        """The first block of each kind, in an order that spans have in common."""
+        return [block for _, block in sorted(self.kinds().items())]
+
+    def kinds(self) -> dict[str, int]:
+        """By kind its first block: equal shapes and windows are one kind."""
+        kinds: dict[str, int] = {}
         for index, block in self._blocks.items():
             shapes = [(name, tuple(weight.shape)) for name, weight in block.named_parameters()]
             # Layers that keep their weights in a form of their own.
@@ -139,8 +143,8 @@ class SpanModel:
                 for name, module in block.named_modules()
                 if hasattr(module, "in_features")
             ]
-            kinds.setdefault((tuple(shapes), self.windows[index]), index)
-        return list(kinds.values())
+            kinds.setdefault(repr((shapes, self.windows[index])), index)
+        return kinds
 
     def _stack(self, span: Span) -> tuple[Callable[..., Any], ...]:
         stack = self._stacks.get(span)
@@ -161,8 +165,12 @@ def load_span(
     device: str = "cpu",
     quantize: Quantization = "none",
     progress: Progress | None = None,
+    held: Mapping[int, torch.nn.Module] | None = None,
 ) -> SpanModel:
     """Build `span` of `source`, reading only the span's tensors.
+
+    `held`: blocks of the same source, dtype and quantisation that are loaded already, by
+    number. They are taken as they are, and may serve elsewhere as well.
 
     Raises:
         ConfigError: a span that the model doesn't have, or an unknown dtype.
@@ -175,6 +183,9 @@ def load_span(
     checkpoint = Checkpoint(whole, source)
     blocks: dict[int, torch.nn.Module] = {}
     for done, index in enumerate(range(span.start, span.end)):
+        if held is not None and index in held:
+            blocks[index] = held[index]
+            continue
         block = parts.blocks[index]
         smaller = quantizer(block, quantize, device)
         checkpoint.fill(block, f"{parts.blocks_name}.{index}.", device, smaller)

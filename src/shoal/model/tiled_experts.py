@@ -36,12 +36,7 @@ class TiledExperts:
     def __init__(self, config: Any, blocks: Iterable[torch.nn.Module]) -> None:
         self._config = config
         self._before = getattr(config, "_experts_implementation", None)
-        parents = [
-            module
-            for block in blocks
-            for module in block.modules()
-            if isinstance(getattr(module, _EXPERTS, None), torch.nn.Module)
-        ]
+        parents = _parents(blocks)
         self.experts: list[Any] = [getattr(parent, _EXPERTS) for parent in parents]
         self.routers: list[Any] = [
             router for parent in parents if (router := _router_of(parent)) is not None
@@ -87,6 +82,11 @@ class TiledExperts:
         self.tiles = None
         for router in self.routers:
             del router.forward
+
+
+def has_experts(blocks: Iterable[torch.nn.Module]) -> bool:
+    """Whether any of the blocks is a mixture of experts."""
+    return bool(_parents(blocks))
 
 
 def expert_product(experts: Any, name: str, index: int, tile: torch.Tensor) -> torch.Tensor:
@@ -154,6 +154,15 @@ def _in_tiles(
         return tuple(part[:count] for part in forward(functional.pad(rows, (0, 0, 0, padding))))
 
     return padded
+
+
+def _parents(blocks: Iterable[torch.nn.Module]) -> list[Any]:
+    return [
+        module
+        for block in blocks
+        for module in block.modules()
+        if isinstance(getattr(module, _EXPERTS, None), torch.nn.Module)
+    ]
 
 
 def _router_of(parent: torch.nn.Module) -> torch.nn.Module | None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -35,12 +35,15 @@ from shoal.model.numerics import numerics_class
 from shoal.model.packed_model import PackedModel
 from shoal.model.quantize import Quantization, check_quantize
 from shoal.model.rows import DTYPES, encodings_for
+from shoal.model.sharing import Loaded, ThreadUse
 from shoal.model.source import ModelSource
 from shoal.model.span_model import SpanModel, load_span, num_blocks
 from shoal.model.tiled_experts import TiledExperts
 from shoal.model.training import AloneRunner, TorchTrainer
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EngineChoice = Literal["auto", "batched", "per-session"]
 """How sequences share passes. auto: batched where the architecture is known to pack."""
@@ -99,16 +102,26 @@ def exact_choice(name: str) -> ExactChoice:
 
 
 def load_backend(
-    source: ModelSource, span: Span, config: BackendConfig, progress: Progress | None = None
+    source: ModelSource,
+    span: Span,
+    config: BackendConfig,
+    progress: Progress | None = None,
+    beside: BlockBackend | None = None,
 ) -> BlockBackend:
     """Read the span's weights and start the device thread. Blocks; takes seconds.
+
+    `beside`: what serves now, from the same source. Blocks that it has are not read again, if
+    it was loaded alike; both then run on one thread. It stays open until this returns.
 
     Raises:
         ConfigError: a span, dtype or device that cannot be.
         ModelError: the weights are broken or of an unsupported kind.
     """
     _check_device(config.device)
+    lender = beside.loaded if isinstance(beside, TorchBackend | BatchedBackend) else None
+    held = {} if lender is None else lender.shared(config, span)
     thread = DeviceThread(config.threads)
+    is_kept = False
     try:
         model = thread.call(
             lambda: load_span(
@@ -118,28 +131,47 @@ def load_backend(
                 device=config.device,
                 quantize=config.quantize,
                 progress=progress,
+                held=held,
             )
         )
         numerics = thread.call(
             lambda: numerics_class(source.config, config.dtype, config.device, config.quantize)
         )
-        if not _packs(config.engine, source.config):
-            probe = thread.call(lambda: _probe_alone(model, config))
-            numerics = _numerics_with(numerics, f"alone {probe}") if probe else numerics
-            facts = _facts(model, config, numerics, is_exact=probe is not None)
-            return TorchBackend(model, facts, config.device, thread)
-        packed = PackedModel(model)
-        tiles = thread.call(lambda: _choose_tiles(packed, config))
-    except BaseException:
-        thread.stop()
-        raise
+        if lender is None or not held:
+            backend = _backend(model, config, numerics, ThreadUse(thread), None)
+            is_kept = True
+            return backend
+        return _backend(model, config, numerics, lender.use, lender)
+    finally:
+        if not is_kept:
+            thread.stop()
+
+
+def _backend(
+    model: SpanModel, config: BackendConfig, numerics: str, use: ThreadUse, lender: Loaded | None
+) -> BlockBackend:
+    """The engine for a model whose weights are there; `lender` has some of its blocks as well."""
+
+    def probed(find: Callable[[], T]) -> T:
+        return use.thread.call(find) if lender is None else lender.probe(model, find)
+
+    def loaded(found: object) -> Loaded:
+        return Loaded(config, model, found, use if lender is None else use.join())
+
+    if not _packs(config.engine, model.config):
+        probe = probed(lambda: _probe_alone(model, config))
+        numerics = _numerics_with(numerics, f"alone {probe}") if probe else numerics
+        facts = _facts(model, config, numerics, is_exact=probe is not None)
+        return TorchBackend(facts, config.device, loaded(probe))
+    packed = PackedModel(model)
+    tiles = probed(lambda: _choose_tiles(packed, config))
     said = (tiles.counts, tiles.probe) if tiles else "packed"
     numerics = _numerics_with(numerics, f"batched {packed.kernels} {said}")
     facts = replace(
         _facts(model, config, numerics, is_exact=tiles is not None),
         calls_per_sequence_max=CALLS_PER_SEQUENCE_MAX,
     )
-    return BatchedBackend(packed, facts, tiles, config.device, thread)
+    return BatchedBackend(packed, facts, tiles, config.device, loaded(tiles))
 
 
 def _packs(engine: EngineChoice, model_config: Any) -> bool:
@@ -209,9 +241,8 @@ def _choices(kind: Any) -> str:
 class TorchBackend(AdaptedSequences[SequenceCache]):
     """`shoal.base.backend.BlockBackend` over transformers' own cache. Made by `load_backend`."""
 
-    def __init__(
-        self, model: SpanModel, facts: BackendFacts, device: str, thread: DeviceThread
-    ) -> None:
+    def __init__(self, facts: BackendFacts, device: str, loaded: Loaded) -> None:
+        model, thread = loaded.model, loaded.use.thread
         new_cache = partial(SequenceCache, model.windows, recurrent=model.recurrent)
         layers = LoraLayers(
             model.span,
@@ -223,6 +254,7 @@ class TorchBackend(AdaptedSequences[SequenceCache]):
         self._model = model
         self._device = device
         self._thread = thread
+        self._loaded_as = loaded
         self._facts = facts
         runner = AloneRunner(model)
         self._trainer = TorchTrainer(
@@ -233,6 +265,11 @@ class TorchBackend(AdaptedSequences[SequenceCache]):
     def facts(self) -> BackendFacts:
         """What this backend is."""
         return self._facts
+
+    @property
+    def loaded(self) -> Loaded:
+        """What another backend may take over."""
+        return self._loaded_as
 
     async def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Run the calls on the device thread, one by one; one outcome each, in order."""
@@ -246,10 +283,11 @@ class TorchBackend(AdaptedSequences[SequenceCache]):
         return self._trainer
 
     async def aclose(self) -> None:
-        """Stop the device thread and free the memory."""
-        await self._thread.aclose()
+        """Leave the device thread and free the memory."""
         self._sequences.clear()
-        del self._model, self._trainer
+        await self._drop_adapters()
+        await self._loaded_as.use.leave()
+        del self._model, self._trainer, self._loaded_as, self._layers
 
     def _outcome(self, call: Call) -> Outcome:
         """Run one call; only a success commits its rows to the cache."""

@@ -36,6 +36,11 @@ class SwitchingBackend:
         return self._newest.facts
 
     @property
+    def newest(self) -> BlockBackend:
+        """Where sequences are opened."""
+        return self._newest
+
+    @property
     def old_facts(self) -> BackendFacts | None:
         """What the old one is; None when there is none."""
         return None if self._old is None else self._old.facts

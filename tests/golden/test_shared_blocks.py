@@ -1,0 +1,117 @@
+"""A backend that is loaded beside another one takes over the blocks that both have."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.base.backend import Call, SequenceId
+from shoal.base.spans import Span
+from shoal.model.torch_backend import BackendConfig, load_backend
+from tests.models import tiny_source
+
+ONE = SequenceId(1)
+ENGINES = ("batched", "per-session")
+
+
+class Counting:
+    """A source that knows what was read of it."""
+
+    def __init__(self, family: str) -> None:
+        self._source = tiny_source(family)
+        self.reads: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        self.reads[name] += 1
+        return self._source.read(name)
+
+    def blocks_read(self) -> set[int]:
+        return {int(name.split(".")[2]) for name in self.reads if ".layers." in name}
+
+
+def config_of(engine: str, **more: Any) -> BackendConfig:
+    return BackendConfig(model="m", engine=engine, exact="always", **more)  # type: ignore[arg-type]
+
+
+async def rows_of(backend: Any, span: Span, sequence: SequenceId = ONE) -> list[bytes]:
+    """A prompt and two tokens through a part of the blocks."""
+    values = torch.randn(9, backend.facts.hidden_size, generator=torch.Generator().manual_seed(3))
+    backend.open(sequence, span)
+    results, position = [], 0
+    for count in (7, 1, 1):
+        payload = values[position : position + count].numpy().tobytes()
+        call = Call(
+            sequence=sequence, span=span, position=position, count=count, call_count=count,
+            payload=payload, encoding="float32", output_encoding="float32", rows_wanted=count,
+        )  # fmt: skip
+        (outcome,) = await backend.run([call])
+        assert isinstance(outcome, bytes), outcome
+        results.append(outcome)
+        position += count
+    backend.close(sequence)
+    return results
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_span_that_grows_reads_its_new_blocks_only(family: str, engine: str) -> None:
+    async def work() -> None:
+        source, config = Counting(family), config_of(engine)
+        small: Any = load_backend(source, Span(1, 3), config)
+        before = await rows_of(small, Span(1, 3))
+        source.reads.clear()
+        large: Any = load_backend(source, Span(0, 4), config, beside=small)
+        assert source.blocks_read() == {0, 3}
+        for block in (1, 2):  # the very same weights
+            assert large.loaded.model.block(block) is small.loaded.model.block(block)
+        alone = load_backend(source, Span(0, 4), config)
+        assert large.facts == alone.facts
+        assert await rows_of(small, Span(1, 3)) == before
+        assert await rows_of(large, Span(1, 3)) == before
+        await small.aclose()
+        assert await rows_of(large, Span(0, 4)) == await rows_of(alone, Span(0, 4))
+        source.reads.clear()
+        less = load_backend(source, Span(2, 4), config, beside=large)
+        await large.aclose()
+        assert not source.reads
+        assert await rows_of(less, Span(2, 4)) == await rows_of(alone, Span(2, 4))
+        for backend in (less, alone):
+            await backend.aclose()
+
+    asyncio.run(work())
+
+
+def test_what_was_loaded_otherwise_is_not_shared() -> None:
+    async def work() -> None:
+        source = Counting("llama")
+        small = load_backend(source, Span(1, 3), config_of("batched"))
+        for other in (config_of("per-session"), config_of("batched", dtype="bfloat16")):
+            source.reads.clear()
+            backend = load_backend(source, Span(0, 3), other, beside=small)
+            assert source.blocks_read() == {0, 1, 2}
+            await backend.aclose()
+        await small.aclose()
+
+    asyncio.run(work())
+
+
+def test_experts_are_not_shared() -> None:
+    """They know the pass under way, which the other engine's is not."""
+
+    async def work() -> None:
+        source = Counting("mixtral")
+        small: Any = load_backend(source, Span(1, 3), config_of("batched"))
+        source.reads.clear()
+        large: Any = load_backend(source, Span(1, 4), config_of("batched"), beside=small)
+        assert large.loaded.model.block(1) is not small.loaded.model.block(1)
+        await small.aclose()
+        await large.aclose()
+
+    asyncio.run(work())

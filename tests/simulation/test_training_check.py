@@ -78,6 +78,8 @@ async def test_a_share_is_checked_and_none_unless_asked(it):
         while parts < 20:
             parts += len((await check_step(client, draw_batch(rng, WHOLE, parts), rng)).parts)
         assert least <= client.checks.passed <= most
+        unchecked = sum(client.checks.taken.values())
+        assert unchecked == (2 * parts - client.checks.passed if rate else 0)
         await client.close()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from shoal.base.ids import peer_text
@@ -21,10 +22,10 @@ from shoal.base.spans import Span
 from shoal.cli.app import run
 from shoal.cli.finetune_curve import smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
-from shoal.cli.finetune_spec import Asked, DataChoice
+from shoal.cli.finetune_spec import Asked, DataChoice, RunSpec
 from shoal.cli.finetuning import begin
 from shoal.cli.tuning_place import Place
-from shoal.hf.tuning_build import Method
+from shoal.hf.tuning_build import LEARNING_RATES, Method
 from shoal.hf.tuning_checkpoint import StepDone
 from shoal.hf.tuning_settings import TuningSettings
 from tests.models import tiny_model
@@ -128,11 +129,101 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [("lora", TEXTS), ("prompt", TEXTS), ("deep-prompt", TEXTS), ("classifier", LABELS)],
+)
+def test_a_run_begins_at_what_another_one_learned(
+    method: str, rows: list[dict[str, Any]], model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, first, second = write(tmp_path / "a.jsonl", rows), tmp_path / "1", tmp_path / "2"
+    common = (model, "--local", "--threads", 1, "--data", data, "--steps", 2, "--eval-every", 2)
+    sizes = {"lora": ("--rank", 3, "--targets", "o_proj")}.get(method, ("--prompt-tokens", 3))
+    assert finetune(*common, "--out", first, "--method", method, *sizes) == 0
+    ended = json.loads((first / "training.json").read_text())["history"]["evaluations"][-1]
+    assert finetune(*common, "--out", second, "--from-adapter", first) == 0
+    record = json.loads((second / "training.json").read_text())
+    begun = record["history"]["evaluations"][0]
+    assert (ended["step"], begun["step"]) == (2, 0)
+    assert begun["loss"] == pytest.approx(ended["loss"], rel=1e-6)
+    assert record["run"]["method"]["name"] == method
+    assert record["run"]["settings"]["learning_rate"] == LEARNING_RATES[method]
+    capsys.readouterr()
+    assert finetune(*common, "--out", tmp_path / "3", "--from-adapter", first, "--rank", 4) == 2
+    assert f"--rank: with --from-adapter that is as in {first}" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_run_begins_at_pefts_adapter(model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["q_proj"], use_rslora=True,
+        layers_to_transform=[1], init_lora_weights=False,
+    )  # fmt: skip
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "theirs")
+    data = write(tmp_path / "data.jsonl", TEXTS)
+    choice = DataChoice(path=data, eval_path=None, eval_share=0.0, length_max=512, seed=0)
+    asked = Asked(
+        given=str(model), out=tmp_path / "out", data=choice, method=Method(name="lora"),
+        settings=TuningSettings(num_steps=1), epochs=None, start=tmp_path / "theirs",
+    )  # fmt: skip
+    theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    with begin(Place(swarm=None, patience_s=1.0), asked) as work:
+        lora = work.run.model.lora
+        assert lora is not None
+        assert lora.config.scale == pytest.approx(3 / 2**0.5)
+        name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+        pairs = lora.pairs()
+        assert torch.equal(pairs[1]["self_attn.q_proj"].b.detach(), theirs[name])
+        assert not pairs[0]["self_attn.q_proj"].b.any()
+        method = work.spec.method
+        assert RunSpec.from_dict(work.spec.as_dict(), data).method == method
+
+
+def test_what_a_run_can_t_begin_at(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, first = write(tmp_path / "a.jsonl", LABELS), tmp_path / "1"
+    common = (model, "--local", "--threads", 1, "--steps", 1)
+    assert finetune(*common, "--data", data, "--out", first, "--method", "classifier") == 0
+    write(data, [row | {"label": "fine"} for row in LABELS[:6]] + LABELS[6:])
+    texts = write(tmp_path / "b.jsonl", TEXTS)
+    cases = (
+        (data, first, "tells dry, wet, the data has dry, fine, wet"),
+        (texts, first, "has no labels"),
+        (texts, tmp_path, "holds no adapter"),
+    )
+    for rows, start, message in cases:
+        capsys.readouterr()
+        words = ("--data", rows, "--out", tmp_path / "2", "--from-adapter", start)
+        assert finetune(*common, *words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_a_step_before(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    words = ("--local", "--threads", 1)
+    assert finetune(model, *words, "--data", data, "--out", out, "--steps", 1) == 0
+    kept = out / "checkpoints" / "step-1.safetensors"
+    kept.parent.mkdir()
+    (out / "checkpoint.safetensors").rename(kept)
+    assert finetune(*words, "--resume", out, "--from-step", 1) == 0
+    assert "going on after step 1" in capsys.readouterr().err
+    for more, message in (
+        (("--resume", out, "--from-step", 2), "step-2.safetensors is not there"),
+        ((model, "--data", data, "--from-step", 1), "--from-step goes with --resume"),
+    ):
+        assert finetune(*words, *more) == 2
+        assert message in capsys.readouterr().err
+
+
 REFUSED: list[tuple[dict[str, object], str]] = [
     ({"--data": "absent.jsonl"}, "can't read"),
     ({"--method": "qlora"}, "--method qlora: one of lora, prompt, deep-prompt, classifier"),
     ({"--method": "classifier"}, "has no labels: a classifier needs"),
-    ({"--targets": "gate"}, "--targets gate: the blocks' layers are mlp.down_proj"),
+    ({"--targets": "gate"}, "called so; LoRA goes to mlp.down_proj"),
     ({"--rank": 0}, "rank 0"),
     ({"--dropout": 1.0}, "dropout 1.0"),
     ({"--prompt-tokens": 0, "--method": "prompt"}, "--prompt-tokens 0: at least 1"),

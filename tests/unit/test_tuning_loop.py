@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shoal.base.errors import BadInput, BadOutput, ConfigError
+from shoal.hf.tuning_build import Method, build
 from shoal.hf.tuning_checkpoint import Evaluated, StepDone, read_checkpoint
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_loss import PIECE_ROWS, next_token_loss
@@ -182,3 +183,15 @@ def test_nothing_to_learn_and_wrong_sizes() -> None:
         model.states(torch.ones(2, 3, dtype=torch.long), (4, 1))
     with pytest.raises(BadInput, match="outside the vocabulary"):
         model.states(torch.full((1, 3), 96), (3,))
+
+
+def test_experts_that_share_a_tensor_take_no_lora() -> None:
+    base = whole_base("qwen3_moe")
+    method = Method(name="lora", targets=("gate_up_proj",))
+    with pytest.raises(ConfigError) as raised:
+        build(base, method, num_classes=0, seed=1)
+    assert "--targets gate_up_proj: mlp.experts.gate_up_proj has the weights of all experts" in str(
+        raised.value
+    )
+    assert "LoRA goes to" in str(raised.value)
+    assert "self_attn.q_proj" in str(raised.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -36,9 +37,12 @@ NOT_WITH_RESUME: Final = (
     "data", "method", "out", "eval_data", "eval_share", "max_length", "steps", "epochs",
     "batch_size", "accumulate", "learning_rate", "schedule", "warmup_steps", "weight_decay",
     "clip", "prompt_tokens", "rank", "alpha", "dropout", "targets", "eval_every", "save_every",
-    "seed",
+    "seed", "from_adapter",
 )  # fmt: skip
 """Options that the checkpoint answers itself."""
+
+NOT_WITH_ADAPTER: Final = ("method", "rank", "alpha", "targets", "prompt_tokens")
+"""Options that an adapter to begin at answers itself."""
 
 DataOption = Annotated[
     Path | None,
@@ -53,6 +57,20 @@ OutOption = Annotated[
 ResumeOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Go on with the run in DIR, also after it was killed."),
+]
+FromStepOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="With --resume: go on from a checkpoint that --verify-rate kept."
+    ),
+]
+FromAdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Begin at an adapter, ours or PEFT's, instead of at nothing: method and sizes are "
+        "as there.",
+    ),
 ]
 LocalOption = Annotated[
     bool,
@@ -148,6 +166,8 @@ def finetune(
     method: MethodOption = "lora",
     out: OutOption = None,
     resume: ResumeOption = None,
+    from_step: FromStepOption = None,
+    from_adapter: FromAdapterOption = None,
     eval_data: EvalDataOption = None,
     eval_share: EvalShareOption = 0.1,
     epochs: EpochsOption = 1.0,
@@ -211,20 +231,30 @@ def finetune(
       shoal finetune smollm2-135m-instruct --join ADDR --data moods.jsonl \\
           --method classifier --epochs 3 --out moods
       shoal finetune --resume tuned --join ADDR
+      shoal finetune smollm2-135m-instruct --join ADDR --data more.jsonl \\
+          --from-adapter tuned --out tuned-more
       shoal finetune 2150765b1495 --join ADDR --weights-from-peers --data chats.jsonl --out tuned
       shoal generate smollm2-135m-instruct --join ADDR --adapter tuned --prompt "..."
     """
     set_threads(threads)
     if local and (join or lan):
         raise ConfigError("--local and --join or --lan: give one")
+    if from_step is not None and resume is None:
+        raise ConfigError("--from-step goes with --resume DIR: a run that is there already")
     if local and (weights_from_peers or verify_rate):
         raise ConfigError("--local asks no servers: leave --weights-from-peers, --verify-rate out")
     limit_bytes = parse_size(cache_limit, "--cache-limit") if weights_from_peers else None
     choice = None if local else SwarmChoice.to_visit(join, swarm, invite, lan)
     if resume is not None:
-        _check_resumes(context, resume)
+        _check_left_out(
+            context, NOT_WITH_RESUME, f"with --resume that is as the run in {resume} began"
+        )
     elif model is None or data is None or out is None:
         raise ConfigError("give MODEL, --data FILE and --out DIR, or --resume DIR")
+    elif from_adapter is not None:
+        _check_left_out(
+            context, NOT_WITH_ADAPTER, f"with --from-adapter that is as in {from_adapter}"
+        )
     with noticing_interrupts(signal.SIGINT):
         from shoal.cli.finetuning import begin, go_on
         from shoal.cli.tuning_place import Place
@@ -235,7 +265,7 @@ def finetune(
         if resume is None:
             work = begin(place, _asked(context.params))
         else:
-            work = go_on(place, resume, model)
+            work = go_on(place, resume, model, from_step)
     with work:
         report = work.train()
     if as_json:
@@ -283,19 +313,18 @@ def _asked(options: dict[str, Any]) -> Asked:
         method=method,
         settings=settings,
         epochs=options["epochs"] if options["steps"] is None else None,
+        start=options["from_adapter"],
+        has_rate=rate is not None,
     )
 
 
-def _check_resumes(context: typer.Context, folder: Path) -> None:
-    """See that nothing is asked which the checkpoint decides.
+def _check_left_out(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """See that nothing is asked which is decided already.
 
     Raises:
         ConfigError: names the option.
     """
-    for name in NOT_WITH_RESUME:
+    for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise ConfigError(
-                f"--{option}: with --resume that is as the run in {folder} began; leave it out"
-            )
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}; leave it out")

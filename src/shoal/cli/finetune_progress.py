@@ -133,7 +133,10 @@ class TrainingLine:
     def evaluated(self, found: Evaluated) -> None:
         """An evaluation."""
         right = "" if found.accuracy is None else f", {found.accuracy:.1%} right"
-        text = f"evaluation after step {found.step}: loss {found.loss:.4f}{right}"
+        self.say(f"evaluation after step {found.step}: loss {found.loss:.4f}{right}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

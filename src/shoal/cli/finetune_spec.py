@@ -79,6 +79,10 @@ class Asked:
     settings: TuningSettings
     epochs: float | None
     """Decides how many steps there are; None: the settings do."""
+    start: Path | None = None
+    """An adapter to begin at; the method is its own then."""
+    has_rate: bool = True
+    """Whether the settings' learning rate was asked for: else it is the method's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,15 +15,17 @@ from shoal.base.ids import short
 from shoal.cli.finetune_curve import draw_curve, smoothed, text_curve
 from shoal.cli.finetune_progress import Stopping, TrainingLine
 from shoal.cli.finetune_spec import Asked, Examples, RunSpec, read_examples
+from shoal.cli.finetune_suspects import Suspects
 from shoal.cli.models import OpenModel
 from shoal.cli.tuning_place import Place, open_base, open_model_for
 from shoal.client.training_check import SpotChecks
 from shoal.hf.saved_session import write_file
-from shoal.hf.tuning_build import build
+from shoal.hf.tuning_build import LEARNING_RATES, build
 from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_checkpoint
 from shoal.hf.tuning_files import CONFIG, TENSORS, write_result
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import steps_of
+from shoal.hf.tuning_start import Start, read_start
 from shoal.hf.tuning_swarm import SwarmBase
 
 RECORD: Final = "training.json"
@@ -78,12 +80,16 @@ class Finetuning:
     def _advance(self, stopping: Stopping) -> None:
         history, every = self.run.history, self.spec.settings.save_every
         line = TrainingLine(self.spec.settings.num_steps, len(history.steps))
-        base = self.run.model.base
+        suspects, base = Suspects(len(history.steps)), self.run.model.base
         watching = line.watching(base.missing) if isinstance(base, SwarmBase) else nullcontext()
         with line.shown(), watching:
             for event in self.run.advance():
                 if isinstance(event, StepDone):
                     line.stepped(event)
+                    if isinstance(base, SwarmBase):
+                        checks = base.checked()
+                        for text in suspects.stepped(event.step, checks.taken, checks.caught):
+                            line.say(text)
                     if event.step % every == 0:
                         self.save()
                 else:
@@ -92,8 +98,13 @@ class Finetuning:
                     raise StoppedBetweenSteps
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint. Where a server may be caught later, those before are kept too."""
         self.run.save(self._out / CHECKPOINT, self.spec.as_dict())
+        base, step = self.run.model.base, len(self.run.history.steps)
+        if step and isinstance(base, SwarmBase) and base.checked().rate:
+            kept = kept_checkpoint(self._out, step)
+            kept.parent.mkdir(exist_ok=True)
+            self.run.save(kept, self.spec.as_dict())
 
     def _finish(self) -> dict[str, Any]:
         """Save the end, the result and the curve."""
@@ -167,6 +178,11 @@ class Finetuning:
             print(checks_text(base.checked()), file=sys.stderr)
 
 
+def kept_checkpoint(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a step is kept."""
+    return folder / "checkpoints" / f"step-{step}.safetensors"
+
+
 def checks_text(checks: SpotChecks) -> str:
     """What spot checks found, for a person."""
     text = f"computed twice: {checks.passed} parts, the same values"
@@ -198,31 +214,49 @@ def begin(place: Place, asked: Asked) -> Finetuning:
                 "--out"
             )
     model = open_model_for(place, asked.given)
-    examples = read_examples(asked.data, asked.method, model.source.tokenizer())
+    start, method = None, asked.method
+    if asked.start is not None:
+        start = read_start(asked.start, asked.method, model.source.config)
+        method = start.method
+    examples = read_examples(asked.data, method, model.source.tokenizer())
+    if start is not None:
+        start.check_labels(examples.label_names)
     settings = asked.settings
+    if not asked.has_rate:
+        settings = replace(settings, learning_rate=LEARNING_RATES[method.name])
     if asked.epochs is not None:
         count = steps_of(len(examples.learned.examples), asked.epochs, settings.per_step)
         settings = replace(settings, num_steps=count)
     spec = RunSpec(
-        model=model.name, given=asked.given, data=asked.data, method=asked.method,
+        model=model.name, given=asked.given, data=asked.data, method=method,
         settings=settings, fingerprint=examples.fingerprint(),
     )  # fmt: skip
     try:
         asked.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {asked.out}: {error.strerror}") from error
-    return _opened(place, spec, asked.out, examples, model, None)
+    return _opened(place, spec, asked.out, examples, model, start)
 
 
-def go_on(place: Place, folder: Path, given: str | None) -> Finetuning:
-    """The run in a folder, where its checkpoint left it.
+def go_on(
+    place: Place, folder: Path, given: str | None, from_step: int | None = None
+) -> Finetuning:
+    """The run in a folder, where its checkpoint left it, or after a step before.
 
     Raises:
         ConfigError: no run, another model, or examples that have changed since.
         ModelError, NoRouteError, PeerError: as `begin`.
     """
-    checkpoint = read_checkpoint(folder / CHECKPOINT)
-    spec = RunSpec.from_dict(checkpoint.run, folder / CHECKPOINT)
+    path = folder / CHECKPOINT
+    if from_step is not None:
+        path = kept_checkpoint(folder, from_step)
+        if not path.is_file():
+            raise ConfigError(
+                f"--from-step {from_step}: {path} is not there; runs with --verify-rate keep one "
+                "every --save-every steps"
+            )
+    checkpoint = read_checkpoint(path)
+    spec = RunSpec.from_dict(checkpoint.run, path)
     by_hash = place.limit_bytes is not None
     model = open_model_for(place, given or (spec.model if by_hash else spec.given))
     if model.name != spec.model:
@@ -244,7 +278,7 @@ def _opened(
     out: Path,
     examples: Examples,
     model: OpenModel,
-    checkpoint: Checkpoint | None,
+    begins: Checkpoint | Start | None,
 ) -> Finetuning:
     if place.swarm is not None:
         examples.check_lengths(spec.method)
@@ -256,8 +290,10 @@ def _opened(
         run = TuningRun(
             tuned, spec.settings, examples.learned, examples.kept_back, time.perf_counter
         )
-        if checkpoint is not None:
-            run.go_on_from(checkpoint)
+        if isinstance(begins, Checkpoint):
+            run.go_on_from(begins)
+        elif begins is not None:
+            begins.put_into(tuned)
         work = Finetuning(spec, out, examples, run, model.source.config)
         work.stack = stack.pop_all()
     return work

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -47,6 +48,8 @@ class SpotChecks:
         """Parts on which two servers agreed."""
         self.unchecked = 0
         """Parts that were due, but nobody else could compute them."""
+        self.taken: Counter[PeerId] = Counter()
+        """Parts that were taken unchecked, by server."""
         self.rate = rate
         self._host = host
 
@@ -69,11 +72,15 @@ class SpotChecks:
             Disputed: another one gives something else, and no third one agrees with either.
             BadInput: an encoding that can't be compared.
         """
-        if not self.rate or self._host.rng.random() >= self.rate:
+        if not self.rate:
+            return
+        if self._host.rng.random() >= self.rate:
+            self.taken[stage.peer] += 1
             return
         second = await self._by_another(encoding, stage, frozenset({stage.peer}), again)
         if second is None:
             self.unchecked += 1
+            self.taken[stage.peer] += 1
             return
         if self._agree(encoding, (stage.peer, found), second):
             self.passed += 1

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from shoal.base.adapters import AdapterConfig, DropoutKey
-from shoal.model.lora import LoraPair
+from shoal.model.lora import LoraPair, stacked_weights_of
+from shoal.model.parts import Parts
 
 LoraPairs = Mapping[int, Mapping[str, LoraPair]]
 """LoRA by block and by a layer's path in the block."""
@@ -41,6 +42,12 @@ class Pass:
     deep: torch.Tensor | None = None
     """(L, P, D): added to the first P positions where they enter each block."""
     lora: LoraPass | None = None
+
+
+def stacked_weights(parts: Parts) -> tuple[str, ...]:
+    """Paths in the blocks of weights that experts share in one tensor."""
+    found = {name for block in parts.blocks for name in stacked_weights_of(block)}
+    return tuple(sorted(found))
 
 
 class TuningBase(Protocol):
@@ -95,3 +102,6 @@ class TuningBase(Protocol):
 
     def linear_layers(self) -> Mapping[int, Mapping[str, tuple[int, int]]]:
         """(inputs, outputs) of each block's linear layers by their path in the block."""
+
+    def stacked_weights(self) -> tuple[str, ...]:
+        """Paths in the blocks of weights that experts share in one tensor: they take no LoRA."""

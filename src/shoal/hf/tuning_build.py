@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -51,6 +51,8 @@ class Method:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     """Layers that take LoRA: paths in a block or their ends; none: `QUERY_AND_VALUE`."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank), as an adapter does that training begins at."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(MethodName):
@@ -89,7 +91,8 @@ def _lora(base: TuningBase, method: Method, generator: torch.Generator) -> Lora:
             rank=method.rank,
             alpha=method.alpha,
             dropout=method.dropout,
-            targets=_targets(layers, method.targets),
+            use_rslora=method.use_rslora,
+            targets=_targets(layers, base.stacked_weights(), method.targets),
         )
     except AdapterBad as error:
         raise ConfigError(error.detail) from error
@@ -97,7 +100,9 @@ def _lora(base: TuningBase, method: Method, generator: torch.Generator) -> Lora:
 
 
 def _targets(
-    layers: Mapping[int, Mapping[str, tuple[int, int]]], wanted: tuple[str, ...]
+    layers: Mapping[int, Mapping[str, tuple[int, int]]],
+    stacked: tuple[str, ...],
+    wanted: tuple[str, ...],
 ) -> tuple[str, ...]:
     """Paths that the wanted names stand for.
 
@@ -110,8 +115,16 @@ def _targets(
         return tuple(usual or known)
     found: set[str] = set()
     for name in wanted:
-        matching = [one for one in known if one == name or one.endswith(f".{name}")]
+        matching = _named(name, known)
         if not matching:
-            raise ConfigError(f"--targets {name}: the blocks' layers are {', '.join(known)}")
+            why = f"--targets {name}: no linear layer of the blocks is called so"
+            if experts := _named(name, stacked):
+                why = f"--targets {name}: {experts[0]} has the weights of all experts in one tensor"
+            raise ConfigError(f"{why}; LoRA goes to {', '.join(known)}")
         found.update(matching)
     return tuple(sorted(found))
+
+
+def _named(name: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a name stands for: itself, or those that end with it."""
+    return [one for one in paths if one == name or one.endswith(f".{name}")]

@@ -17,7 +17,7 @@ from shoal.client.training_check import SpotChecks
 from shoal.hf.model import DistributedModelForCausalLM
 from shoal.hf.training import Tuning, run_blocks
 from shoal.hf.training_loss import loss_behind
-from shoal.hf.tuning_base import Pass
+from shoal.hf.tuning_base import Pass, stacked_weights
 from shoal.hf.tuning_examples import IGNORED
 from shoal.hf.tuning_loss import next_token_loss
 from shoal.model.lora import targets_of
@@ -137,10 +137,18 @@ class SwarmBase:
         """(inputs, outputs) of each block's linear layers by their path in the block."""
         return self._layers
 
+    def stacked_weights(self) -> tuple[str, ...]:
+        """Paths in the blocks of weights that experts share in one tensor."""
+        return stacked_weights(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> Parts:
+        """The model without weights."""
+        return Parts(meta_model(self.model.config, torch.float32))
+
     @cached_property
     def _layers(self) -> dict[int, dict[str, tuple[int, int]]]:
-        blocks = Parts(meta_model(self.model.config, torch.float32)).blocks
-        return {index: targets_of(block) for index, block in enumerate(blocks)}
+        return {index: targets_of(block) for index, block in enumerate(self._shapes.blocks)}
 
     def _tuning(self, given: Pass) -> Tuning | None:
         lora = given.lora

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.base.adapters import RowRun
 from shoal.hf.head import Head
-from shoal.hf.tuning_base import Pass
+from shoal.hf.tuning_base import Pass, stacked_weights
 from shoal.hf.tuning_examples import IGNORED
 from shoal.hf.tuning_loss import next_token_loss
 from shoal.model.lora import LoraDropout, lora_in, targets_of
@@ -97,6 +97,10 @@ class WholeBase:
     def linear_layers(self) -> Mapping[int, Mapping[str, tuple[int, int]]]:
         """(inputs, outputs) of each block's linear layers by their path in the block."""
         return {index: targets_of(block) for index, block in enumerate(self._parts.blocks)}
+
+    def stacked_weights(self) -> tuple[str, ...]:
+        """Paths in the blocks of weights that experts share in one tensor."""
+        return stacked_weights(self._parts)
 
 
 def load_whole(source: ModelSource, model_name: str, *, dtype: str = "float32") -> WholeBase:

@@ -92,6 +92,12 @@ def targets_of(block: torch.nn.Module) -> dict[str, tuple[int, int]]:
     return sizes_of(dict(block.named_modules()))
 
 
+def stacked_weights_of(block: torch.nn.Module) -> tuple[str, ...]:
+    """Paths of weights that several layers of a block share in one tensor, as experts do: no
+    linear layers, so that they take no LoRA here (peft's `target_parameters`)."""
+    return tuple(sorted(name for name, one in block.named_parameters() if one.dim() > 2))
+
+
 def sizes_of(modules: Mapping[str, torch.nn.Module]) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of those that are linear layers."""
     found = {name: _features(module) for name, module in modules.items()}

@@ -90,6 +90,8 @@ def test_a_run_from_data_to_files(
     assert "step 4 of 4: loss " in said.err
     assert "evaluation after step 2: loss " in said.err
     assert "4 steps" in said.err  # the curve
+    way = f"chat {model} --join ADDR --adapter {out}\n" if rows is CHATS else f"generate {model} "
+    assert f"use it: shoal {way}" in said.err
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     record = json.loads((out / "training.json").read_text())
     assert [one["step"] for one in record["history"]["steps"]] == [1, 2, 3, 4]

@@ -43,6 +43,8 @@ class Examples:
     kept_back: Prepared | None
     label_names: tuple[str, ...]
     """Empty for texts."""
+    is_chat: bool = False
+    """Whether they go through the chat template, as with `shoal chat`, not `generate`."""
 
     def fingerprint(self) -> str:
         """Changes when the examples to learn do."""
@@ -153,7 +155,8 @@ def read_examples(choice: DataChoice, method: Method, tokenizer: Any) -> Example
     kept_back = None
     if back:
         kept_back = _prepared(back, choice.eval_path or choice.path, choice, tokenizer, names)
-    return Examples(learned=made, kept_back=kept_back, label_names=names)
+    is_chat = lines[0].kind == "chat"
+    return Examples(learned=made, kept_back=kept_back, label_names=names, is_chat=is_chat)
 
 
 def _prepared(

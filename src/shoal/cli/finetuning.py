@@ -173,6 +173,10 @@ class Finetuning:
             texts.append(f"{report['eval_accuracy']:.1%} right")
         texts.append(f"{report['tokens_per_s']:.0f} tokens/s")
         print(", ".join(texts), file=sys.stderr)
+        is_asked = self._examples.is_chat and self.spec.method.name != "deep-prompt"
+        way = f"shoal {'chat' if is_asked else 'generate'} {self.spec.given} --join ADDR"
+        question = "" if is_asked else ' --prompt "..."'
+        print(f"use it: {way} --adapter {self._out}{question}", file=sys.stderr)
         base = self.run.model.base
         if isinstance(base, SwarmBase) and base.checked().rate:
             print(checks_text(base.checked()), file=sys.stderr)

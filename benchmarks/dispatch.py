@@ -107,7 +107,7 @@ def main() -> None:
             rows.append({"requests per s": rate, "way": way} | figures(results))
             print(rows[-1], flush=True)
     facts = environment() | {"servers": options.servers, "simulated": True}
-    publish("dispatch", rows, facts, folder=options.out)
+    publish("dispatch", rows, facts, folder=options.out, source="simulated")
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def main() -> None:
                 "not covered %": round(100 * mean(one["out"] for one in found), 1),
             })  # fmt: skip
             print(rows[-1], flush=True)
-    publish("live_placement", rows, environment() | {"simulated": True}, folder=options.out)
+    publish("live_placement", rows, environment(), folder=options.out, source="simulated")
 
 
 if __name__ == "__main__":

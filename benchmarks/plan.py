@@ -20,9 +20,12 @@ from typing import Any
 from plan_settings import Setting, drawn, roomy, settings, tight
 from report import environment, publish
 from shoal.base.errors import NoRouteError
+from shoal.base.ids import PeerId
+from shoal.base.spans import Span
 from shoal.lab.sim_scenario import Scenario, Waiting, draw_requests, poisson
 from shoal.lab.sim_slots import simulate_slots
 from shoal.plan.compose import scorer
+from shoal.plan.coordinates import Coordinate, distance_s
 from shoal.plan.place.anneal import place_anneal
 from shoal.plan.place.cgbp import cgbp, place_cgbp_sweep
 from shoal.plan.place.milp import plan_milp
@@ -31,8 +34,10 @@ from shoal.plan.placement import Placement
 from shoal.plan.proposal import propose
 from shoal.plan.route.contract import Active, load_of
 from shoal.plan.route.wsrr import route_wsrr
+from shoal.plan.routing import choose_chain
 from shoal.plan.spec import Problem
 from shoal.plan.trying import Budget
+from shoal.plan.view import Experience, ServerView, SwarmView
 
 SETUP_S = 0.07
 REQUESTS = 100
@@ -61,9 +66,17 @@ def times() -> list[dict[str, Any]]:
     proven = "milp, proven" if solved.gap < 1e-4 else f"milp, gap {solved.gap:.0%}"
     thousand, many, few = "1,000 servers, 126 blocks", "60 servers, 80 blocks", "8 servers, 24"
     rng = random.Random(0)
-    rows: list[tuple[str, str, Callable[[], object], float]] = [
+    view, client = announced(large, placement)
+    blocks = Span(0, large.num_blocks)
+    rows: list[tuple[str, str, Callable[[], object], float | str]] = [
         ("cgbp", thousand, lambda: cgbp(large, 20), 1.0),
         ("a route (wsrr) after the first", thousand, lambda: router(load, 0), 0.005),
+        (
+            "a live client's route",
+            thousand,
+            lambda: choose_chain(view, blocks, client, random.Random(0)),
+            "none",
+        ),
         ("anneal", many, lambda: place_anneal(sixty, random.Random(0)), 2.0),
         (proven, few, lambda: plan_milp(small), 30.0),
         ("all rules (shoal plan)", many, lambda: propose(sixty, "latency"), 10.0),
@@ -73,6 +86,25 @@ def times() -> list[dict[str, Any]]:
         {"what": what, "size": size, "seconds": seconds(work), "goal": goal}
         for what, size, work, goal in rows
     ]
+
+
+def announced(problem: Problem, placement: Placement) -> tuple[SwarmView, Experience]:
+    """What a client knows of the servers: their records with places, and a fifth of round trips."""
+    rng = random.Random(1)
+    servers = tuple(
+        ServerView(
+            peer=PeerId(number.to_bytes(32, "big")), addresses=(), span=span,
+            decode_s_by_batch=problem.servers[number].decode.points,
+            coordinate=Coordinate(
+                point=(rng.uniform(0, 0.1), rng.uniform(0, 0.1), 0.0), height=0.005, error=0.1
+            ),
+        )
+        for number, span in placement.hosted()
+    )  # fmt: skip
+    here = Coordinate(height=0.005, error=0.1)
+    known = {one.peer: distance_s(here, one.coordinate) for one in servers[::5] if one.coordinate}
+    view = SwarmView(model="m", num_blocks=problem.num_blocks, hidden_size=1, servers=servers)
+    return view, Experience(rtt_s=known, coordinate=here)
 
 
 def simulated(
@@ -195,8 +227,10 @@ def main() -> None:
     facts = environment()
     publish("plan", times(), facts)
     seeds = range(1 if options.quick else options.seeds)
-    publish("plan_response", responses(seeds, settings()[:: 6 if options.quick else 1]), facts)
-    publish("plan_tight", tight_memory(range(2 if options.quick else 10)), facts)
+    chosen = settings()[:: 6 if options.quick else 1]
+    publish("plan_response", responses(seeds, chosen), facts, source="simulated")
+    drawings = range(2 if options.quick else 10)
+    publish("plan_tight", tight_memory(drawings), facts, source="computed")
 
 
 if __name__ == "__main__":

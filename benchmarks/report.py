@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
+
+Source = Literal["measured", "simulated", "computed"]
+"""Of figures: from clocks, from the lab's virtual time, or from formulas."""
+
+NOT_MEASURED: Final = {"simulated": "Simulated: no clock is in it.", "computed": "Computed."}
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,22 +77,29 @@ def publish(
     facts: Mapping[str, Any],
     details: Mapping[str, Any] | None = None,
     folder: Path = RESULTS,
+    source: Source = "measured",
 ) -> None:
     """Print the table; write `theme_DATE.json` and `.md` into `folder` unless told not to.
 
-    `details` (every round of every way) go to the JSON only.
+    `details` (every round of every way) go to the JSON only. What is not measured says so in
+    title, text and JSON: a table holds figures of one `source`.
     """
-    text = table(rows)
+    text, title = table(rows), theme
+    if source != "measured":
+        text, title = f"{NOT_MEASURED[source]}\n\n{text}", f"{theme} ({source})"
     print(text)
     if "--no-write" in sys.argv:
         return
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{theme}_cpu{facts['cpus']}_{date.today().isoformat()}"
-    content = {"theme": theme, "environment": dict(facts), "rows": [dict(row) for row in rows]}
+    content = {
+        "theme": theme, "source": source, "environment": dict(facts),
+        "rows": [dict(row) for row in rows],
+    }  # fmt: skip
     if details is not None:
         content["rounds"] = dict(details)
     (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     command = " ".join(["python", *map(_portable, sys.argv)])
     machine = f"{facts['cpu']}, {facts['cpus']} CPUs, load before {facts['load_before'][0]}"
-    note = f"# {theme}\n\n`{command}`\n{machine}\n\n{text}\n"
+    note = f"# {title}\n\n`{command}`\n{machine}\n\n{text}\n"
     (folder / f"{stem}.md").write_text(note, encoding="utf-8")

@@ -80,7 +80,7 @@ def main() -> None:
             "moves after": round(mean(one["after"] for one in found), 2),
         })  # fmt: skip
         print(rows[-1], flush=True)
-    publish("split_placement", rows, environment())
+    publish("split_placement", rows, environment(), source="simulated")
 
 
 if __name__ == "__main__":

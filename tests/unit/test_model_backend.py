@@ -229,6 +229,22 @@ def test_no_thread_is_left_after_closing_or_failing() -> None:
     assert device_threads() <= before
 
 
+def test_what_work_raises_reaches_its_caller_alone() -> None:
+    def fail() -> None:
+        raise ValueError("this work")
+
+    async def scenario() -> None:
+        thread = DeviceThread(1)
+        failing, other = await asyncio.gather(
+            thread.run(fail), thread.run(lambda: 7), return_exceptions=True
+        )
+        assert isinstance(failing, ValueError)
+        assert other == 7
+        await thread.aclose()
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_run_waits_for_the_device() -> None:
     started, release = threading.Event(), threading.Event()
     finished: list[bool] = []

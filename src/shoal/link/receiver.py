@@ -20,6 +20,10 @@ from shoal.wire.messages import Ack, Entry, Error, Gap, Have, Open, Rows, Stale,
 
 Answer = Have | Gap | Ack | Stale
 
+ACK_DELAY_S = 0.02
+"""Acknowledgements wait so long for later ones: nobody but the log of the sender needs them, and
+where rows arrive there is something to compute first. A quarter of a window at 50 MB/s."""
+
 PENDING_ANSWERS_MAX = 8192
 """Answers waiting to be sent; beyond this the oldest is dropped. A peer that doesn't read
 its answers while it opens thousands of sessions harms only itself."""
@@ -48,6 +52,7 @@ class RowReceiver:
         self._events = events
         self._answers: dict[tuple[bytes, int, type], Answer] = {}
         self._wake = asyncio.Event()
+        self._acking: asyncio.TimerHandle | None = None
         self.heard_s = asyncio.get_running_loop().time()
         """Loop time of the last message."""
 
@@ -61,7 +66,10 @@ class RowReceiver:
         self._answers[key] = answer
         if len(self._answers) > PENDING_ANSWERS_MAX:
             del self._answers[next(iter(self._answers))]
-        self._wake.set()
+        if not isinstance(answer, Ack):
+            self._wake.set()
+        elif self._acking is None:
+            self._acking = asyncio.get_running_loop().call_later(ACK_DELAY_S, self._wake.set)
 
     def close(self) -> None:
         """End the stream."""
@@ -79,6 +87,8 @@ class RowReceiver:
             await self._channel.refuse(error)
             raise
         finally:
+            if self._acking is not None:
+                self._acking.cancel()
             self._channel.close()
 
     async def _read(self) -> None:
@@ -104,6 +114,9 @@ class RowReceiver:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if self._acking is not None:
+                self._acking.cancel()
+                self._acking = None
             while self._answers:
                 key = next(iter(self._answers))
                 await self._channel.send(self._answers.pop(key))

@@ -202,6 +202,8 @@ class Engine:
                 has_run = await self._iterate()
                 # Rows that are held back for the sake of others are no reason to go on.
                 is_idle = not has_run and self._held_s is None
+                if has_run:
+                    await asyncio.sleep(0)  # rows leave before the next ones are chosen
                 is_busy = await self._fill_gap(is_idle=is_idle) or has_run
 
     async def _wait(self) -> None:
@@ -210,6 +212,9 @@ class Engine:
         timeout_s = ROOM_POLL_S if is_waiting else None
         if self._held_s is not None:
             timeout_s = min(ROOM_POLL_S, self._held_s)
+        if timeout_s is None:
+            await self._wake.wait()
+            return
         try:
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()

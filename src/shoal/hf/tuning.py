@@ -27,6 +27,7 @@ from shoal.hf.tuning_methods import (
 )
 from shoal.hf.tuning_model import Loss, TunedModel
 from shoal.hf.tuning_settings import TuningSettings
+from shoal.hf.tuning_start import Start, read_start
 from shoal.hf.tuning_swarm import SwarmBase
 from shoal.hf.tuning_whole import WholeBase, load_whole
 
@@ -42,6 +43,7 @@ __all__ = [
     "Pass",
     "Prepared",
     "PromptTuning",
+    "Start",
     "SwarmBase",
     "TunedForward",
     "TunedModel",
@@ -56,5 +58,6 @@ __all__ = [
     "prompt_from_tokens",
     "read_learned",
     "read_lines",
+    "read_start",
     "write_result",
 ]

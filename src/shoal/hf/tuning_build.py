@@ -95,7 +95,8 @@ def _lora(base: TuningBase, method: Method, generator: torch.Generator) -> Lora:
             targets=_targets(layers, base.stacked_weights(), method.targets),
         )
     except AdapterBad as error:
-        raise ConfigError(error.detail) from error
+        # It begins with the option's name.
+        raise ConfigError(f"--{error.detail}") from error
     return Lora(config, layers, generator)
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from shoal.base.errors import ConfigError
 from shoal.cli import own_addresses as module
-from shoal.cli.own_addresses import HOSTS_MAX, dialled_hosts, own_addresses
+from shoal.cli.own_addresses import HOSTS_MAX, dialled_hosts, own_addresses, own_host
+from shoal.cli.ring_footing import listen_near
 from shoal.net.address import Address
 from tests.unit.gossip_cases import ANN
 
@@ -41,6 +42,25 @@ def test_a_wildcard_stands_for_this_machines_addresses(monkeypatch, listen, anno
     listening = Address("tcp", ANN.peer, "10.0.0.5", 4001)
     found = own_addresses(listening, listen, announce)
     assert [(one.host, one.port) for one in found] == [(host, 4001) for host in expected]
+
+
+def test_a_machine_on_a_switch_of_its_own_has_an_address(monkeypatch):
+    monkeypatch.setattr(module, "own_address", lambda: None)
+    monkeypatch.setattr(module, "_hosts_here", lambda: HERE)
+    assert own_host() == "172.17.0.1"
+    assert listen_near(None, None, 4270).host == "172.17.0.1"
+    monkeypatch.setattr(module, "own_address", lambda: "10.0.0.5")
+    assert own_host() == "10.0.0.5"
+
+
+def test_a_ring_without_a_network_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(module, "own_address", lambda: None)
+    monkeypatch.setattr(module, "_hosts_here", lambda: ["127.0.0.1", "::1"])
+    assert listen_near(None, None, 4270).host == "127.0.0.1"
+    assert "--listen tcp://HOST:PORT" in capsys.readouterr().err
+    assert listen_near("tcp://127.0.0.1:1", None).port == 1
+    assert listen_near(None, "127.0.0.1").host == "127.0.0.1"  # the starter's
+    assert capsys.readouterr().err == ""
 
 
 def test_what_nobody_could_dial_is_refused(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from shoal.base.errors import ConfigError
+from shoal.cli.machine import own_address
 from shoal.net.address import Address, parse_listen
 from shoal.server.announcing import public_address
 
@@ -42,6 +43,14 @@ def own_addresses(listening: Address, listen: str, announce: str | None) -> tupl
             "--announce tcp://HOST:PORT"
         )
     return tuple(replace(listening, host=host) for host in hosts)
+
+
+def own_host() -> str | None:
+    """The IPv4 address at which others can likely dial this machine; None: it is in no network.
+
+    A network need not lead anywhere: boards on a switch of their own have no default route.
+    """
+    return own_address() or next(iter(dialled_hosts(_hosts_here(), "", has_v6=False)), None)
 
 
 def dialled_hosts(hosts: Iterable[str], first: str, *, has_v6: bool) -> tuple[str, ...]:

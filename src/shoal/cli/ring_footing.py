@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Final
 
 from shoal.base.errors import ConfigError
-from shoal.cli.machine import own_address
 from shoal.cli.models import OpenModel
+from shoal.cli.own_addresses import own_addresses, own_host
 from shoal.cli.ring_host import Footing, empty_facts
 from shoal.cli.shelves import ThreadedShelf
 from shoal.discovery.gossip import GossipConfig, GossipDirectory
@@ -21,13 +22,14 @@ from shoal.net.channel import PURPOSE_GOSSIP, PURPOSE_WEIGHTS
 from shoal.net.identity import Identity
 from shoal.net.membership import SwarmPass
 from shoal.net.transport import Transport
-from shoal.server.announcing import StoreBook, public_address
+from shoal.server.announcing import StoreBook
 from shoal.server.config import StreamService
 from shoal.server.door import Door
 from shoal.server.weights import WeightsConfig, WeightServer
 from shoal.wire.ring import RingModel
 
 SCHEME: Final = "tcp"
+LOOPBACK: Final = "127.0.0.1"
 
 
 async def stand(
@@ -47,7 +49,7 @@ async def stand(
     """Listen, join the directory, hand out weights; until the stack ends.
 
     Raises:
-        ConfigError: the address can't be listened on.
+        ConfigError: the address can't be listened on, or nobody else could reach it.
         PeerUnreachable: none of the joins answers.
     """
     directory = GossipDirectory(
@@ -74,7 +76,7 @@ async def stand(
         directory=directory,
         door=door,
         book=book,
-        addresses=(public_address(listener.address, announce),),
+        addresses=own_addresses(listener.address, str(listen), announce),
         services=offered,
     )
 
@@ -90,15 +92,24 @@ def _weights(model: OpenModel, bytes_per_s: int) -> WeightServer:
 def listen_near(given: str | None, towards: str | None, port: int = 0) -> ListenAddress:
     """Where to listen: as given, else on the address that this machine has `towards` a host.
 
-    Without a host: the one it has in its network, or loopback if it is in none.
+    Without a host: the one it has in its network. A machine that is in none listens to itself
+    alone, and says so.
 
     Raises:
         ConfigError: malformed.
     """
     if given is not None:
         return parse_listen(given)
-    host = own_address() if towards is None else _address_towards(towards)
-    return ListenAddress(SCHEME, host or "127.0.0.1", port)
+    host = (None if towards is None else _address_towards(towards)) or own_host()
+    if host is None:
+        host = LOOPBACK
+        print(
+            f"this machine is in no network: only processes on it can reach {LOOPBACK}; "
+            "connect it, or give --listen tcp://HOST:PORT",
+            file=sys.stderr,
+            flush=True,
+        )
+    return ListenAddress(SCHEME, host, port)
 
 
 def _address_towards(host: str) -> str | None:

@@ -72,7 +72,11 @@ async def listening_socket(where: ListenAddress) -> socket.socket:
 
 
 def reachable_host(host: str) -> str:
-    """`host`, or for a wildcard the address that this machine uses towards others."""
+    """`host`, or for a wildcard the address that this machine uses towards others.
+
+    Loopback where no route leads to others: who announces a wildcard looks for other addresses,
+    and refuses where there are none (`cli/own_addresses.py`).
+    """
     if not _is_wildcard(host):
         return host
     for family in (socket.AF_INET, socket.AF_INET6):

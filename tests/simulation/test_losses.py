@@ -1,10 +1,12 @@
 """Servers are lost: who replaces them, what is replayed, and who is left alone."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from shoal.base.errors import NoRouteError
+from shoal.base.limits import RECORD_TTL_S
 from shoal.lab.network import LinkConditions
 from tests.simulation.scene import Scene, now_s, run_virtual, scene, until
 
@@ -170,6 +172,30 @@ def test_two_servers_cannot_reach_each_other(is_open):
         await reader.decode(5)
         assert it.network.traffic[it.client.me, b].frames >= relayed + 5
         assert reader.repairs == []
+
+    story()
+
+
+@pytest.mark.parametrize("is_newer", [True, False], ids=["the-client-knows", "nobody-knows"])
+def test_where_a_server_is_was_told_too_long_ago(is_newer):
+    """It is not dialled then, which says nothing of the two: a route brings a newer record."""
+
+    @scene("a 0:2, b 2:4")
+    async def story(it):
+        a, b = it["a"].peer, it["b"].peer
+        reader = await it.read(20)
+        await asyncio.sleep(RECORD_TTL_S + 1.0)
+        if is_newer:
+            it["b"].announce()
+        sound, epoch = it.network.link(a, b), reader.session.epoch
+        it.network.set_link(a, b, replace(sound, reset=1.0))  # it breaks, and is dialled again
+        step = asyncio.ensure_future(reader.decode(3))
+        await until(lambda: reader.session.epoch > epoch)
+        it.network.set_link(a, b, sound)
+        await step
+        blamed = it.client.experience.snapshot(now_s()).unreachable_pairs
+        assert blamed == (frozenset() if is_newer else {(a, b)})
+        assert reader.chain == ["a", "b"]
 
     story()
 

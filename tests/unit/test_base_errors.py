@@ -70,6 +70,7 @@ def test_who_may_try_again() -> None:
         "no_route",
         "peer",
         "unreachable",
+        "unknown",
         "timeout",
         "busy",
         "misbehaved",

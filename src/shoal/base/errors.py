@@ -6,6 +6,7 @@ ShoalError
 +- NoRouteError           no chain of servers covers the blocks; names the missing ones
 +- PeerError              something about one peer
 |  +- PeerUnreachable     it cannot be dialled, or the link broke
+|  |  +- PeerUnknown      nobody told us where it is; it was not even dialled
 |  +- PeerTimeout         it did not answer in time
 |  +- PeerBusy            it is full for now; says when to come back
 |  +- PeerRefused         it does not want us (wrong swarm, no membership, denied)
@@ -91,6 +92,12 @@ class PeerUnreachable(PeerError):
     """The peer cannot be dialled, or the link to it broke."""
 
     code = "unreachable"
+
+
+class PeerUnknown(PeerUnreachable):
+    """Nobody told us where the peer is, or that was too long ago: it was not even dialled."""
+
+    code = "unknown"
 
 
 class PeerTimeout(PeerError):

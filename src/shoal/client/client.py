@@ -38,7 +38,7 @@ from shoal.client.news import News
 from shoal.client.repair import Supervisor
 from shoal.client.routing import Followed, RouteFacts, SignedRoute, senders_to, sign_route
 from shoal.client.server_link import ServerLink
-from shoal.client.session import SessionState, Trouble
+from shoal.client.session import LOSSES_MAX, SessionState, Trouble
 from shoal.client.tending import lose_standby
 from shoal.client.watch import Watch
 from shoal.discovery.coordinates import Locator, from_wire
@@ -73,9 +73,6 @@ logger = logging.getLogger(__name__)
 
 WINDOW_BYTES: Final = 64 << 20
 """What a last hop may send the client unacknowledged: the client always takes rows."""
-
-LOSSES_MAX: Final = 3
-"""A session that servers lose more often than this without a row has a bad server."""
 
 LINK_CODES: Final = frozenset({"unreachable", "timeout"})
 """Failures of a link rather than of what stands at its end."""
@@ -378,7 +375,7 @@ class Client:
                 self.experience.pair_failed(peer, stage.peer, now_s)
         for before, successor in pairwise(state.chain if stage is None else ()):
             if (before.peer, successor.peer) == (peer, message.peer):
-                self._report(state, Trouble(links={(peer, successor.peer)}))
+                self._report(state, state.link_trouble(peer, successor.peer, message.code))
 
     def on_failed(self, peer: PeerId, message: Failed) -> None:
         """A server can't go on with a session."""

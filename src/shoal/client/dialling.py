@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.base.errors import ConfigError, PeerUnreachable, ShoalError
+from shoal.base.errors import ConfigError, PeerUnknown, ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.discovery.directory import SignedRecord
 from shoal.net.address import parse_address
@@ -23,7 +23,7 @@ async def dial_server(
     Raises:
         ShoalError: there is no record, or why it can't be reached at its last address.
     """
-    error: ShoalError = PeerUnreachable(f"no record of peer {short(peer)}")
+    error: ShoalError = PeerUnknown(f"no record of peer {short(peer)}")
     for text in found.record.addresses if found is not None else ():
         try:
             return await open_channel(transport, parse_address(text), purpose, swarm_pass)

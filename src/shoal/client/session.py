@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from shoal.base.errors import BadInput, ShoalError
+from shoal.base.errors import BadInput, PeerUnknown, ShoalError
 from shoal.base.ids import PeerId, SessionId
 from shoal.base.limits import ENTRY_TOKENS_MAX, SESSION_TOKENS_MAX, STALL_MIN_S
 from shoal.base.spans import Span
@@ -34,6 +34,9 @@ from shoal.wire.messages import (
     Want,
 )
 from shoal.wire.tensors import row_bytes
+
+LOSSES_MAX: Final = 3
+"""A session that servers lose more often than this without a row has a bad server."""
 
 STEP_S_MAX: Final = 8.0
 """Steps that take longer than this are asked after all the same."""
@@ -318,6 +321,17 @@ class SessionState:
         self.trouble.links |= trouble.links
         self.trouble.is_out_of_step |= trouble.is_out_of_step
         self.stirred.set()
+
+    def link_trouble(self, sender: PeerId, receiver: PeerId, code: str) -> Trouble:
+        """What it means that a server reports a broken link.
+
+        One that does not know where to dial has not tried: the next route brings it a record.
+        Where ours does not help either, the link is as good as broken.
+        """
+        if code == PeerUnknown.code and self.losses < LOSSES_MAX:
+            self.losses += 1
+            return Trouble(is_out_of_step=True)
+        return Trouble(links={(sender, receiver)})
 
     def take_trouble(self) -> Trouble:
         """What was reported since the last call."""

@@ -140,6 +140,11 @@ class SimulatedServer:
         self._address = str(listener.address)
         self._swarm.publish(self, self._address, self._boots)
 
+    def announce(self) -> None:
+        """A newer record, as a server announces itself again from time to time."""
+        self._boots += 1
+        self._swarm.publish(self, self._address, self._boots)
+
     async def _with_head(self, config: ServerConfig) -> ServerConfig:
         """With a service for thin clients, which is a client of the swarm."""
         client = await self._stack.enter_async_context(self._swarm.new_client())
@@ -169,8 +174,7 @@ class SimulatedServer:
 
         async def announce(facts: BackendFacts) -> None:
             self.spec, self.backend = replace(self.spec, span=facts.span), backend[0]
-            self._boots += 1
-            self._swarm.publish(self, self._address, self._boots)
+            self.announce()
 
         mover = SpanMover(self.server, self._switching, load, announce, leave_s=leave_s)
         return await mover.move(span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.base.errors import PeerUnreachable, ShoalError
+from shoal.base.errors import PeerUnknown, ShoalError
 from shoal.base.ids import PeerId, short
 from shoal.net.channel import PURPOSE_ROWS_OUT, Channel, open_channel
 from shoal.net.membership import SwarmPass
@@ -18,7 +18,7 @@ async def dial_rows(
     Raises:
         ShoalError: why it can't be had at the last of its addresses.
     """
-    error: ShoalError = PeerUnreachable(f"no valid record of peer {short(peer)}")
+    error: ShoalError = PeerUnknown(f"no valid record of peer {short(peer)}")
     for address in book.addresses(peer):
         try:
             return await open_channel(transport, address, PURPOSE_ROWS_OUT, swarm_pass)

@@ -1,6 +1,9 @@
 """Memory limits of control groups, from the files of systems as they are found."""
 
-from pathlib import PurePosixPath
+import os
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -84,3 +87,36 @@ def test_groups_above_limit_as_well(tmp_path, files, none):
     assert (found.limit_bytes, found.left_bytes) == (1000, 100)
     found = container_memory(tmp_path / "none", mounts, tmp_path)
     assert (found.limit_bytes, found.left_bytes) == (None, None)
+
+
+def v2_top():
+    """Where this system has a tree of version 2 in which we may make groups, with memory or not."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text()
+    except OSError:
+        return None
+    tops = [line.split()[4] for line in mounts.splitlines() if " - cgroup2 " in line]
+    return next((Path(top) for top in tops if os.access(top, os.W_OK)), None)
+
+
+@pytest.mark.skipif(v2_top() is None, reason="needs a writable tree of version 2 (root)")
+def test_a_process_in_a_real_group_of_version_2_finds_it():
+    """What the kernel writes, not samples of it; here even without the controller of memory."""
+    group = v2_top() / f"shoal-{os.getpid()}"
+    group.mkdir()
+    code = (
+        "from pathlib import Path\n"
+        "from shoal.cli.cgroups import V2, container_memory, memory_groups\n"
+        "own, mounts = (Path('/proc/self', name).read_text() for name in ('cgroup', 'mountinfo'))\n"
+        "print(next(one.folder for one in memory_groups(own, mounts) if one.files is V2))\n"
+        "container_memory()\n"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+            preexec_fn=lambda: (group / "cgroup.procs").write_text("0"),
+        )  # fmt: skip
+    finally:
+        group.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).name == group.name

@@ -13,8 +13,8 @@ from shoal.net.address import Address, parse_listen
 from shoal.server.announcing import public_address
 
 HOSTS_MAX: Final = 4
-"""Who dials tries one after the other, and waits 5 s where nobody answers. Machines with
-containers have dozens of addresses that lead nowhere from outside."""
+"""Who dials begins with one more each second until one answers. Machines with containers have
+dozens of addresses that lead nowhere from outside."""
 
 
 def own_addresses(listening: Address, listen: str, announce: str | None) -> tuple[Address, ...]:

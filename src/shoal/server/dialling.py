@@ -1,10 +1,13 @@
-"""Dialling successors: at the addresses of their records, one after the other."""
+"""Dialling successors: at the addresses of their records, the first that answers."""
 
 from __future__ import annotations
 
-from shoal.base.errors import PeerUnknown, ShoalError
+from functools import partial
+
+from shoal.base.errors import PeerUnknown
 from shoal.base.ids import PeerId, short
 from shoal.net.channel import PURPOSE_ROWS_OUT, Channel, open_channel
+from shoal.net.first import first_of
 from shoal.net.membership import SwarmPass
 from shoal.net.transport import Transport
 from shoal.server.config import AddressBook
@@ -16,12 +19,13 @@ async def dial_rows(
     """A stream on which we send rows to a peer.
 
     Raises:
-        ShoalError: why it can't be had at the last of its addresses.
+        PeerUnknown: there is no record.
+        ShoalError: why it can't be had at one of its addresses.
     """
-    error: ShoalError = PeerUnknown(f"no valid record of peer {short(peer)}")
-    for address in book.addresses(peer):
-        try:
-            return await open_channel(transport, address, PURPOSE_ROWS_OUT, swarm_pass)
-        except ShoalError as failure:
-            error = failure
-    raise error
+    addresses = book.addresses(peer)
+    if not addresses:
+        raise PeerUnknown(f"no valid record of peer {short(peer)}")
+    return await first_of(
+        [partial(open_channel, transport, one, PURPOSE_ROWS_OUT, swarm_pass) for one in addresses],
+        Channel.close,
+    )

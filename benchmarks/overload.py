@@ -12,13 +12,14 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from model_servers import Server, connected, random_rows, running, workers_of
 from random_model import SHAPES
-from report import environment, publish
+from report import RESULTS, environment, publish
 from rounds import Way, take_rounds
 from shoal.client.chain_session import ChainSession
 from shoal.client.client import Client
@@ -26,6 +27,12 @@ from shoal.client.client import Client
 FLOODS = {"alone": (0, 0), "20 chats": (20, 0), "4 prompts": (0, 4), "both": (20, 4)}
 PROMPT = 512
 WARM_UP_S = 3.0
+SETTLE = 2
+ROUND_S = 6.0
+"""So long a round's clock runs at most, but for the first few tokens: beside a flood of the
+large shape a token takes more than a second."""
+
+TOKENS_MIN = 4
 LENGTH_MAX = 2048
 
 
@@ -49,7 +56,7 @@ async def stuffer(session: ChainSession, shape: str) -> None:
 def beside(
     reader: ChainSession, greedy: Client, shape: str, flood: tuple[int, int], tokens: int
 ) -> Callable[[], Awaitable[float]]:
-    """The reader's tokens/s while `greedy` has so many chats and prompts."""
+    """The reader's tokens/s, of `tokens` at most, beside so many chats and prompts of `greedy`."""
 
     async def measure() -> float:
         chats, prompts = flood
@@ -63,12 +70,13 @@ def beside(
             if work:
                 await asyncio.sleep(WARM_UP_S)
             reader.truncate(64)
-            for _ in range(4):
+            for _ in range(SETTLE):
                 await reader.step(row, 1)
-            started = time.perf_counter()
-            for _ in range(tokens):
+            started, count, took_s = time.perf_counter(), 0, 0.0
+            while count < tokens and (count < TOKENS_MIN or took_s < ROUND_S):
                 await reader.step(row, 1)
-            return tokens / (time.perf_counter() - started)
+                count, took_s = count + 1, time.perf_counter() - started
+            return count / took_s
         finally:
             for task in work:
                 task.cancel()
@@ -101,8 +109,8 @@ def main() -> None:
     """The reader's tokens/s by what else is asked of the servers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the small shape only, 1 round")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--rounds", type=int, default=3, help="that count")
+    parser.add_argument("--rounds", type=int, default=2, help="that count")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
     parser.add_argument("--shapes", nargs="+", default=["110m", "1.1b"], choices=list(SHAPES))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -119,7 +127,7 @@ def main() -> None:
                 {"shape": shape, "beside": name, "tokens_per_s": rounds.median,
                  "share_of_alone": rounds.over(taken["alone"]), **rounds.cells()}
             )  # fmt: skip
-    publish("overload", rows, facts)
+    publish("overload", rows, facts, None, options.out)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ def test_count_makes_several():
     assert problem.links.server_rtt_s[1] == (0.001, 0.0, 0.0005, 0.0005)
 
 
+def test_a_machines_own_line():
+    text = GOOD.replace("rtt_ms = 20", 'rtt_ms = 20\nuplink = "8Mbit/s"\nrate = "80Mbit/s"')
+    text = text.replace('name = "b"', 'name = "b"\nuplink = "16Mbit/s"\ndownlink = "40Mbit/s"')
+    one, other = cluster(text).problem.servers
+    assert (one.sent_bytes_per_s, one.received_bytes_per_s) == (1e6, 1e7)
+    assert (other.sent_bytes_per_s, other.received_bytes_per_s) == (2e6, 5e6)
+
+
 def test_rates_of_ways_between_servers():
     assert cluster(GOOD).problem.links.server_bytes_per_s is None
     text = GOOD.replace('name = "b"', 'name = "b"\ncount = 2\nsite = "x"')

@@ -86,6 +86,18 @@ def test_a_servers_own_link_carries_no_more_than_before():
     assert rows_over_links(problem, placed((0, 2), (2, 4)), _rates(problem)) == pytest.approx(20)
 
 
+@pytest.mark.parametrize("way", ["uplink_bytes_per_s", "downlink_bytes_per_s"])
+def test_all_ways_of_a_machine_share_its_own_line(way):
+    """Each way alone would pass 8 rows; three go through one machine, whose line passes 10."""
+    problem = sites("abbb")
+    slow = replace(problem.servers[0], **{way: 10.0})
+    problem = replace(problem, servers=(slow, *problem.servers[1:]))
+    placement = placed((0, 2), (2, 4), (2, 4), (2, 4))
+    assert rows_over_links(problem, placement, _rates(problem)) == pytest.approx(10)
+    price = prices(problem, 0, "token")
+    assert price.leave[0] - price.arrive[0] == pytest.approx(0.1 if way.startswith("up") else -0.1)
+
+
 @st.composite
 def linked_problems(draw):
     problem = draw(problems(servers_max=4, blocks_max=4, flow="push", clients_max=1))

@@ -1,4 +1,4 @@
-"""Where libraries in C print: not between the lines that a command answers with."""
+"""What libraries in C print: not between the lines that a command answers with."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STDOUT, STDERR = 1, 2
+STDOUT = 1
 
 
 @contextmanager
-def c_prints_to_stderr() -> Iterator[None]:
-    """Meanwhile stdout is stderr: nothing is to be answered inside.
+def c_prints_nothing() -> Iterator[None]:
+    """Meanwhile stdout goes nowhere: nothing is to be answered inside.
 
-    HiGHS prints a line of its own now and then, whatever it is told: it would end up in the JSON.
+    HiGHS prints a line of its own now and then, whatever it is told (scipy has no option for it):
+    it would end up in the JSON, or in the middle of a progress bar.
     """
     sys.stdout.flush()
     kept = os.dup(STDOUT)
-    os.dup2(STDERR, STDOUT)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDOUT)
+    os.close(nowhere)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from shoal.base.errors import ConfigError
-from shoal.cli.c_output import c_prints_to_stderr
+from shoal.cli.c_output import c_prints_nothing
 from shoal.cli.joining import SwarmChoice
 from shoal.cli.logs import progress_bar
 from shoal.cli.options import InviteOption, JoinOption, JsonOption, LanOption, SwarmOption
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shoal.cli.plan_file import Asked, Cluster
     from shoal.plan.proposal import Proposal
 
-TIME_LIMIT_S: Final = 10.0
+TIME_LIMIT_S: Final = 20.0
 """Enough for 60 servers by every rule."""
 
 ClusterArgument = Annotated[
@@ -164,7 +164,7 @@ def _propose(
     if goal is None:
         raise ConfigError(f"--objective {wanted}: choose {', '.join(OBJECTIVES)}")
     budget = Budget(limit_s=limit_s, clock=time.monotonic, started_s=time.monotonic())
-    with c_prints_to_stderr(), progress_bar() as progress:
+    with c_prints_nothing(), progress_bar() as progress:
         return propose(
             cluster.problem,
             goal,

@@ -229,7 +229,7 @@ def _alike(
         raise table.fail("servers of one table can't all be at the same place; write each", "count")
     endpoint = read_endpoint(table, name, places)
     server = _planned(table, name, device)
-    load = table.rate("load", min(spec.link_bytes_per_s, LOAD_BYTES_PER_S))
+    load = table.rate("load", min(spec.received_bytes_per_s, LOAD_BYTES_PER_S))
     table.done()
     names = [name] if number == 1 else [f"{name}-{one}" for one in range(1, number + 1)]
     return [
@@ -289,6 +289,8 @@ def _spec(
         prefill_s_per_block=times.prefill_s_per_block,
         prefill_s_per_block_token=times.prefill_s_per_block_token,
         link_bytes_per_s=link,
+        uplink_bytes_per_s=table.rate("uplink", places.uplink_bytes_per_s),
+        downlink_bytes_per_s=table.rate("downlink", places.downlink_bytes_per_s),
         num_blocks_max=most,
     )
     return spec, None if is_measured else device

@@ -190,7 +190,8 @@ def _notes(
     if not is_push:
         between = "servers don't know their places yet, so chains are priced through this client"
     notes = [
-        f"Memory is what each server uses now; round trips are those from here, and {between}."
+        f"Memory is what each server uses now; round trips are those from here, and {between}.",
+        "No record tells a link's rate: links between servers are taken to be unlimited.",
     ]
     left_out = len(mine) - len(usable)
     if left_out:

@@ -77,6 +77,8 @@ class Places:
     stretch: float
     last_mile_ms: float
     link_bytes_per_s: float
+    uplink_bytes_per_s: float
+    downlink_bytes_per_s: float
     between_bytes_per_s: float | None
     """Of a way from one site to another; None: as much as their links."""
     used: set[str] = field(default_factory=set)
@@ -185,6 +187,8 @@ def read_places(table: Table) -> Places:
         stretch=table.number("stretch", STRETCH, low=1.0, high=10.0),
         last_mile_ms=table.number("last_mile_ms", LAST_MILE_MS, high=1e4),
         link_bytes_per_s=table.rate("rate", math.inf),
+        uplink_bytes_per_s=table.rate("uplink", math.inf),
+        downlink_bytes_per_s=table.rate("downlink", math.inf),
         between_bytes_per_s=_rate(table, "between_rate"),
     )
 

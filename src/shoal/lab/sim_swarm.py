@@ -303,15 +303,16 @@ class LiveSwarm:
         for one, server in enumerate(self.servers):
             for client, peer in enumerate(clients):
                 rtt_s = links.client_rtt_s[client][one]
-                self._set(peer, server.peer, rtt_s / 2 + links.handling_s, self._rate(one))
-                self._set(server.peer, peer, rtt_s / 2, self._rate(one))
+                sent, received = self._rates(one)
+                self._set(peer, server.peer, rtt_s / 2 + links.handling_s, received)
+                self._set(server.peer, peer, rtt_s / 2, sent)
             for other, receiver in enumerate(self.servers):
                 if other == one:
                     continue
                 if links.flow == "hub":
                     self.network.forbid_dialing(server.peer, receiver.peer)
                 elif between is not None:
-                    rate = min(self._rate(one), self._rate(other))
+                    rate = min(self._rates(one)[0], self._rates(other)[1])
                     delay_s = between[one][other] / 2 + links.handling_s
                     self._set(server.peer, receiver.peer, delay_s, rate)
 
@@ -319,10 +320,11 @@ class LiveSwarm:
         conditions = LinkConditions(delay_s=delay_s, rate_bytes_per_s=rate)
         self.network.set_link(sender, receiver, conditions)
 
-    def _rate(self, server: int) -> float:
-        """Bytes per second of a server's links, as much more as our rows are larger."""
+    def _rates(self, server: int) -> tuple[float, float]:
+        """Bytes per second that a server sends and receives, scaled as our rows are."""
         larger = hidden_size_of(self.problem) * 2 / self.problem.model.row_bytes
-        return self.problem.servers[server].link_bytes_per_s * larger
+        spec = self.problem.servers[server]
+        return spec.sent_bytes_per_s * larger, spec.received_bytes_per_s * larger
 
     def _teach(self) -> None:
         """What clients would have measured by now: round trips, and pairs that don't meet."""

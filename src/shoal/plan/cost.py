@@ -5,8 +5,7 @@ The price of a chain is linear: something for each hop, something for each block
 costs its client's round trip. With *push* (servers send to each other, as Shoal does) it
 costs half a round trip from whoever comes before, and the last hop half of one back.
 
-The live router knows round trips to itself only, so it prices hops as a hub does: half a
-round trip in and half out is all that one can know of links between strangers.
+The live router prices with the same functions what a client knows of ways (`shoal.plan.ways`).
 
 Sources: BPRR (arXiv 2512.21884), section II; our notes on it say what its authors use as
 constants. The push form is ours.
@@ -179,27 +178,31 @@ def _priced(
     links = problem.links
     rtts = links.client_rtt_s[client]
     size = rows * problem.model.row_bytes
-    times = [size / server.link_bytes_per_s for server in problem.servers]
+    ins = [size / server.received_bytes_per_s for server in problem.servers]
+    outs = [size / server.sent_bytes_per_s for server in problem.servers]
     if links.flow == "hub" or links.server_rtt_s is None:
-        arrive = [hub_entry_s(rtt, handling_s, time) for rtt, time in zip(rtts, times, strict=True)]
+        arrive = [
+            hub_entry_s(rtt, handling_s, (in_s + out_s) / 2)
+            for rtt, in_s, out_s in zip(rtts, ins, outs, strict=True)
+        ]
         return Prices(
             arrive=tuple(arrive), between=None, leave=(0.0,) * len(arrive), block=tuple(blocks)
         )
     ways: Iterable[Sequence[float]] = links.server_bytes_per_s or repeat(
-        [math.inf] * len(times), len(times)
+        [math.inf] * len(ins), len(ins)
     )
     return Prices(
         arrive=tuple(
-            push_entry_s(rtt, handling_s, time) for rtt, time in zip(rtts, times, strict=True)
+            push_entry_s(rtt, handling_s, in_s) for rtt, in_s in zip(rtts, ins, strict=True)
         ),
         between=tuple(
             tuple(
-                push_entry_s(rtt, handling_s, max(out_time, in_time, size / rate))
-                for rtt, in_time, rate in zip(row, times, own, strict=True)
+                push_entry_s(rtt, handling_s, max(out_s, in_s, size / rate))
+                for rtt, in_s, rate in zip(row, ins, own, strict=True)
             )
-            for row, out_time, own in zip(links.server_rtt_s, times, ways, strict=True)
+            for row, out_s, own in zip(links.server_rtt_s, outs, ways, strict=True)
         ),
-        leave=tuple(rtt / 2 + time for rtt, time in zip(rtts, times, strict=True)),
+        leave=tuple(rtt / 2 + out_s for rtt, out_s in zip(rtts, outs, strict=True)),
         block=tuple(blocks),
     )
 

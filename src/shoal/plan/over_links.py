@@ -49,8 +49,9 @@ def rows_over_links(problem: Problem, placement: Placement, rates: Rates) -> flo
     """The most rows per second that get through a placement over `Links.server_bytes_per_s`.
 
     A server may take over within its span and runs to its end, as in Helix; a run of some of
-    its blocks takes their share of the time of all. What comes in and goes out is no more than
-    its own link carries. Ways to and from clients have that limit alone.
+    its blocks takes their share of the time of all. All that comes in and all that goes out, over
+    whichever ways, is no more than its own link carries (`ServerSpec.uplink_bytes_per_s` and
+    `downlink_bytes_per_s`). Ways to and from clients have that limit alone.
 
     `rates` as `rates.capped_rates` gives them. Takes milliseconds for dozens of servers, and
     grows with the square of the number of different ones.

@@ -123,7 +123,11 @@ class ServerSpec:
     network_rows_per_s: float = math.inf
     """Rows in and out over its network, as Petals measures it."""
     link_bytes_per_s: float = math.inf
-    """Rate of its links."""
+    """Rate of its network, either way."""
+    uplink_bytes_per_s: float = math.inf
+    """Where it is less: of all that it sends,"""
+    downlink_bytes_per_s: float = math.inf
+    """and of all that it receives, whomever it goes to or comes from."""
     num_blocks_max: int | None = None
     """Never host more blocks than this."""
 
@@ -133,9 +137,22 @@ class ServerSpec:
         times = (self.prefill_s_per_block, self.prefill_s_per_block_token)
         if not all(0 <= time < math.inf for time in times):
             raise ConfigError(f"{self.name}: times must be at least 0 s")
-        rates = (self.link_bytes_per_s, self.network_rows_per_s, self.forward_rows_per_s or 1.0)
+        rates = (
+            self.link_bytes_per_s, self.uplink_bytes_per_s, self.downlink_bytes_per_s,
+            self.network_rows_per_s, self.forward_rows_per_s or 1.0,
+        )  # fmt: skip
         if not all(rate > 0 for rate in rates):
             raise ConfigError(f"{self.name}: rates must be above 0")
+
+    @property
+    def sent_bytes_per_s(self) -> float:
+        """The most that it sends to all others together."""
+        return min(self.link_bytes_per_s, self.uplink_bytes_per_s)
+
+    @property
+    def received_bytes_per_s(self) -> float:
+        """The most that it receives from all others together."""
+        return min(self.link_bytes_per_s, self.downlink_bytes_per_s)
 
     @property
     def rows_per_s(self) -> float:
@@ -235,9 +252,13 @@ class Problem:
         return len(self.links.client_rtt_s)
 
     def network_rows_per_s(self, server: int) -> float:
-        """Decode rows per second in and out of a server by its own link, as measured or given."""
+        """Decode rows per second in and out of a server by its own link, as measured or given.
+
+        What comes in goes out, so the slower way limits both.
+        """
         spec = self.servers[server]
-        return min(spec.network_rows_per_s, spec.link_bytes_per_s / self.model.row_bytes)
+        bytes_per_s = min(spec.sent_bytes_per_s, spec.received_bytes_per_s)
+        return min(spec.network_rows_per_s, bytes_per_s / self.model.row_bytes)
 
     @cached_property
     def way_classes(self) -> tuple[int, ...]:

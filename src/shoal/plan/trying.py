@@ -271,9 +271,13 @@ class Trials:
 
     def _flow(self) -> None:
         flow = importlib.import_module("shoal.plan.place.flow")
-        # Where ways limit its placement is only one to begin with.
-        share = LINKED_FLOW_SHARE if self._has_rates else 1 / 2
-        limit_s = min(flow.LIMIT_S, max(1.0, self.budget.left_s * share))
+        limit_s = None
+        if self.budget.clock is not None:
+            # Where ways limit its placement is only one to begin with.
+            share = LINKED_FLOW_SHARE if self._has_rates else 1 / 2
+            if self.objective == "throughput" and not self._has_rates:
+                share = LAST_SHARE
+            limit_s = max(1.0, self.budget.left_s * share)
         try:
             found = flow.plan_flow(self.problem, rates=self.rates, limit_s=limit_s)
         except NoRouteError as error:

@@ -30,8 +30,12 @@ from shoal.plan.placement import Placement
 from shoal.plan.rates import Rates, decode_rates, rows_through
 from shoal.plan.spec import Problem
 
-LIMIT_S: Final = 15.0
-"""Time for the solver; good placements come early, proofs late."""
+BRANCHING: Final = 1_500_000
+"""Branches of the solver's search, times its variables: 2 to 20 s a time on one core. Good
+placements come early, proofs late."""
+
+BRANCHES_MIN: Final = 50
+"""For the largest programs."""
 
 GAP: Final = 1e-4
 """The solver stops at this share from its own bound,"""
@@ -53,7 +57,7 @@ class Flowing:
 
 
 def place_flow(problem: Problem, rng: random.Random) -> Placement:
-    """The placement that `plan_flow` finds within `LIMIT_S`.
+    """The placement that `plan_flow` finds.
 
     Raises:
         NoRouteError: some block is left over, or no session has room anywhere.
@@ -65,7 +69,7 @@ def plan_flow(
     problem: Problem,
     *,
     rates: Rates | None = None,
-    limit_s: float | None = LIMIT_S,
+    limit_s: float | None = None,
     branches_max: int | None = None,
 ) -> Flowing:
     """The placement with the most rows per second through all blocks.
@@ -73,8 +77,9 @@ def plan_flow(
     First by Petals' rule, every server at the length at which it does the most work: that
     is quick and often nearly all that can be had. Then, unless it is, by the solver, first
     with these lengths and then with all, as long as there are not too many different
-    servers. Where its time runs out, what it has found depends on the machine; where its branches
-    do (`branches_max` each time), it does not.
+    servers. It ends after `branches_max` branches each time, by default as many as `BRANCHING`
+    allows, and what it has found then is the same on every machine; not so where `limit_s` is
+    given and over before.
 
     Servers that the flow does not need join where rows per second are fewest.
 
@@ -142,6 +147,8 @@ def _solve(
     if sum(lengths) * problem.num_blocks > SOLVED_MAX:
         return None, math.inf
     program = _Classes(problem.num_blocks, {own: len(who) for own, who in classes.items()}, is_full)
+    if branches_max is None:
+        branches_max = max(BRANCHES_MIN, BRANCHING // program.program.num_variables)
     solution = program.program.solve(limit_s=limit_s, gap=GAP, branches_max=branches_max)
     if not solution.values:
         return None, -solution.bound

@@ -48,6 +48,11 @@ class Program:
         self._row_lows: list[float] = []
         self._row_highs: list[float] = []
 
+    @property
+    def num_variables(self) -> int:
+        """So far."""
+        return len(self._costs)
+
     def variable(self, *, cost: float = 0.0, high: float = math.inf, integer: bool = False) -> int:
         """A new variable from 0 to `high`; its index."""
         if len(self._costs) >= VARIABLES_MAX:

@@ -232,6 +232,26 @@ def test_the_error_names_the_blocks_and_who_is_about_to_help() -> None:
     assert caught.value.missing == ((12, 20),)
 
 
+def test_who_is_entered_anew_at_a_border_is_still_left_from_where_it_came() -> None:
+    """The quick first server can't reach the last one: nobody runs nothing to help it there."""
+    spans_s = {1: (0, 2, 0.06), 2: (0, 1, 0.001), 3: (1, 3, 0.001)}
+    here = Coordinate(point=(0.0, 0.0, 0.0), height=0.0, error=0.1)
+    view = swarm(
+        3,
+        *(
+            replace(server(number, start, end, decode_s=decode_s), coordinate=here)
+            for number, (start, end, decode_s) in spans_s.items()
+        ),
+    )
+    experience = Experience(
+        rtt_s={one.peer: 0.1 for one in view.servers},
+        unreachable_pairs=frozenset({(peer(2), peer(3))}),
+    )
+    for seed in range(5):
+        chain = choose_chain(view, Span(0, 3), experience, rng(seed))
+        assert hops(chain) == [(1, 0, 1), (3, 1, 3)]
+
+
 def test_peers_doubled_in_the_view_are_refused() -> None:
     view = swarm(4, server(1, 0, 2), server(1, 2, 4))
     with pytest.raises(ValueError, match="one server per peer"):

@@ -9,7 +9,8 @@ in it*, which is also the cheapest to leave it there; that is all the future dep
 one hop hands over to the next is worth a try only where the one's span ends or the other's
 begins: in between the price is a straight line of the place, and where the line would shrink a
 hop to nothing it is cheaper without it, for ways obey the triangle inequality. Ways by way of
-the client (`Ways.have_gaps`) need not obey it: then all places are tried, in small swarms.
+the client (`Ways.have_gaps`) need not obey it: then all places are tried, in small swarms. Nor
+need those to servers that are not measured, which are asked before a chain with them is taken.
 1,000 servers and 126 blocks take about 0.1 s.
 """
 
@@ -205,10 +206,17 @@ class _Search:
             for at in everybody:
                 if at.number >= 0:
                     self.rank[at.number] += fee
+        entered: list[tuple[int, int, float, _Way]] = []
         for number in self.holding[border]:
             is_start = self.legs[number].span.start == border
             everywhere = is_start or stage is not None or self.is_everywhere
-            self._enter(number, border, fee, everybody if everywhere else enders)
+            found = self._cheaper(number, fee, everybody if everywhere else enders)
+            if found is not None:
+                rank, seconds, at = found
+                entered.append((number, rank, seconds, self._way(at, border)))
+        # Only now: who is left for another hop here must still be where it came from.
+        for number, rank, seconds, way in entered:
+            self._be_in(number, border, rank, seconds, way)
 
     def _keep(self, stage: Stage, everybody: Sequence[_At]) -> None:
         """Kept hops may follow their own server's; what they compute is paid anyway."""
@@ -225,22 +233,26 @@ class _Search:
                 )
                 self.kept_to[stage.span.end] = best, way
 
-    def _enter(self, number: int, border: int, fee: int, senders: Sequence[_At]) -> None:
+    def _cheaper(
+        self, number: int, fee: int, senders: Sequence[_At]
+    ) -> tuple[int, float, _At] | None:
+        """By whom it is cheaper to get into a leg than to have been in it before, and the price."""
         leg, rank = self.legs[number], fee + self.ranks[number]
         entries, more_s = self.task.ways.entries(leg.peer), leg.seconds
         known, known_s = self.rank[number], self.seconds[number]
         if known_s == math.inf:
             known = NO_RANK
+        best: _At | None = None
         for at in senders:
             its = at.rank + rank
             if known < its or (known == its and known_s <= at.seconds + more_s):
-                return
+                break
             if at.peer == leg.peer and at.number >= 0:
                 continue
             seconds = at.seconds + more_s + entries[at.peer]
             if its < known or seconds < known_s:
-                known, known_s = its, seconds
-                self._be_in(number, border, its, seconds, self._way(at, border))
+                known, known_s, best = its, seconds, at
+        return None if best is None else (known, known_s, best)
 
     def _be_in(
         self, number: int, border: int, rank: int, seconds: float, before: _Way | None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,8 @@ from shoal.plan.moving import (
     keep_valid,
     promote,
 )
-from shoal.plan.view import Experience, Stage
+from shoal.plan.spec import DecodeTimes
+from shoal.plan.view import Experience, Stage, SwarmView
 from tests.unit.plan_cases import (
     check_chain,
     every_chain,
@@ -150,6 +153,72 @@ def test_a_session_leaves_a_server_that_became_much_slower(slowness, expected):
 def test_no_migration_to_another_class():
     view = swarm(4, server(1, 0, 4, decode_s=1.0), server(2, 0, 4, decode_s=0.001, numerics="b"))
     assert choose_migration(view, stages((1, 0, 4)), NOTHING, "a", rng()) is None
+
+
+LINEAR = ((1, 0.01), (64, 0.64))
+"""Decode times of a server that runs rows one by one."""
+
+
+def twins(count: int, *, points: tuple[tuple[int, float], ...] = LINEAR) -> SwarmView:
+    """Servers of all 4 blocks, all alike."""
+    return swarm(
+        4,
+        *(
+            replace(server(number, 0, 4, decode_s=0.01), decode_s_by_batch=points)
+            for number in range(1, count + 1)
+        ),
+    )
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([0.0, 60.0]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_no_session_moves_between_equal_servers(seed, is_measured, wait_s, is_split):
+    """Neither for its own rows, nor since its own servers have no room for others."""
+    view, chain = twins(2), stages((1, 0, 4))
+    if is_split:
+        halves = {1: Span(0, 2), 2: Span(0, 2), 3: Span(2, 4), 4: Span(2, 4)}
+        servers = zip(twins(4).servers, halves.values(), strict=True)
+        view = swarm(4, *(replace(one, span=span) for one, span in servers))
+        chain = stages((1, 0, 2), (3, 2, 4))
+    mine = [stage.peer for stage in chain]
+    experience = Experience(
+        rtt_s={one.peer: 0.01 for one in view.servers},
+        sessions=dict.fromkeys(mine, 1),
+        waits_s=dict.fromkeys(mine, wait_s),
+        slowness=dict.fromkeys(mine, 1.0) if is_measured else {},
+    )
+    assert choose_migration(view, chain, experience, "a", random.Random(seed)) is None
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from([LINEAR, ((1, 0.01), (4, 0.012), (64, 0.3)), ()]),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_sessions_settle(homes, is_one_client, points, seed):
+    """Each looks in turn, at servers that tell what passes of their sessions' rows take."""
+    view, source, moves = twins(3, points=points), random.Random(seed), 0
+    times = DecodeTimes(points=points or ((1, 0.01),))
+    where = [peer(number) for number in homes]
+    for turn in range(60):
+        number = turn % len(where)
+        shared = Counter(where)
+        experience = Experience(
+            rtt_s={one.peer: 0.001 for one in view.servers},
+            sessions=shared if is_one_client else {where[number]: 1},
+            slowness={one: times.at(count) / 0.01 for one, count in shared.items()},
+        )
+        chain = (Stage(peer=where[number], span=Span(0, 4)),)
+        target = choose_migration(view, chain, experience, "a", source)
+        if target is None:
+            continue
+        moves += 1
+        (stage,) = target
+        assert times.at(shared[stage.peer] + 1) < times.at(shared[where[number]])
+        where[number] = stage.peer
+    assert moves <= len(where)
 
 
 @settings(max_examples=150, deadline=None)

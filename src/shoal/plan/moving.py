@@ -25,6 +25,7 @@ from shoal.plan.routing import (
     decode_step_s,
     leg_of,
     power_of_two,
+    slowness_with_one_more,
 )
 from shoal.plan.shortest import Leg, Task
 from shoal.plan.view import Experience, Stage, SwarmView
@@ -211,9 +212,11 @@ def choose_migration(
 ) -> tuple[Stage, ...] | None:
     """A chain of the `numerics` class that is faster by `gain`, or None.
 
-    Prices are those of routing, with what the client learned of slow servers since.
+    Prices are those of routing, with what the client learned of slow servers since. What the
+    session itself does to its servers is not held against them.
     """
     stages = tuple(stage for stage in chain if len(stage.span))
+    experience = _of_one_session(stages, view, experience)
     span = Span(stages[0].span.start, stages[-1].span.end)
     wanted = replace(wanted, numerics=numerics)
     try:
@@ -228,6 +231,28 @@ def choose_migration(
     if then_s > (1 - gain) * now_s or not can_move(stages, target):
         return None
     return target
+
+
+def _of_one_session(stages: Iterable[Stage], view: SwarmView, experience: Experience) -> Experience:
+    """What a session along `stages` may expect of servers, compared with others.
+
+    Its own have room for it, and it is one of those that share their passes; elsewhere its rows
+    come on top of those that a server runs now.
+    """
+    mine = {stage.peer for stage in stages}
+    slowness = {
+        one.peer: slowness_with_one_more(one, experience.slowness[one.peer])
+        for one in view.servers
+        if one.peer in experience.slowness and one.peer not in mine
+    }
+    return replace(
+        experience,
+        sessions={
+            peer: max(0, count - (peer in mine)) for peer, count in experience.sessions.items()
+        },
+        waits_s={peer: wait_s for peer, wait_s in experience.waits_s.items() if peer not in mine},
+        slowness=experience.slowness | slowness,
+    )
 
 
 def can_move(chain: Sequence[Stage], target: Sequence[Stage]) -> bool:

@@ -7,6 +7,7 @@ decode time of the blocks that a hop runs, and the wait for room at it.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -148,6 +149,19 @@ def decode_s(server: ServerView, batch: int) -> float:
     if server.decode_s_by_batch:
         return DecodeTimes(points=server.decode_s_by_batch).at(batch)
     return server.decode_s_per_block or DECODE_UNKNOWN_S
+
+
+def slowness_with_one_more(server: ServerView, slowness: float) -> float:
+    """How slow a server that is so slow now will be when it has another session's rows, too.
+
+    As if company were all that slows it: its record tells what a row more makes of such a pass.
+    """
+    if not server.decode_s_by_batch:
+        return slowness
+    times = DecodeTimes(points=server.decode_s_by_batch)
+    now_s = times.at(1) * slowness * (1 + NEAR_TIE)
+    batch = bisect_right(range(1, times.points[-1][0] + 1), now_s, key=times.at)
+    return max(slowness, times.at(batch + 1) / times.at(1)) if times.at(1) else slowness
 
 
 def decode_step_s(

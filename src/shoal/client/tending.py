@@ -184,7 +184,7 @@ class Tender:
             return None
         new = [stage for stage in target if stage not in stages]
         if not await self._unless_stirred(self._learn_pace(new)):
-            return None
+            return None  # who does not answer now would be no better hop
         asked = {stage.peer for stage in (*stages, *target)}
         target = self._faster(stages, *classes, is_hopeful=False)
         return target if target and asked.issuperset(one.peer for one in target) else None
@@ -202,22 +202,24 @@ class Tender:
         )
 
     async def _learn_pace(self, stages: Sequence[Stage]) -> bool:
-        """Ask servers, all at once, how long decode rows take now."""
+        """Ask servers, all at once, how long decode rows take now; whether all of them answered."""
         said = {server.peer: server.decode_s_per_block for server in self._swarm.view().servers}
-        peers = sorted({stage.peer for stage in stages if said.get(stage.peer)})
-        await asyncio.gather(*(self._ask_pace(peer, said[peer]) for peer in peers))
-        return True
+        peers = sorted({stage.peer for stage in stages})
+        return all(
+            await asyncio.gather(*(self._ask_pace(peer, said.get(peer, 0.0)) for peer in peers))
+        )
 
-    async def _ask_pace(self, peer: PeerId, said_s: float) -> None:
+    async def _ask_pace(self, peer: PeerId, said_s: float) -> bool:
         swarm = self._swarm
         try:
             measured_s = await swarm.decode_s_per_block(peer)
         except ShoalError as error:
             logger.debug("pace unknown peer=%s reason=%s", short(peer), error)
-            return
-        if measured_s:
+            return False
+        if measured_s and said_s:
             now_s = asyncio.get_running_loop().time()
             swarm.experience.slow(peer, measured_s / said_s, now_s)
+        return True
 
     async def _move(
         self,

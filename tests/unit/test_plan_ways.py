@@ -173,3 +173,34 @@ def test_coordinates_that_wander_by_a_tenth_move_no_session(seed):
             moved.append(replace(one, coordinate=place))
         now = replace(other, servers=tuple(moved))
         assert choose_migration(now, chain, known, "a", rng) is None
+
+
+def test_rows_take_longer_to_leave_over_a_thin_line():
+    experience = Experience(rtt_s={ONE: 0.02, OTHER: 0.02})
+    thin = replace(server(1, 0, 2), sent_bytes_per_s=2e6)
+    ways = ways_of([thin, server(2, 2, 4)], experience, hidden_size=4096)
+    free = ways_of([server(1, 0, 2), server(2, 2, 4)], experience, hidden_size=4096)
+    row_s = 2 * 4096 / 2e6
+    assert ways.entries(OTHER)[ONE] == pytest.approx(free.entries(OTHER)[ONE] + row_s)
+    assert ways.leave_s(ONE, None) == pytest.approx(free.leave_s(ONE, None) + row_s)
+    assert ways.entries(ONE)[OTHER] == free.entries(ONE)[OTHER], "what comes in is not its affair"
+    assert ways.entries(ONE)[None] == free.entries(ONE)[None]
+
+
+def test_a_slow_start_of_tcp_is_not_taken_for_a_thin_line():
+    experience = Experience(rtt_s={ONE: 0.02, OTHER: 0.02})
+    absurd = replace(server(1, 0, 2), sent_bytes_per_s=3.0)
+    ways = ways_of([absurd, server(2, 2, 4)], experience, hidden_size=1000)
+    assert ways.entries(OTHER)[ONE] == pytest.approx(push_entry_s(0.04) + 0.002)
+
+
+def test_of_two_alike_the_one_with_the_thicker_line_is_taken():
+    thin, thick = (
+        replace(server(number, 0, 4), sent_bytes_per_s=rate)
+        for number, rate in ((1, 1e6), (2, 1e8))
+    )
+    view = SwarmView(model="m", num_blocks=4, hidden_size=8192, servers=(thin, thick))
+    experience = Experience(rtt_s={ONE: 0.02, OTHER: 0.02})
+    for seed in range(8):
+        chain = choose_chain(view, Span(0, 4), experience, random.Random(seed))
+        assert [stage.peer for stage in chain] == [OTHER]

@@ -29,7 +29,7 @@ from shoal.plan.live_problem import known_links
 from shoal.plan.memory import mha
 from shoal.plan.placement import Placement
 from shoal.plan.spec import DecodeTimes, Problem, ServerSpec, Workload, uniform_model
-from shoal.plan.ways import Place
+from shoal.plan.ways import Place, trusted_rate
 
 PARAMS_SHARE: Final = 12
 """Weights of a plain block, in squares of its hidden size: a guess where none is given."""
@@ -168,6 +168,7 @@ def _spec(one: Seen, model: PlannedModel, *, is_guess: bool) -> ServerSpec:
         memory_bytes=memory,
         decode=decode,
         prefill_s_per_block_token=row_s,
+        uplink_bytes_per_s=trusted_rate(record.sent_bytes_per_s),
         num_blocks_max=len(span) if is_guess else None,
     )
 
@@ -183,6 +184,16 @@ def _server(one: Seen) -> PlannedServer:
     )
 
 
+def _rates_note(usable: Sequence[Seen]) -> str:
+    known = sum(one.record.sent_bytes_per_s > 0 for one in usable)
+    if known == len(usable):
+        return "Rates of links are those at which servers were seen to send."
+    return (
+        f"{known} of {len(usable)} servers have sent enough to know how fast their links are: "
+        "those of the others are taken to be unlimited."
+    )
+
+
 def _notes(
     mine: Sequence[Seen], usable: Sequence[Seen], *, is_guess: bool, is_push: bool
 ) -> tuple[str, ...]:
@@ -191,7 +202,7 @@ def _notes(
         between = "servers don't know their places yet, so chains are priced through this client"
     notes = [
         f"Memory is what each server uses now; round trips are those from here, and {between}.",
-        "No record tells a link's rate: links between servers are taken to be unlimited.",
+        _rates_note(usable),
     ]
     left_out = len(mine) - len(usable)
     if left_out:

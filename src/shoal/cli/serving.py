@@ -130,6 +130,7 @@ class _Joined:
 
     swarm_pass: SwarmPass
     transport: MeteredTransport
+    tcp: TcpTransport
     directory: GossipDirectory
     book: StoreBook
     door: Door
@@ -156,7 +157,8 @@ async def _join(
         allow=allow and allow.union(known),
         deny=settings.bounds.deny,
     )
-    transport = MeteredTransport(TcpTransport(identity))
+    tcp = TcpTransport(identity)
+    transport = MeteredTransport(tcp)
     stack.push_async_callback(transport.close)
     gossip = GossipConfig(swarm_pass=swarm_pass, joins=settings.swarm.joins)
     directory = GossipDirectory(transport, gossip, random.SystemRandom())
@@ -180,6 +182,7 @@ async def _join(
     return _Joined(
         swarm_pass=swarm_pass,
         transport=transport,
+        tcp=tcp,
         directory=directory,
         book=book,
         door=door,
@@ -259,7 +262,10 @@ def _upkeep(
 ) -> list[asyncio.Task[None]]:
     """What runs beside serving: the record is kept true, and the server where it is needed."""
     refresher = Refresher(
-        here.announcer, lambda: server.engine.pace, lambda: here.directory.gossiper.coordinate
+        here.announcer,
+        lambda: server.engine.pace,
+        lambda: here.directory.gossiper.coordinate,
+        sent_bytes_per_s=here.tcp.sent_bytes_per_s,
     )
     keeping = [asyncio.create_task(refresher.run(), name="refresher")]
     if settings.place is not None and settings.place.period_s:

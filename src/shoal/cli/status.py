@@ -66,7 +66,8 @@ def status(
     Cache is counted in positions: how many are free, of how many. The round trip is
     measured from here. A server that does not answer is shown with the reason. --json has,
     besides, each server's coordinate and the servers nearest to it, with round trips between
-    them that are estimated from coordinates.
+    them that are estimated from coordinates, and the rate at which others take its bytes (0: not
+    known yet).
 
     With --watch a table follows the swarm until q or Ctrl-C. Without a terminal that is one
     line per model and look instead, or with --json one object per look, with the time in
@@ -227,6 +228,7 @@ def _server_dict(seen: Seen) -> dict[str, Any]:
         "queued_tokens": None if load is None else load.queued_tokens,
         "rtt_s": seen.rtt_s,
         "coordinate": _place_dict(record),
+        "sent_bytes_per_s": record.sent_bytes_per_s,
         "error": seen.error,
     }
 

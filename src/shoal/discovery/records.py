@@ -40,6 +40,9 @@ DECODE_POINTS_MAX: Final = 8
 HIDDEN_SIZE_MAX: Final = 1 << 20
 """Values per row; the widest models have 20 thousand."""
 
+BYTES_PER_S_MAX: Final = 1e12
+"""Faster than any network."""
+
 RecordState = Literal["joining", "online", "draining", "offline"]
 """`offline` is a tombstone: the peer says that it has gone."""
 
@@ -112,6 +115,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Where it is in the space of round trips; None: it has not measured any."""
     adapters: Annotated[list[Adapter], msgspec.Meta(max_length=ADAPTERS_MAX)] = []
     """LoRA adapters that it serves to everybody."""
+    sent_bytes_per_s: Annotated[float, msgspec.Meta(ge=0.0, le=BYTES_PER_S_MAX)] = 0.0
+    """The rate at which others take its bytes, by its real traffic; 0: not known."""
 
     @property
     def sequence(self) -> tuple[int, int]:
@@ -251,6 +256,7 @@ def to_server_view(record: Record, data: bytes) -> ServerView:
         adapters=tuple((adapter.label, adapter.name) for adapter in record.adapters),
         intent=_to_intent(record.intent),
         coordinate=from_wire(record.coordinate),
+        sent_bytes_per_s=record.sent_bytes_per_s,
         record=data,
     )
 

@@ -20,7 +20,9 @@ import logging
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Final
+from weakref import WeakSet
 
 from shoal.base.errors import (
     ConfigError,
@@ -40,6 +42,7 @@ from shoal.net.certificate import (
     server_context,
 )
 from shoal.net.identity import HANDSHAKE, SIGNATURE_BYTES, Identity, verify
+from shoal.net.sent_rate import SentRates
 from shoal.net.tasks import TaskSet
 from shoal.net.tcp_socket import listening_socket, reachable_host, tune
 from shoal.net.tcp_stream import TcpStream
@@ -71,6 +74,8 @@ class TcpTransport:
         self._handshake_timeout_s = handshake_timeout_s
         self._client_context: ssl.SSLContext | None = None
         self._server_context: ssl.SSLContext | None = None
+        self._rates = SentRates()
+        self._streams: WeakSet[TcpStream] = WeakSet()
         self._dialled: set[TcpStream] = set()
         self._listeners: list[TcpListener] = []
         self._is_closed = False
@@ -80,13 +85,19 @@ class TcpTransport:
         """Our own identity."""
         return self._peer
 
+    def sent_bytes_per_s(self) -> float | None:
+        """The rate at which others take our bytes, as the system saw it; None: not known."""
+        for stream in tuple(self._streams):
+            stream.note_rate()
+        return self._rates.typical_bytes_per_s
+
     async def dial(self, address: Address) -> TcpStream:
         """A stream to `address.peer`; see Transport.dial."""
         if address.scheme != SCHEME:
             raise PeerUnreachable(f"{address} is no tcp address: dial it by its own transport")
         if self._is_closed:
             raise PeerUnreachable("our own transport is closed")
-        stream = TcpStream()
+        stream = self._stream()
         try:
             async with asyncio.timeout(self._handshake_timeout_s):
                 await self._connect(stream, address)
@@ -97,6 +108,11 @@ class TcpTransport:
                 limit_s = self._handshake_timeout_s
                 raise PeerTimeout(f"no handshake with {address} in {limit_s:g} s") from error
             raise
+        return stream
+
+    def _stream(self) -> TcpStream:
+        stream = TcpStream(self._rates)
+        self._streams.add(stream)
         return stream
 
     async def _connect(self, stream: TcpStream, address: Address) -> None:
@@ -142,7 +158,7 @@ class TcpTransport:
         ear = await listening_socket(where)
         address = Address(SCHEME, self._peer, reachable_host(where.host), ear.getsockname()[1])
         gate = _Gate(self._identity, self._server_context, self._handshake_timeout_s)
-        listener = TcpListener(ear, address, gate, handler)
+        listener = TcpListener(ear, address, gate, handler, self._stream)
         self._listeners.append(listener)
         return listener
 
@@ -193,12 +209,18 @@ class TcpListener:
     """An open TCP port. Implements Listener."""
 
     def __init__(
-        self, ear: socket.socket, address: Address, gate: _Gate, handler: StreamHandler
+        self,
+        ear: socket.socket,
+        address: Address,
+        gate: _Gate,
+        handler: StreamHandler,
+        new_stream: Callable[[], TcpStream],
     ) -> None:
         self._ear = ear
         self._address = address
         self._gate = gate
         self._handler = handler
+        self._new_stream = new_stream
         self._tasks = TaskSet(f"tcp-listener-{address.port}")
         self._unproven: dict[asyncio.Task[None], None] = {}
         self._tasks.spawn(self._accept(), "accept")
@@ -242,7 +264,7 @@ class TcpListener:
         sock.close()  # asyncio has done so, unless the task never began
 
     async def _serve(self, sock: socket.socket, remote: str) -> None:
-        stream = TcpStream()
+        stream = self._new_stream()
         try:
             await self._gate.admit(stream, sock)
         except (OSError, ShoalError) as error:

@@ -21,6 +21,7 @@ from shoal.base.errors import (
     ShoalError,
 )
 from shoal.base.ids import PeerId, short
+from shoal.net.sent_rate import BURST_BYTES, SentRates, delivery_of
 from shoal.wire.frames import Buffer, Frame, FrameParser, encode_frame
 
 READ_AHEAD_BYTES: Final = 1 << 20
@@ -49,8 +50,11 @@ class TcpStream(asyncio.Protocol):
     A send that is cancelled has sent the whole frame or nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rates: SentRates | None = None) -> None:
         loop = asyncio.get_running_loop()
+        self._rates = rates
+        self._noted_bytes = 0
+        """Acknowledged when our rate was noted last."""
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._peer: PeerId | None = None
@@ -107,6 +111,7 @@ class TcpStream(asyncio.Protocol):
 
     def close(self) -> None:
         """End the stream; frames whose `send` has returned still travel."""
+        self.note_rate()
         self._frames.clear()
         self._outgoing.clear()
         self._finish(PeerUnreachable, "the stream was closed on this side")
@@ -115,6 +120,17 @@ class TcpStream(asyncio.Protocol):
             self._transport.close()
 
     # --- for TcpTransport -----------------------------------------------------
+
+    def note_rate(self) -> None:
+        """Have the rate remembered at which the other side takes our bytes."""
+        if self._rates is None or self._transport is None or self._transport.is_closing():
+            return
+        delivery = delivery_of(self._transport.get_extra_info("socket"))
+        if delivery is None or delivery.acknowledged_bytes < self._noted_bytes + BURST_BYTES:
+            return
+        self._noted_bytes = delivery.acknowledged_bytes
+        if delivery.is_full and delivery.bytes_per_s:
+            self._rates.saw(self.remote, delivery.bytes_per_s)
 
     @property
     def certificate(self) -> bytes:
@@ -185,6 +201,7 @@ class TcpStream(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The other side has closed the stream."""
+        self.note_rate()
         self._finish(PeerUnreachable, "the peer closed the stream")
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -162,7 +162,7 @@ def _stand_by(
         ):
             continue
         legs.append(leg)
-    ways = ways_of(view.servers, experience)
+    ways = ways_of(view.servers, experience, hidden_size=view.hidden_size)
     task = Task(span=stage.span, ways=ways, before=feeder, after=follower)
     path = power_of_two(task, legs, rng)
     return [] if path is None else list(path)

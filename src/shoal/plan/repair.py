@@ -67,7 +67,7 @@ def choose_repair(
     task = Task(
         span=Span(chain[0].span.start, chain[-1].span.end),
         kept=living,
-        ways=ways_of(view.servers, experience, flow),
+        ways=ways_of(view.servers, experience, flow, view.hidden_size),
     )
     repaired = power_of_two(task, legs, rng)
     if repaired is None:

@@ -95,7 +95,7 @@ def choose_chain(
     """
     servers = [server for server in view.servers if wanted.allows(server)]
     legs = [leg_of(server, experience) for server in servers]
-    task = Task(span=span, ways=ways_of(servers, experience, flow))
+    task = Task(span=span, ways=ways_of(servers, experience, flow, view.hidden_size))
     chain = power_of_two(task, legs, rng)
     if chain is None:
         raise no_route(view, missing_from([span], servers), wanted)
@@ -174,7 +174,11 @@ def decode_step_s(
     stages = tuple(chain)
     legs = {server.peer: leg_of(server, experience) for server in view.servers}
     span = Span(stages[0].span.start, stages[-1].span.end)
-    return _seconds(stages, Task(span=span, ways=ways_of(view.servers, experience, flow)), legs)
+    return _seconds(
+        stages,
+        Task(span=span, ways=ways_of(view.servers, experience, flow, view.hidden_size)),
+        legs,
+    )
 
 
 def power_of_two(task: Task, legs: Sequence[Leg], rng: random.Random) -> tuple[Stage, ...] | None:

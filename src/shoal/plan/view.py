@@ -49,6 +49,8 @@ class ServerView:
     """None: it stays where it is."""
     coordinate: Coordinate | None = None
     """Where it says it is in the space of round trips."""
+    sent_bytes_per_s: float = 0.0
+    """The rate at which others take its bytes, as it says; 0: not known."""
     record: bytes = b""
     """The signed record itself, to hand on."""
 

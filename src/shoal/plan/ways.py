@@ -15,6 +15,7 @@ Prices are those of `shoal.plan.cost`, for one decode step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,13 @@ from shoal.plan.distance import likely_rtt_s
 from shoal.plan.spec import Flow
 from shoal.plan.view import Experience, ServerView
 
+ROW_VALUE_BYTES: Final = 2
+"""Of a value in a row: bfloat16 or float16, as most models travel."""
+
+RATE_LEAST: Final = 1e6
+"""Slower than this nobody counts as: a rate seen while TCP was starting slowly says more of the
+way's length than of its width, and a row is a few packets."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -37,6 +45,8 @@ class Place:
     is_measured: bool = False
     """By the client; else it is an estimate, and bounds nothing."""
     coordinate: Coordinate | None = None
+    sent_bytes_per_s: float = math.inf
+    """At which its rows leave it."""
 
 
 UNKNOWN: Final = Place()
@@ -52,7 +62,18 @@ def place_of(server: ServerView, experience: Experience) -> Place:
         rtt_s=likely_rtt_s(measured_s, experience.coordinate, there),
         is_measured=server.peer in experience.rtt_s,
         coordinate=there,
+        sent_bytes_per_s=trusted_rate(server.sent_bytes_per_s),
     )
+
+
+def trusted_rate(said_bytes_per_s: float) -> float:
+    """The rate at which a server sends, by what its record says; 0 there: no limit is known."""
+    return max(said_bytes_per_s, RATE_LEAST) if said_bytes_per_s > 0 else math.inf
+
+
+def row_bytes(hidden_size: int) -> int:
+    """Bytes of a row on a way."""
+    return hidden_size * ROW_VALUE_BYTES
 
 
 def rtt_between_s(one: Place, other: Place) -> float:
@@ -86,6 +107,7 @@ class Ways:
         unreachable: (sender, receiver) pairs that are linked via the client.
         flow: `push`: servers send to each other. `hub`: every hop sends to the client, as in
             training.
+        row_bytes: of what every hop sends at a step.
     """
 
     def __init__(
@@ -93,10 +115,12 @@ class Ways:
         places: Mapping[PeerId, Place],
         unreachable: frozenset[tuple[PeerId, PeerId]] = frozenset(),
         flow: Flow = "push",
+        row_bytes: int = 0,
     ) -> None:
         self._places = places
         self._unreachable = unreachable
         self._flow = flow
+        self._row_bytes = row_bytes
         self._entries: dict[PeerId, Entries] = {}
 
     @property
@@ -115,24 +139,34 @@ class Ways:
         """Seconds of what the last hop sends: to the client (None), or to who comes after."""
         if receiver is not None:
             return self.entries(receiver)[sender]
-        return 0.0 if self._flow == "hub" else self._places.get(sender, UNKNOWN).rtt_s / 2
+        if self._flow == "hub":
+            return 0.0
+        last = self._places.get(sender, UNKNOWN)
+        return last.rtt_s / 2 + self._transfer_s(last)
 
     def _entry_s(self, receiver: PeerId, sender: PeerId | None) -> float:
         there = self._places.get(receiver, UNKNOWN)
         if self._flow == "hub":
-            return hub_entry_s(there.rtt_s)
+            return hub_entry_s(there.rtt_s, transfer_s=self._transfer_s(there) / 2)
         if sender is None:
             return push_entry_s(there.rtt_s)
         if sender == receiver:
             return push_entry_s(0.0)
         here = self._places.get(sender, UNKNOWN)
         if (sender, receiver) in self._unreachable:
-            return push_entry_s(here.rtt_s + there.rtt_s) + VIA_CLIENT_S
-        return push_entry_s(rtt_between_s(here, there))
+            rtt_s = here.rtt_s + there.rtt_s
+            return push_entry_s(rtt_s, transfer_s=self._transfer_s(here)) + VIA_CLIENT_S
+        return push_entry_s(rtt_between_s(here, there), transfer_s=self._transfer_s(here))
+
+    def _transfer_s(self, sender: Place) -> float:
+        """Until a row has left."""
+        return self._row_bytes / sender.sent_bytes_per_s
 
 
-def ways_of(servers: Iterable[ServerView], experience: Experience, flow: Flow = "push") -> Ways:
-    """The ways of a client that has this experience.
+def ways_of(
+    servers: Iterable[ServerView], experience: Experience, flow: Flow = "push", hidden_size: int = 0
+) -> Ways:
+    """The ways of a client that has this experience, for rows of `hidden_size` values.
 
     Who is in no view, but was measured, is as far away as measured.
     """
@@ -140,4 +174,4 @@ def ways_of(servers: Iterable[ServerView], experience: Experience, flow: Flow = 
         peer: Place(rtt_s=rtt_s, is_measured=True) for peer, rtt_s in experience.rtt_s.items()
     }
     places.update((one.peer, place_of(one, experience)) for one in servers)
-    return Ways(places, experience.unreachable_pairs, flow)
+    return Ways(places, experience.unreachable_pairs, flow, row_bytes(hidden_size))

@@ -100,6 +100,8 @@ class Announcement:
     """Where it is in the space of round trips; None: not known yet."""
     adapters: tuple[tuple[str, bytes], ...] = ()
     """(label, name) of the LoRA adapters that it serves to everybody."""
+    sent_bytes_per_s: float = 0.0
+    """The rate at which others take its bytes; 0: not known."""
 
 
 class Announcer:
@@ -224,6 +226,7 @@ class Announcer:
             head=said.head,
             coordinate=to_wire(said.coordinate),
             adapters=[Adapter(label, name) for label, name in said.adapters],
+            sent_bytes_per_s=said.sent_bytes_per_s,
         )
 
 

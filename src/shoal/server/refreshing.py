@@ -54,6 +54,8 @@ class Refresher:
         pace: Callable[[], Pace],
         coordinate: Callable[[], Coordinate | None],
         times: RefreshTimes | None = None,
+        *,
+        sent_bytes_per_s: Callable[[], float | None] = lambda: None,
     ) -> None:
         """`announcer` says now what was measured at the start."""
         self.records = 0
@@ -61,6 +63,7 @@ class Refresher:
         self._announcer = announcer
         self._pace = pace
         self._coordinate = coordinate
+        self._sent_bytes_per_s = sent_bytes_per_s
         self._times = times or RefreshTimes()
         self._measured = _measured_of(announcer.announcement)
         self._now = self._said = Standing()
@@ -86,7 +89,9 @@ class Refresher:
         self._now = standing(
             self._now, self._measured.decode, pace.passes, now_s, self._coordinate()
         )
-        announcer.restate(_restated(announcer.announcement, self._measured, self._now))
+        said = _restated(announcer.announcement, self._measured, self._now)
+        rate = self._sent_bytes_per_s()  # no news, but goes along with the next record
+        announcer.restate(said if rate is None else replace(said, sent_bytes_per_s=rate))
         found = is_news(self._said, self._now)
         if found:
             logger.info("record is out of date slowness=%.2f said=%.2f",

@@ -14,7 +14,7 @@ from shoal.base.errors import ConfigError
 from shoal.base.spans import Span
 from shoal.plan.bounds import mean_response_s
 from shoal.plan.busy import busiest_rate, busy_response_s
-from shoal.plan.compose import composed, predict
+from shoal.plan.compose import Seated, composed, predict
 from shoal.plan.cost import Hop, chain_s, mean_prices
 from shoal.plan.devices import BATCHES, DEVICES, BlockWork, Device, decode_between, estimate
 from shoal.plan.distance import Position, distance_km, fibre_rtt_s
@@ -157,6 +157,17 @@ def test_passes_that_get_slower_make_answers_slower():
     # 10 steps of 8 blocks at 0.04 / 16 s a row: 0.2 s of a server per request, two servers.
     assert busiest_rate(rising, chains) == pytest.approx(10.0)
     assert busy_response_s(loaded(((1, 0.01), (16, 0.04)), rate=10.0), chains)[0] == math.inf
+
+
+def test_networks_limit_the_rate_of_requests():
+    """11 rows of 1 byte each per request, over two lines of 5.5 and 2.2 bytes per second."""
+    problem = loaded(((1, 0.01),), rate=2.0)
+    quick, slow = problem.servers
+    servers = (replace(quick, uplink_bytes_per_s=5.5), replace(slow, downlink_bytes_per_s=2.2))
+    problem = replace(problem, servers=servers, model=replace(problem.model, row_bytes=1))
+    chains = [Seated(chain=(Hop(server, Span(0, 8)),), seconds=1.0, seats=9) for server in (0, 1)]
+    assert busiest_rate(problem, chains) == pytest.approx(0.5 + 0.2)
+    assert busy_response_s(problem, chains) == (math.inf, math.inf)
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shoal.base.errors import ConfigError
 from shoal.cli.plan_file import Cluster
-from shoal.plan.advice import seconds_text
+from shoal.plan.advice import rate_text, seconds_text
 from shoal.plan.proposal import Proposal
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def draw(cluster: Cluster, proposal: Proposal, path: Path) -> None:
     outlook = proposal.best.outlook
     figure.suptitle(
         f"{proposal.best.policy}: {seconds_text(outlook.step_s)} per token, "
-        f"{outlook.rows_per_s:.3g} tokens/s with full caches"
+        f"{rate_text(outlook.rows_per_s)} tokens/s with full caches"
     )
     # No date and fixed ids: the same plan gives the same bytes.
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}

@@ -11,7 +11,7 @@ from typing import Any, Final
 from shoal.base.spans import Span
 from shoal.cli.plan_file import Cluster
 from shoal.cli.sizes import size_text
-from shoal.plan.advice import advise, seconds_text
+from shoal.plan.advice import advise, rate_text, seconds_text
 from shoal.plan.compose import Seated
 from shoal.plan.cost import Chain
 from shoal.plan.outlook import Outlook, ServerUse
@@ -22,6 +22,9 @@ CHAINS_MAX: Final = 8
 HOPS_MAX: Final = 6
 REPLICAS_MAX: Final = 8
 """What a screen takes of each; --json has all."""
+
+REACHED: Final = 0.005
+"""A gap to the bound that rounds to none."""
 
 PIPE_WIDTH: Final = 160
 """A pipe has no width: rows must not be cut there."""
@@ -70,7 +73,7 @@ def figure_lines(cluster: Cluster, proposal: Proposal) -> list[str]:
     lines = [
         f"one session alone        {_step_text(outlook.alone_s)}",
         f"{f'{sessions} at once':<24} {_step_text(outlook.step_s)} each, "
-        f"{outlook.tokens_per_s:.3g} tokens/s together",
+        f"{rate_text(outlook.tokens_per_s)} tokens/s together",
         f"{f'{workload.tokens_in} + {workload.tokens_out} tokens':<24} "
         f"{seconds_text(outlook.service_s)} from prompt to last token",
     ]
@@ -80,7 +83,7 @@ def figure_lines(cluster: Cluster, proposal: Proposal) -> list[str]:
         rate = f"at {workload.requests_per_s:g} requests/s"
         lines.append(f"{rate:<24} {seconds_text(low)} mean response{worst}")
     lines.append(
-        f"as many as fit           {outlook.rows_per_s:.3g} tokens/s, "
+        f"as many as fit           {rate_text(outlook.rows_per_s)} tokens/s, "
         f"{_many(outlook.requests_per_s_max)} requests/s"
     )
     lines.append(_bound_line(proposal))
@@ -90,11 +93,13 @@ def figure_lines(cluster: Cluster, proposal: Proposal) -> list[str]:
 
 def _bound_line(proposal: Proposal) -> str:
     if proposal.objective == "throughput":
-        bound = f"{proposal.bound:.3g} tokens/s"
+        bound = f"{rate_text(proposal.bound)} tokens/s"
         best = f"nothing gives more than  {bound}"
     else:
         best = f"nothing is faster than   {seconds_text(proposal.bound)}"
         best += " per request" if proposal.objective == "response" else " per token"
+    if proposal.gap < REACHED:
+        return f"{best}; this plan reaches it"
     return f"{best}; this plan is within {proposal.gap:.0%} of it" if proposal.gap < 1 else best
 
 
@@ -171,7 +176,7 @@ def _tried_table(proposal: Proposal) -> Any:
             seconds_text(outlook.step_s),
             seconds_text(outlook.service_s),
             "" if outlook.response_s is None else seconds_text(outlook.response_s[0]),
-            f"{outlook.rows_per_s:.3g}",
+            rate_text(outlook.rows_per_s),
             str(outlook.unplaced or ""),
         )
     return table
@@ -204,12 +209,12 @@ def chain_text(cluster: Cluster, chain: Chain) -> str:
 def _step_text(seconds: float) -> str:
     if math.isinf(seconds):
         return "no room"
-    rate = f" ({1 / seconds:.3g} tokens/s)" if seconds else ""
+    rate = f" ({rate_text(1 / seconds)} tokens/s)" if seconds else ""
     return f"{seconds_text(seconds)} per token{rate}"
 
 
 def _many(count: float) -> str:
-    return f"{count:.3g}" if count < 1e4 else "over 10,000"
+    return rate_text(count) if count < 1e4 else "over 10,000"
 
 
 def _table(title: str, names: Iterable[str]) -> Any:

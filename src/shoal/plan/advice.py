@@ -43,11 +43,17 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
 
 
+def rate_text(rate: float) -> str:
+    """So many per second: `7.34`, or `7,340`."""
+    return f"{rate:.3g}" if rate < 999.5 else f"{rate:,.0f}"
+
+
 def names_text(problem: Problem, servers: Sequence[int]) -> str:
     """The servers' names, or how many when they are many."""
     if len(servers) > NAMES_MAX:
         return f"{len(servers)} servers"
-    return " and ".join(problem.servers[server].name for server in servers)
+    *names, last = (problem.servers[server].name for server in servers)
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def _splitting(problem: Problem, splits: Sequence[Split]) -> str:
@@ -139,8 +145,8 @@ def _load(problem: Problem, proposal: Proposal) -> list[str]:
     rate = problem.workload.requests_per_s
     if rate >= outlook.requests_per_s_max:
         said.append(
-            f"{rate:g} requests per second are too many: {outlook.requests_per_s_max:.3g} can be "
-            "served, beyond that queues grow."
+            f"{rate:g} requests per second are too many: "
+            f"{rate_text(outlook.requests_per_s_max)} can be served, beyond that queues grow."
         )
     return said
 
@@ -154,15 +160,16 @@ def _links(proposal: Proposal) -> list[str]:
     said = []
     if outlook.rows_per_s * (1 + ALIKE) < free:
         said.append(
-            f"Ways between servers limit: {outlook.rows_per_s:.3g} tokens/s get through, "
-            f"{free:.3g} would if they had no limit."
+            f"Ways between servers limit: {rate_text(outlook.rows_per_s)} tokens/s get "
+            f"through, {rate_text(free)} would if they had no limit."
         )
     blind = [one for one in proposal.tried if one.policy.startswith(BLIND)]
     best = max((one.outlook.rows_per_s for one in blind), default=outlook.rows_per_s)
     if best * (1 + ALIKE) < outlook.rows_per_s:
         said.append(
-            f"The rule for tokens per second ({BLIND}) knows no ways: of its plan {best:.3g} get "
-            f"through them, of this one by {proposal.best.policy} {outlook.rows_per_s:.3g}."
+            f"The rule for tokens per second ({BLIND}) does not know what ways between servers let "
+            f"through: {rate_text(best)} tokens/s by its placement, "
+            f"{rate_text(outlook.rows_per_s)} by this one ({proposal.best.policy})."
         )
     return said
 

@@ -10,7 +10,7 @@ With decode times of a single point this is theorem 4 as published.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final
 
@@ -52,23 +52,26 @@ def busy_response_s(problem: Problem, chains: Sequence[Seated]) -> tuple[float, 
 def busiest_rate(problem: Problem, chains: Sequence[Seated]) -> float:
     """Requests per second that chains surely serve; beyond, queues may grow for ever.
 
-    Fastest chain first, each up to what its seats and its servers' time allow. Memory alone
-    gives `sum c_k / T_k`, as published; a server's time counts where its decode time was
-    measured by batch, in passes as large as the best of those.
+    Fastest chain first, each up to what its seats, its servers' time and their networks allow.
+    Memory alone gives `sum c_k / T_k`, as published; a server's time counts where its decode
+    time was measured by batch, in passes as large as the best of those, and its network where it
+    has a rate: each row comes in and goes out once per hop.
     """
     work_s = [_work_s(problem, server) for server in problem.servers]
-    left = [1.0] * len(work_s)
+    rows = problem.workload.tokens_in + problem.workload.tokens_out - 1
+    sent_s = [rows / problem.network_rows_per_s(server) for server in range(len(work_s))]
+    left = [1.0] * (2 * len(work_s))  # of each server's time, then of each network's
     total = 0.0
     for one in sorted(chains, key=lambda one: one.seconds):
         rate = one.seats / one.seconds if one.seconds else math.inf
-        needs: Counter[int] = Counter()
+        needs: defaultdict[int, float] = defaultdict(float)
         for hop in one.chain:
-            if work_s[hop.server]:
-                needs[hop.server] += len(hop.span)
-        for server, blocks in needs.items():
-            rate = min(rate, left[server] / (blocks * work_s[server]))
-        for server, blocks in needs.items():
-            left[server] = max(0.0, left[server] - rate * blocks * work_s[server])
+            needs[hop.server] += len(hop.span) * work_s[hop.server]
+            needs[len(work_s) + hop.server] += sent_s[hop.server]
+        for what, seconds in needs.items():
+            rate = min(rate, left[what] / seconds) if seconds else rate
+        for what, seconds in needs.items():
+            left[what] = max(0.0, left[what] - rate * seconds)
         total += rate
     return total
 

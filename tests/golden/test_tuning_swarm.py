@@ -6,13 +6,20 @@ import asyncio
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoal.base.adapters import DropoutKey
+from shoal.base.ids import short
 from shoal.base.spans import Span
+from shoal.cli.finetune_spec import DataChoice, Examples, RunSpec
+from shoal.cli.finetuning import Finetuning
+from shoal.client.training import TrainConfig
+from shoal.client.training_check import Disputed
 from shoal.hf import AutoDistributedModelForCausalLM, DistributedModelForCausalLM, LocalSwarm
 from shoal.hf.tuning_build import build
 from shoal.hf.tuning_classes import AutoDistributedModelForSequenceClassification
@@ -129,6 +136,78 @@ def test_a_dead_server_changes_no_number() -> None:
                     swarm.crash(victims.pop())
             histories.append(run.history)
     assert histories[0] == histories[1]
+
+
+class Altered:
+    """A source of which the second load gets another tensor: that server's values are wrong."""
+
+    def __init__(self) -> None:
+        self._source = tiny_source("llama")
+        self._num_loads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        value = self._source.read(name)
+        if name != "model.layers.1.self_attn.v_proj.weight":
+            return value
+        self._num_loads += 1
+        return -value if self._num_loads == 2 else value
+
+
+@contextmanager
+def checked_run(
+    source: Any, num_servers: int, out: Path
+) -> Iterator[tuple[Finetuning, LocalSwarm]]:
+    """What `shoal finetune --verify-rate 1` does once it has joined."""
+    spec = RunSpec(
+        model="m", given="m", fingerprint="", method=METHODS["prompt"],
+        data=DataChoice(path=out, eval_path=None, eval_share=0.0, length_max=64, seed=0),
+        settings=TuningSettings(num_steps=4, batch_size=6, save_every=2, learning_rate=1e-2),
+    )  # fmt: skip
+    examples = Examples(learned=tiny_examples(), kept_back=None, label_names=())
+    with (
+        LocalSwarm(source, spans=[(0, 7)] * num_servers) as swarm,
+        AutoDistributedModelForCausalLM.from_pretrained(tiny_source("llama"), join=swarm) as model,
+    ):
+        model.training_steps = TrainConfig(micro_tokens=12, verify_rate=1.0)
+        tuned = build(SwarmBase(model), spec.method, num_classes=0, seed=4)
+        run = TuningRun(tuned, spec.settings, examples.learned, None, lambda: 0.0)
+        yield Finetuning(spec, out, examples, run, model.config), swarm
+
+
+def test_a_run_leaves_a_server_that_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    histories = []
+    for source in (tiny_source("llama"), Altered()):
+        with checked_run(source, 3, tmp_path) as (work, swarm):
+            work.train()
+            histories.append(work.run.history)
+            liar = short(swarm.peers[1])
+    assert histories[0] == histories[1]
+    said = capsys.readouterr().err
+    assert said.count("gave wrong values in step 1 and is not used any more") == 1
+    assert f"peer {liar} gave wrong values in step 1" in said
+    assert "all that it gave since step 1 was checked" in said
+    assert f"wrong values from {liar}" in said
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-2.safetensors", "step-4.safetensors"]
+
+
+def test_a_run_ends_where_two_servers_disagree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        checked_run(Altered(), 2, tmp_path) as (work, swarm),
+        pytest.raises(Disputed, match="no third server decides"),
+    ):
+        work.train()
+    said = capsys.readouterr().err
+    for peer in swarm.peers:
+        assert f"peer {short(peer)}: if it is wrong, all that it gave since step 1" in said
+    assert "could not go on after step 0; go on with: shoal finetune --resume" in said
 
 
 def test_telling_classes(tmp_path: Path) -> None:

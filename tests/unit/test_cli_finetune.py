@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from shoal.base.ids import peer_text
 from shoal.base.spans import Span
 from shoal.cli.app import run
-from shoal.cli.finetune_curve import smoothed, text_curve
+from shoal.cli.finetune_curve import smoothed, text_curve, worsened
 from shoal.cli.finetune_progress import Stopping, TrainingLine
 from shoal.cli.finetune_spec import Asked, DataChoice, RunSpec
 from shoal.cli.finetuning import begin
 from shoal.cli.tuning_place import Place
 from shoal.hf.tuning_build import LEARNING_RATES, Method
-from shoal.hf.tuning_checkpoint import StepDone
+from shoal.hf.tuning_checkpoint import Evaluated, History, StepDone
 from shoal.hf.tuning_settings import TuningSettings
 from tests.models import tiny_model
 from tests.tuning_cases import TEMPLATE, letters
@@ -214,11 +214,45 @@ def test_a_run_goes_on_from_a_step_before(
     assert finetune(*words, "--resume", out, "--from-step", 1) == 0
     assert "going on after step 1" in capsys.readouterr().err
     for more, message in (
-        (("--resume", out, "--from-step", 2), "step-2.safetensors is not there"),
+        (("--resume", out, "--from-step", 2), "step-2.safetensors is not there; runs with"),
+        (("--resume", out, "--from-step", 3), "keep some (here: 1)"),
         ((model, "--data", data, "--from-step", 1), "--from-step goes with --resume"),
     ):
         assert finetune(*words, *more) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_loss_that_rose_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "a.jsonl", PAIRS)
+    words = (model, "--local", "--threads", 1, "--data", data, "--steps", 4)
+    assert finetune(*words, "--out", tmp_path / "1", "--learning-rate", 1e30) == 0
+    assert "the loss ended higher than it began (" in (said := capsys.readouterr().err)
+    assert "with a lower --learning-rate (it was 1e+30)" in said
+    assert finetune(*words, "--out", tmp_path / "2") == 0
+    assert "the loss ended higher" not in capsys.readouterr().err
+
+
+def test_what_is_a_loss_that_rose() -> None:
+    def history(losses: list[float], evaluations: list[float]) -> History:
+        return History(
+            steps=[
+                StepDone(step=step, loss=loss, rate=0.1, gradient=1, num_tokens=5, duration_s=1)
+                for step, loss in enumerate(losses, 1)
+            ],
+            evaluations=[
+                Evaluated(step=step, loss=loss, accuracy=None)
+                for step, loss in enumerate(evaluations)
+            ],
+        )
+
+    assert worsened(history([4.0, 10.0], [])) == pytest.approx((4.0, 10.0))
+    assert worsened(history([4.0, 10.0], [5.0])) is not None
+    assert worsened(history([4.0, 10.0], [5.0, 4.0])) is None
+    assert worsened(history([4.0, 3.0], [5.0, 6.0])) == (5.0, 6.0)
+    for losses in ([], [4.0], [4.0, 4.2], [0.001, 0.01], [4.0, 9.0, *[2.0] * 200]):
+        assert worsened(history(losses, [])) is None
 
 
 REFUSED: list[tuple[dict[str, object], str]] = [

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from shoal.hf.tuning_checkpoint import History
 
+WORSE: Final = 1.1
+WORSE_BY: Final = 0.05
+"""A loss that ends so many times as high as it began, and by so much higher, got worse."""
+
 WIDTH: Final = 60
 HEIGHT: Final = 12
 
@@ -80,6 +84,22 @@ def smoothed(losses: Sequence[float]) -> list[float]:
         mass = weight * mass + (1.0 - weight)
         found.append(total / mass)
     return found
+
+
+def worsened(history: History) -> tuple[float, float] | None:
+    """The loss at the beginning and at the end, if it rose beyond what single batches differ by.
+
+    That of evaluations where there was one before the end, else of the first and last twentieth.
+    """
+    found = [one.loss for one in history.evaluations]
+    if len(found) > 1:
+        first, last = found[0], found[-1]
+    else:
+        losses = [one.loss for one in history.steps]
+        if len(losses) < 2:
+            return None
+        first, last = _mean(losses, 0, min(20, len(losses))), smoothed(losses)[-1]
+    return (first, last) if last > max(WORSE * first, first + WORSE_BY) else None
 
 
 def _between(values: Sequence[float], share: float) -> float:

@@ -12,16 +12,23 @@ from typing import Any, Final
 
 from shoal.base.errors import ConfigError, ShoalError
 from shoal.base.ids import short
-from shoal.cli.finetune_curve import draw_curve, smoothed, text_curve
+from shoal.cli.finetune_curve import draw_curve, smoothed, text_curve, worsened
+from shoal.cli.finetune_kept import KeptCheckpoints
 from shoal.cli.finetune_progress import Stopping, TrainingLine
 from shoal.cli.finetune_spec import Asked, Examples, RunSpec, read_examples
 from shoal.cli.finetune_suspects import Suspects
 from shoal.cli.models import OpenModel
 from shoal.cli.tuning_place import Place, open_base, open_model_for
-from shoal.client.training_check import SpotChecks
+from shoal.client.training_check import Disputed, SpotChecks
 from shoal.hf.saved_session import write_file
 from shoal.hf.tuning_build import LEARNING_RATES, build
-from shoal.hf.tuning_checkpoint import CHECKPOINT, Checkpoint, StepDone, read_checkpoint
+from shoal.hf.tuning_checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    Evaluated,
+    StepDone,
+    read_checkpoint,
+)
 from shoal.hf.tuning_files import CONFIG, TENSORS, write_result
 from shoal.hf.tuning_loop import TuningRun
 from shoal.hf.tuning_settings import steps_of
@@ -46,6 +53,7 @@ class Finetuning:
         self.run = run
         self.stack = ExitStack()
         self._out = out
+        self._kept = KeptCheckpoints(out)
         self._examples = examples
         self._config = config
 
@@ -80,31 +88,37 @@ class Finetuning:
     def _advance(self, stopping: Stopping) -> None:
         history, every = self.run.history, self.spec.settings.save_every
         line = TrainingLine(self.spec.settings.num_steps, len(history.steps))
-        suspects, base = Suspects(len(history.steps)), self.run.model.base
+        suspects, base = Suspects(len(history.steps), self._kept.steps), self.run.model.base
         watching = line.watching(base.missing) if isinstance(base, SwarmBase) else nullcontext()
+
+        def tell(event: StepDone | Evaluated | ShoalError) -> None:
+            if isinstance(base, SwarmBase):
+                for text in news(suspects, base.checked(), event, len(history.steps)):
+                    line.say(text)
+
         with line.shown(), watching:
-            for event in self.run.advance():
-                if isinstance(event, StepDone):
-                    line.stepped(event)
-                    if isinstance(base, SwarmBase):
-                        checks = base.checked()
-                        for text in suspects.stepped(event.step, checks.taken, checks.caught):
-                            line.say(text)
-                    if event.step % every == 0:
-                        self.save()
-                else:
-                    line.evaluated(event)
-                if stopping.is_asked and self.run.steps_left:
-                    raise StoppedBetweenSteps
+            try:
+                for event in self.run.advance():
+                    if isinstance(event, StepDone):
+                        line.stepped(event)
+                        tell(event)
+                        if event.step % every == 0:
+                            self.save()
+                    else:
+                        line.evaluated(event)
+                        tell(event)
+                    if stopping.is_asked and self.run.steps_left:
+                        raise StoppedBetweenSteps
+            except ShoalError as error:
+                tell(error)
+                raise
 
     def save(self) -> None:
         """Write a checkpoint. Where a server may be caught later, those before are kept too."""
         self.run.save(self._out / CHECKPOINT, self.spec.as_dict())
         base, step = self.run.model.base, len(self.run.history.steps)
         if step and isinstance(base, SwarmBase) and base.checked().rate:
-            kept = kept_checkpoint(self._out, step)
-            kept.parent.mkdir(exist_ok=True)
-            self.run.save(kept, self.spec.as_dict())
+            self._kept.keep(step, lambda path: self.run.save(path, self.spec.as_dict()))
 
     def _finish(self) -> dict[str, Any]:
         """Save the end, the result and the curve."""
@@ -173,6 +187,13 @@ class Finetuning:
             texts.append(f"{report['eval_accuracy']:.1%} right")
         texts.append(f"{report['tokens_per_s']:.0f} tokens/s")
         print(", ".join(texts), file=sys.stderr)
+        if worse := worsened(self.run.history):
+            print(
+                f"the loss ended higher than it began ({worse[0]:.4f} -> {worse[1]:.4f}): the "
+                "result is worse than nothing; begin anew with a lower --learning-rate "
+                f"(it was {self.spec.settings.learning_rate:g})",
+                file=sys.stderr,
+            )
         is_asked = self._examples.is_chat and self.spec.method.name != "deep-prompt"
         way = f"shoal {'chat' if is_asked else 'generate'} {self.spec.given} --join ADDR"
         question = "" if is_asked else ' --prompt "..."'
@@ -182,9 +203,17 @@ class Finetuning:
             print(checks_text(base.checked()), file=sys.stderr)
 
 
-def kept_checkpoint(folder: Path, step: int) -> Path:
-    """Where the checkpoint after a step is kept."""
-    return folder / "checkpoints" / f"step-{step}.safetensors"
+def news(
+    suspects: Suspects, checks: SpotChecks, event: StepDone | Evaluated | ShoalError, done: int
+) -> list[str]:
+    """What is to be told of servers that lie after an event, `done` steps being made."""
+    if isinstance(event, StepDone):
+        return suspects.stepped(event.step, checks.taken, checks.caught)
+    where = f"in the evaluation after step {done}"
+    if isinstance(event, ShoalError):
+        where = f"in step {done + 1}, which was broken off,"
+    texts = suspects.between(where, checks.taken, checks.caught)
+    return texts + (suspects.disputed(event.peers) if isinstance(event, Disputed) else [])
 
 
 def checks_text(checks: SpotChecks) -> str:
@@ -253,11 +282,13 @@ def go_on(
     """
     path = folder / CHECKPOINT
     if from_step is not None:
-        path = kept_checkpoint(folder, from_step)
+        kept = KeptCheckpoints(folder)
+        path = kept.path(from_step)
         if not path.is_file():
+            there = ", ".join(map(str, kept.steps())) or "none"
             raise ConfigError(
-                f"--from-step {from_step}: {path} is not there; runs with --verify-rate keep one "
-                "every --save-every steps"
+                f"--from-step {from_step}: {path} is not there; runs with --verify-rate keep some "
+                f"(here: {there})"
             )
     checkpoint = read_checkpoint(path)
     spec = RunSpec.from_dict(checkpoint.run, path)

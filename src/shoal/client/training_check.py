@@ -39,6 +39,16 @@ with each other differ by 1.4."""
 class Disputed(PeerMisbehaved):
     """Servers contradict each other, and nobody is there to decide."""
 
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        peers: tuple[PeerId, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
+        self.peers = peers
+
 
 class SpotChecks:
     """Has a share of what servers compute computed again."""
@@ -98,7 +108,8 @@ class SpotChecks:
             )
         raise Disputed(
             f"peers {short(stage.peer)} and {short(second[0])} give different values for blocks "
-            f"{stage.span}, and no third server decides: go on without one of them, or with more"
+            f"{stage.span}, and no third server decides: go on without one of them, or with more",
+            peers=(stage.peer, second[0]),
         )
 
     async def _by_another(

@@ -66,6 +66,13 @@ def test_with_longer_passes_chains_fill_side_by_side():
     assert filled(found, 6)[:4] == ["a", "b", "a", "b"]
 
 
+def test_over_thin_lines_chains_are_slower():
+    two = replace(view(server("a", 0, 8), server("b", 0, 8, 0.0101)), hidden_size=8192)
+    thin = replace(two.servers[0], sent_bytes_per_s=1e6)
+    assert filled(compose_live(two, NEAR), 1) == ["a"]
+    assert filled(compose_live(replace(two, servers=(thin, two.servers[1])), NEAR), 1) == ["b"]
+
+
 def test_a_server_gets_no_more_than_pays():
     linear = DecodeTimes(points=((1, 0.01), (64, 0.64)))
     assert batch_max(linear) == 1

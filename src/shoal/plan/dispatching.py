@@ -94,7 +94,7 @@ def compose_live(
     if missing:
         raise no_route(view, missing, wanted)
     links = known_links([place_of(one, experience) for one in servers])
-    problem = live_problem(view.num_blocks, servers, links, 1, session_tokens)
+    problem = live_problem(view.num_blocks, servers, links, 1, session_tokens, view.hidden_size)
     most = [batch_max(one.decode) for one in problem.servers]
     placement = Placement(
         spans=tuple(one.span for one in servers),

@@ -6,6 +6,7 @@ that is how servers count. So it is modelled as a log, and weights as one byte.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Final
@@ -15,7 +16,7 @@ from shoal.plan.cost import DECODE_UNKNOWN_S, HOP_S
 from shoal.plan.memory import CacheShape
 from shoal.plan.spec import DecodeTimes, Links, Problem, ServerSpec, Workload, uniform_model
 from shoal.plan.view import ServerView
-from shoal.plan.ways import Place, rtt_between_s
+from shoal.plan.ways import Place, row_bytes, rtt_between_s, trusted_rate
 
 SESSION_TOKENS: Final = 1024
 """Positions of a session that room is reckoned for."""
@@ -27,10 +28,12 @@ def live_problem(
     links: Links,
     sessions: int,
     session_tokens: int = SESSION_TOKENS,
+    hidden_size: int = 0,
 ) -> Problem:
     """The servers as they are; who has not measured counts like the middle one of the others.
 
-    Half of a session's positions are a prompt's.
+    Half of a session's positions are a prompt's. Sizes are in positions and rows, not bytes; with
+    `hidden_size`, of a row, lines count for what servers were seen to send.
     """
     decode = [one.decode_s_per_block for one in servers if one.decode_s_per_block > 0]
     unknown_s = median(decode) if decode else DECODE_UNKNOWN_S
@@ -44,6 +47,7 @@ def live_problem(
                 memory_bytes=len(one.span) + one.cache_tokens,
                 decode=decode_times(one, unknown_s),
                 prefill_s_per_block_token=one.prefill_s_per_block_token,
+                uplink_bytes_per_s=_rows_per_s(one, hidden_size),
             )
             for index, one in enumerate(servers)
         ),
@@ -54,6 +58,11 @@ def live_problem(
             sessions=sessions,
         ),
     )
+
+
+def _rows_per_s(server: ServerView, hidden_size: int) -> float:
+    size = row_bytes(hidden_size)
+    return trusted_rate(server.sent_bytes_per_s) / size if size else math.inf
 
 
 def decode_times(server: ServerView, unknown_s: float = DECODE_UNKNOWN_S) -> DecodeTimes:

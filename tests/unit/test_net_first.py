@@ -71,3 +71,28 @@ def test_who_gives_up_leaves_nothing_behind():
         assert len(asyncio.all_tasks()) == 1
 
     run_virtual(work)
+
+
+@pytest.mark.parametrize("stubborn_s", [0.0, 3.0])
+def test_who_gives_up_at_the_last_moment_leaves_nothing_behind_either(stubborn_s):
+    """The first has worked, but another that is too late takes its time to end."""
+    dropped = []
+
+    async def stubborn():
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            await asyncio.sleep(stubborn_s)
+
+    async def work():
+        both = asyncio.ensure_future(first_of([stubborn, way("b", 0.5)], dropped.append))
+        if not stubborn_s:
+            assert await both == "b"
+            assert dropped == []
+            return
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(STAGGER_S + 1.0):
+                await both
+        assert dropped == ["b"]
+
+    run_virtual(work)

@@ -31,6 +31,7 @@ async def first_of(ways: Iterable[Callable[[], Awaitable[T]]], drop: Callable[[T
     if len(waiting) == 1:
         return await waiting[0]()
     begun: list[asyncio.Future[T]] = []
+    first: list[T] = []
     running: set[asyncio.Future[T]] = set()
     error = ShoalError("not tried")
     try:
@@ -50,15 +51,26 @@ async def first_of(ways: Iterable[Callable[[], Awaitable[T]]], drop: Callable[[T
                     error = failure
                 else:
                     begun.remove(one)
+                    first.append(result)
                     return result
         raise error
     finally:
-        await _end(begun, drop)
+        try:
+            await _end(begun, drop)
+        except asyncio.CancelledError:
+            for result in first:  # nobody gets it any more
+                drop(result)
+            raise
 
 
 async def _end(begun: Iterable[asyncio.Future[T]], drop: Callable[[T], None]) -> None:
+    """Stop them all and wait for it; whatever comes of them is dropped, even if we are stopped."""
+
+    def ended(one: asyncio.Future[T]) -> None:
+        if not one.cancelled() and one.exception() is None:
+            drop(one.result())
+
     for one in begun:
+        one.add_done_callback(ended)
         one.cancel()
-    for result in await asyncio.gather(*begun, return_exceptions=True):
-        if not isinstance(result, BaseException):
-            drop(result)
+    await asyncio.gather(*begun, return_exceptions=True)

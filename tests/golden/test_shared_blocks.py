@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.base.adapters import AdapterId, AdapterPart
 from shoal.base.backend import Call, SequenceId
 from shoal.base.spans import Span
+from shoal.base.training import PassWork
+from shoal.model import onednn_linear
+from shoal.model.rows import tensor_bytes
 from shoal.model.torch_backend import BackendConfig, load_backend
-from tests.models import tiny_source
+from tests.golden.test_adapters_exact import random_adapter
+from tests.models import tiny_model, tiny_source
+from tests.training_cases import make_tensors, run_pass
 
 ONE = SequenceId(1)
 ENGINES = ("batched", "per-session")
@@ -40,10 +46,12 @@ def config_of(engine: str, **more: Any) -> BackendConfig:
     return BackendConfig(model="m", engine=engine, exact="always", **more)  # type: ignore[arg-type]
 
 
-async def rows_of(backend: Any, span: Span, sequence: SequenceId = ONE) -> list[bytes]:
+async def rows_of(
+    backend: Any, span: Span, sequence: SequenceId = ONE, adapter: AdapterId | None = None
+) -> list[bytes]:
     """A prompt and two tokens through a part of the blocks."""
     values = torch.randn(9, backend.facts.hidden_size, generator=torch.Generator().manual_seed(3))
-    backend.open(sequence, span)
+    backend.open(sequence, span, adapter)
     results, position = [], 0
     for count in (7, 1, 1):
         payload = values[position : position + count].numpy().tobytes()
@@ -57,6 +65,83 @@ async def rows_of(backend: Any, span: Span, sequence: SequenceId = ONE) -> list[
         position += count
     backend.close(sequence)
     return results
+
+
+async def load(backend: Any, adapter: AdapterId, seed: int) -> None:
+    part = random_adapter("llama", seed, 4)
+    within = {one.index for one in part.manifest.within(backend.facts.span)}
+    blocks = {index: data for index, data in part.blocks.items() if index in within}
+    await backend.load_adapter(adapter, AdapterPart(manifest=part.manifest, blocks=blocks))
+
+
+async def gradients_of(backend: Any, span: Span) -> tuple[bytes, Any]:
+    """A training pass there and back, with LoRA of its own."""
+    rows = torch.randn(9, backend.facts.hidden_size, generator=torch.Generator().manual_seed(4))
+    values = bytes(tensor_bytes(rows))
+    work = PassWork(
+        span=span, lengths=(5, 4), rows=values, encoding="float32",
+        trained=make_tensors(tiny_model("llama"), range(span.start, span.end)).within(span),
+    )  # fmt: skip
+    return await run_pass(backend.trainer(), work, values)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapters_and_training_of_one_are_nothing_to_the_other(engine: str) -> None:
+    """Both run the same layers: what one adds to them in its passes is not in the other's."""
+
+    async def work() -> None:
+        source, config, span = tiny_source("llama"), config_of(engine), Span(1, 3)
+        first, second, third = AdapterId(1), AdapterId(2), AdapterId(3)
+        alone: Any = load_backend(source, span, config)
+        for adapter, seed in ((first, 1), (second, 2), (third, 3)):
+            await load(alone, adapter, seed)
+        plain = await rows_of(alone, span)
+        tuned = {one: await rows_of(alone, span, adapter=one) for one in (first, second, third)}
+        trained = await gradients_of(alone, span)
+
+        small: Any = load_backend(source, span, config)
+        await load(small, first, 1)
+        assert await gradients_of(small, span) == trained
+        large: Any = load_backend(source, Span(0, 4), config, beside=small)
+        await load(large, second, 2)
+        for _ in range(2):
+            assert await rows_of(small, span, adapter=first) == tuned[first]
+            assert await rows_of(large, span, adapter=second) == tuned[second]
+            assert await rows_of(small, span) == await rows_of(large, span) == plain
+            assert await gradients_of(large, span) == await gradients_of(small, span) == trained
+        await small.aclose()
+        await load(large, third, 3)
+        for adapter in (second, third):
+            assert await rows_of(large, span, adapter=adapter) == tuned[adapter]
+        assert await rows_of(large, span) == plain
+        assert await gradients_of(large, span) == trained
+        for backend in (large, alone):
+            await backend.aclose()
+
+    asyncio.run(work())
+
+
+def test_weights_that_are_held_for_training_are_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever takes blocks over takes their transposed weights over, and counts them."""
+    monkeypatch.setattr(onednn_linear, "_VALUES_MIN", 1)
+
+    async def work() -> None:
+        source, config, span = tiny_source("llama"), config_of("batched"), Span(1, 3)
+        small: Any = load_backend(source, span, config)
+        rows = torch.randn(4, small.facts.hidden_size, generator=torch.Generator().manual_seed(4))
+        values = bytes(tensor_bytes(rows))
+        pass_work = PassWork(span=span, lengths=(4,), rows=values, encoding="float32")
+        await run_pass(small.trainer(), pass_work, values)
+        held = small.trainer().transposed_bytes
+        large: Any = load_backend(source, Span(0, 4), config, beside=small)
+        await run_pass(large.trainer(), pass_work, values)
+        assert large.trainer().transposed_bytes == held > 0
+        for backend in (small, large):
+            await backend.aclose()
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -79,6 +79,13 @@ class OneDnnLinear(torch.nn.Module):
             return 0
         weight = self._dense()
         self._transposed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
+        return self.transposed_bytes
+
+    @property
+    def transposed_bytes(self) -> int:
+        """What `keep_transposed` holds."""
+        if self._transposed is None:
+            return 0
         return self.in_features * self.out_features * self.item_bytes
 
     def _dense(self) -> torch.Tensor:

@@ -111,7 +111,8 @@ class TorchTrainer:
         self._facts = facts
         self._thread = thread
         self._is_ready = False
-        self._transposed_bytes = 0
+        self.transposed_bytes = 0
+        """What of the weights is held a second time."""
 
     @property
     def facts(self) -> BackendFacts:
@@ -143,8 +144,8 @@ class TorchTrainer:
     def prepare_gradients(self, block: int) -> None:
         """Hold a block's weights transposed, while there is room for it."""
         for module in self.model.block(block).modules():
-            if isinstance(module, OneDnnLinear) and self._transposed_bytes < TRANSPOSED_BYTES_MAX:
-                self._transposed_bytes += module.keep_transposed()
+            if isinstance(module, OneDnnLinear) and self.transposed_bytes < TRANSPOSED_BYTES_MAX:
+                self.transposed_bytes += module.keep_transposed()
 
     def _check(self, work: PassWork) -> None:
         facts = self.facts
@@ -168,6 +169,13 @@ class TorchTrainer:
             weight.untyped_storage().data_ptr()
             for weight in weights
             if weight.layout == torch.strided
+        )
+        # Blocks that another backend trained before may hold theirs already.
+        self.transposed_bytes = sum(
+            module.transposed_bytes
+            for block in self.model.blocks()
+            for module in block.modules()
+            if isinstance(module, OneDnnLinear)
         )
         self._is_ready = True
 

@@ -182,6 +182,7 @@ def test_a_run_begins_at_pefts_adapter(model: Path, tmp_path: Path) -> None:
         assert RunSpec.from_dict(work.spec.as_dict(), data).method == method
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_what_a_run_can_t_begin_at(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +201,12 @@ def test_what_a_run_can_t_begin_at(
         words = ("--data", rows, "--out", tmp_path / "2", "--from-adapter", start)
         assert finetune(*common, *words) == 2
         assert message in capsys.readouterr().err
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["qkv_proj"])
+    get_peft_model(tiny_model("phi3"), config).save_pretrained(tmp_path / "theirs")
+    words = ("--data", texts, "--out", tmp_path / "2", "--from-adapter", tmp_path / "theirs")
+    assert finetune(*common, *words) == 2
+    said = capsys.readouterr().err
+    assert "theirs is for another model: self_attn.qkv_proj of block 0 is not there" in said
 
 
 def test_a_run_goes_on_from_a_step_before(

@@ -19,6 +19,8 @@ from shoal.hf.tuning_methods import Lora
 from shoal.hf.tuning_model import TunedModel
 from shoal.model.adapter_files import read_peft
 from shoal.model.adapter_tensors import pairs_of
+from shoal.model.lora import targets_of
+from shoal.model.parts import Parts, meta_model
 
 LORA: Final = "LORA"
 
@@ -70,13 +72,14 @@ def read_start(folder: Path, asked: Method, model_config: Any) -> Start:
     """What to begin at. Of `asked` remains what the folder doesn't say: dropout.
 
     Raises:
-        ConfigError: no adapter, one of another kind, or altered files.
+        ConfigError: no adapter, one of another kind or for other layers, or altered files.
     """
     if learned_kind(folder) == LORA:
         try:
             adapter = read_peft(folder, model_config)
         except AdapterBad as error:
             raise ConfigError(f"--from-adapter {folder}: {error.detail}") from error
+        _check_layers(adapter, model_config, folder)
         config = adapter.manifest.config
         method = replace(
             asked, name="lora", rank=config.rank, alpha=config.alpha, targets=config.targets,
@@ -95,6 +98,21 @@ def read_start(folder: Path, asked: Method, model_config: Any) -> Start:
     )
 
 
+def _check_layers(adapter: AdapterPart, model_config: Any, folder: Path) -> None:
+    blocks = Parts(meta_model(model_config, torch.float32)).blocks
+    for block in adapter.manifest.blocks:
+        sizes = targets_of(blocks[block.index]) if block.index < len(blocks) else {}
+        for shape in block.shapes:
+            if sizes.get(shape.target) != (shape.inputs, shape.outputs):
+                raise _for_another(folder, block.index, shape.target)
+
+
+def _for_another(folder: Path, block: int, target: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} is for another model: {target} of block {block} is not there, or of another size"
+    )
+
+
 def _put_lora(adapter: AdapterPart, lora: Lora, folder: Path) -> None:
     """Layers that the adapter has nothing for keep the values that change nothing (B is 0)."""
     mine = lora.pairs()
@@ -102,9 +120,6 @@ def _put_lora(adapter: AdapterPart, lora: Lora, folder: Path) -> None:
         for target, given in layers.items():
             pair = mine.get(block, {}).get(target)
             if pair is None or (pair.a.shape, pair.b.shape) != (given.a.shape, given.b.shape):
-                raise ConfigError(
-                    f"{folder} is for another model: {target} of block {block} is not there, or "
-                    "of another size"
-                )
+                raise _for_another(folder, block, target)
             pair.a.copy_(given.a)
             pair.b.copy_(given.b)

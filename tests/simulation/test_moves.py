@@ -140,6 +140,19 @@ async def test_a_slow_server_is_left(it):
     assert reader.session.recoveries == ()
 
 
+@scene("a 0:2, b 2:4, c 2:4")
+async def test_nobody_moves_to_a_server_that_does_not_answer(it):
+    reader = await it.read(50)
+    slow, dead = ("b", "c") if "b" in reader.chain else ("c", "b")
+    epoch = reader.state.epoch
+    await it[dead].crash()
+    it[slow].slowness = 10.0
+    await reader.decode(400)
+    assert reader.state.epoch == epoch
+    assert reader.state.unfit_times == {}
+    assert reader.session.moves == ()
+
+
 @scene("a 0:2, b 2:4, spare-b 2:4")
 async def test_the_new_hop_dies_before_it_is_ready(it):
     reader = await it.read(100)

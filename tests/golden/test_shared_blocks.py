@@ -16,6 +16,7 @@ from shoal.base.training import PassWork
 from shoal.model import onednn_linear
 from shoal.model.rows import tensor_bytes
 from shoal.model.torch_backend import BackendConfig, load_backend
+from shoal.server.switching import SwitchingBackend
 from tests.golden.test_adapters_exact import random_adapter
 from tests.models import tiny_model, tiny_source
 from tests.training_cases import make_tensors, run_pass
@@ -46,19 +47,29 @@ def config_of(engine: str, **more: Any) -> BackendConfig:
     return BackendConfig(model="m", engine=engine, exact="always", **more)  # type: ignore[arg-type]
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def call_of(
+    sequence: SequenceId, span: Span, values: torch.Tensor, position: int, count: int
+) -> Call:
+    return Call(
+        sequence=sequence, span=span, position=position, count=count, call_count=count,
+        payload=values[position : position + count].numpy().tobytes(), encoding="float32",
+        output_encoding="float32", rows_wanted=count,
+    )  # fmt: skip
+
+
 async def rows_of(
     backend: Any, span: Span, sequence: SequenceId = ONE, adapter: AdapterId | None = None
 ) -> list[bytes]:
     """A prompt and two tokens through a part of the blocks."""
-    values = torch.randn(9, backend.facts.hidden_size, generator=torch.Generator().manual_seed(3))
+    values = torch.randn(9, backend.facts.hidden_size, generator=seeded(3))
     backend.open(sequence, span, adapter)
     results, position = [], 0
     for count in (7, 1, 1):
-        payload = values[position : position + count].numpy().tobytes()
-        call = Call(
-            sequence=sequence, span=span, position=position, count=count, call_count=count,
-            payload=payload, encoding="float32", output_encoding="float32", rows_wanted=count,
-        )  # fmt: skip
+        call = call_of(sequence, span, values, position, count)
         (outcome,) = await backend.run([call])
         assert isinstance(outcome, bytes), outcome
         results.append(outcome)
@@ -169,6 +180,39 @@ def test_a_span_that_grows_reads_its_new_blocks_only(family: str, engine: str) -
         assert await rows_of(less, Span(2, 4)) == await rows_of(alone, Span(2, 4))
         for backend in (less, alone):
             await backend.aclose()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sequences_go_on_while_a_server_grows_and_after(engine: str) -> None:
+    """As a ring's node grows: those that run stay with the old blocks, others get the new."""
+
+    async def work() -> None:
+        source, config, span = tiny_source("llama"), config_of(engine), Span(1, 3)
+        alone = load_backend(source, Span(0, 4), config)
+        wanted = {one: await rows_of(alone, one) for one in (span, Span(0, 4))}
+        server = SwitchingBackend(load_backend(source, span, config))
+        values = torch.randn(9, server.facts.hidden_size, generator=seeded(3))
+        server.open(ONE, span)
+        found, position = [], 0
+        for count in (7, 1, 1):
+            (outcome,) = await server.run([call_of(ONE, span, values, position, count)])
+            found.append(outcome)
+            position += count
+            if count == 7:
+                grown = await asyncio.to_thread(
+                    load_backend, source, Span(0, 4), config, None, server.newest
+                )
+                server.add(grown)
+            for one in (span, Span(0, 4)):
+                assert await rows_of(server, one, SequenceId(2)) == wanted[one]
+        assert found == wanted[span]
+        server.close(ONE)
+        await server.drop_old()
+        assert await rows_of(server, Span(0, 4)) == wanted[Span(0, 4)]
+        await server.aclose()
+        await alone.aclose()
 
     asyncio.run(work())
 

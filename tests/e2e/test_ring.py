@@ -7,6 +7,7 @@ import json
 import re
 import resource
 import signal
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_a_node_that_is_told_to_stop_is_replaced_before_it_goes(model, ring):
     ring.node("third")
     ring.starter.wait_line(ring.starter.err, "third is a spare")
     running = Process(
-        "ring", "run", "--prompt", PROMPT, "--samples", "96", "--max-new-tokens", "440", "--json"
+        "ring", "run", "--prompt", PROMPT, "--samples", "96", "--max-new-tokens", "200", "--json"
     )
     ring.started.append(running)
     _wait_for_rows(ring, "two")
@@ -153,7 +154,7 @@ def test_a_node_that_is_told_to_stop_is_replaced_before_it_goes(model, ring):
     assert any("leaving: others take its blocks" in line for line in nodes["two"].err)
     assert running.wait(100) == 0, running.report()
     answer = json.loads(running.out[-1])
-    _, text = alone(model, PROMPT, 440)
+    _, text = alone(model, PROMPT, 200)
     assert [one["text"] for one in answer["samples"]] == [text] * 96
     assert not any(one["recoveries"] for one in answer["samples"])
     assert any(one["moves"] for one in answer["samples"])
@@ -203,32 +204,62 @@ def large_model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("large-model"), model=model)
 
 
-def test_three_nodes_hold_what_one_can_not_under_the_same_limit(large_model, ring):
-    hold_what_one_can_not(large_model, ring, limited(LIMIT_MIB * MIB), LIMIT_MIB - 440)
+@pytest.fixture(scope="module")
+def large_text(large_model):
+    """What transformers says."""
+    return alone(large_model, PROMPT, 4)[1]
+
+
+@pytest.fixture(scope="module")
+def refused(large_model, tmp_path_factory):
+    """The errors of rings of one node under each limit; both are tried at once."""
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        launches = {"rlimit": limited(LIMIT_MIB * MIB)}
+        if not missing_groups():
+            groups = stack.enter_context(MemoryGroups(LIMIT_MIB * MIB))
+            launches["groups"] = groups.launch
+        rings = {}
+        for name, launch in launches.items():
+            rings[name] = Ring(tmp_path_factory.mktemp(name), patch)
+            stack.callback(end_all, rings[name].started)
+            rings[name].up(large_model, 1).node("alone", "--once", launch=launch)
+        errors = {}
+        for name, ring in rings.items():
+            assert ring.starter.wait(100) == 2, ring.starter.report()
+            errors[name] = error_line("".join(ring.starter.err))
+        return errors
+
+
+def test_three_nodes_hold_what_one_can_not_under_the_same_limit(
+    large_model, large_text, refused, ring
+):
+    check_refused(refused["rlimit"], LIMIT_MIB - 440)
+    hold_together(large_model, large_text, ring, limited(LIMIT_MIB * MIB))
 
 
 @pytest.mark.skipif(bool(missing_groups()), reason=missing_groups())
-def test_three_nodes_in_containers_hold_what_one_can_not(large_model, ring):
+def test_three_nodes_in_containers_hold_what_one_can_not(large_model, large_text, refused, ring):
     """The system ends whoever goes over the limit: nobody does."""
+    check_refused(refused["groups"], LIMIT_MIB - 96)
     with MemoryGroups(LIMIT_MIB * MIB) as groups:
         try:
-            hold_what_one_can_not(large_model, ring, groups.launch, LIMIT_MIB - 96)
+            hold_together(large_model, large_text, ring, groups.launch)
             assert groups.kills() == 0
         finally:
             end_all(ring.started)
 
 
-def hold_what_one_can_not(large_model, ring, launch, offered_mib):
-    """One such node is refused with the numbers, three run the model."""
-    ring.up(large_model, 1)
-    ring.node("alone", "--once", launch=launch)
-    assert ring.starter.wait(100) == 2, ring.starter.report()
-    error = error_line("".join(ring.starter.err))
+def check_refused(error, offered_mib):
+    """One node alone can't have the model; the numbers are named."""
     found = re.search(r"20 blocks need (\d+) MiB .* alone (\d+) MiB", error)
     assert found, error
     assert int(found[1]) > 920
     assert int(found[2]) < offered_mib
 
+
+def hold_together(large_model, large_text, ring, launch):
+    """Three such nodes run the model."""
     ring.up(large_model, 3)
     for name in ("one", "two", "three"):
         ring.node(name, launch=launch)
@@ -236,7 +267,6 @@ def hold_what_one_can_not(large_model, ring, launch, offered_mib):
     done = run("ring", "run", "--prompt", PROMPT, "--samples", "2", "--max-new-tokens", "4",
                "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    _, text = alone(large_model, PROMPT, 4)
-    assert [one["text"] for one in json.loads(done.stdout)["samples"]] == [text] * 2
+    assert [one["text"] for one in json.loads(done.stdout)["samples"]] == [large_text] * 2
     for node in ring.status()["nodes"]:
         assert node["memory_peak_bytes"] <= node["planned_bytes"] + CONSTANT_MIB * MIB, node

@@ -145,7 +145,8 @@ async def test_nobody_moves_to_a_server_that_does_not_answer(it):
     reader = await it.read(50)
     slow, dead = ("b", "c") if "b" in reader.chain else ("c", "b")
     epoch = reader.state.epoch
-    await it[dead].crash()
+    await it.client.decode_s_per_block(it[dead].peer)  # it is known, and near
+    it.network.freeze(it[dead].peer)
     it[slow].slowness = 10.0
     await reader.decode(400)
     assert reader.state.epoch == epoch
